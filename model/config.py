@@ -1,0 +1,132 @@
+"""What a looped model is: sizes, norms, rotary embedding, loops. Plain frozen data.
+
+Knows nothing about tensors, files or any one family; `model.families` fills it in from a
+checkpoint's config.json. Invariant: a `LoopedConfig` that exists is consistent (checked once, on
+construction), so nothing downstream checks sizes again.
+"""
+
+from dataclasses import dataclass, field, fields
+from enum import Enum
+
+
+class ConfigError(ValueError):
+    """A model configuration that cannot be served; the message names the field, value and limit."""
+
+
+class NormPlacement(Enum):
+    """Where the RMSNorms of a layer sit around a sub-layer f (attention, then MLP).
+
+    PRE       h + f(n(h))          Llama, Nanbeige, IQuest
+    SANDWICH  h + m(f(n(h)))       Ouro
+    POST_ADD  m(h + f(n(h)))       Huginn
+    OUTPUT    h + m(f(h))          OLMo-2
+    """
+
+    PRE = "pre"
+    SANDWICH = "sandwich"
+    POST_ADD = "post_add"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    `kind` is one of default, linear, llama3, yarn. `factor` and the fields below it are read only
+    by the kinds that define them (see `layers.rotary_frequencies`). `interleaved` pairs channels
+    (0,1),(2,3),... instead of (0,d/2),(1,d/2+1),....
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    interleaved: bool = False
+    rotary_dim: int | None = None
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class LoopedConfig:
+    """Shape of a looped transformer: prelude layers, one block run `num_loops` times, coda layers.
+
+    Sizes are counts of channels, heads or layers. `max_positions` is the longest context in tokens.
+    Raises ConfigError on construction when the fields contradict each other.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_block_layers: int
+    num_loops: int
+    max_positions: int
+    num_prelude_layers: int = 0
+    num_coda_layers: int = 0
+    norm_eps: float = 1e-6
+    norm_placement: NormPlacement = NormPlacement.PRE
+    norm_after_loop: bool = False  # the final norm closes every loop, and its output feeds the next
+    norm_before_coda: bool = False  # the final norm is applied before the coda as well as after it
+    input_injection: bool = False  # state <- adapter([state, prelude output]) at the start of a loop
+    embedding_scale: float = 1.0
+    activation: str = "silu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over all heads' channels of q and of k (OLMo-2)
+    qk_bias: bool = False  # a bias per head on q and k, before the rotary embedding (Huginn)
+    tie_embeddings: bool = False
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ConfigError(
+                f"rotary dimension {self.rotary_dim} must be even, 2..head_dim {self.head_dim}"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of each head that are rotated (the first ones)."""
+        return self.head_dim if self.rope.rotary_dim is None else self.rope.rotary_dim
+
+    @property
+    def num_layers(self) -> int:
+        """Layers with weights of their own: prelude, block, coda."""
+        return self.num_prelude_layers + self.num_block_layers + self.num_coda_layers
+
+    @property
+    def num_slots(self) -> int:
+        """Independent KV caches: one for each (loop, layer)."""
+        return self.num_layers + (self.num_loops - 1) * self.num_block_layers
+
+    def loops_of_layer(self, layer: int) -> int:
+        """How many KV slots the layer with this index (0..num_layers-1) owns."""
+        first = self.num_prelude_layers
+        return self.num_loops if first <= layer < first + self.num_block_layers else 1
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of K and V that one position holds over all slots, at `itemsize` bytes a number."""
+        return 2 * self.num_slots * self.num_kv_heads * self.head_dim * itemsize
+
+
+_POSITIVE = [f.name for f in fields(LoopedConfig) if f.type is int and "prelude" not in f.name]
+_POSITIVE.remove("num_coda_layers")

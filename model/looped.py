@@ -1,0 +1,108 @@
+"""LoopedTransformer: embedding, prelude, the shared block, coda and readout.
+
+Knows nothing about requests, caches or sampling: whoever calls it brings an `Attend` that stores and
+reads K and V. Invariant: `loop` is one function of (state, injected input) whatever the depth of a
+row, so rows at different depths run in one batch.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.config import LoopedConfig
+from model.layers import Attend, Layer, RMSNorm, Rotary, causal_attention
+
+Angles = tuple[Tensor, Tensor]
+
+
+class LoopedTransformer(nn.Module):
+    """A depth-shared decoder: prelude, block x num_loops, coda, head."""
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary = Rotary(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, self.rotary) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if config.input_injection:
+            self.adapter = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        first = config.num_prelude_layers
+        self._prelude = range(first)
+        self._block = range(first, first + config.num_block_layers)
+        self._coda = range(first + config.num_block_layers, config.num_layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.embedding.weight.device
+
+    def angles(self, positions: Tensor) -> Angles:
+        """Rotary cos and sin of integer positions (...), for the calls below."""
+        return self.rotary(positions, self.dtype)
+
+    def enter(self, token_ids: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """Embedding and prelude of token ids (...); returns the block's input (..., hidden)."""
+        h: Tensor = self.embedding(token_ids)
+        if self.config.embedding_scale != 1.0:
+            h = h * self.config.embedding_scale
+        return self._run(self._prelude, h, angles, attend)
+
+    def initial_state(self, entered: Tensor) -> Tensor:
+        """State before the first loop: zeros where the input is injected, else the input itself."""
+        return torch.zeros_like(entered) if self.config.input_injection else entered
+
+    def loop(self, state: Tensor, entered: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """One loop of the block over a state (..., hidden); `entered` is what `enter` gave the rows."""
+        if self.config.input_injection:
+            state = self.adapter(torch.cat((state, entered), -1))
+        state = self._run(self._block, state, angles, attend)
+        return self.norm(state) if self.config.norm_after_loop else state
+
+    def readout(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """Logits (..., vocab) of a state after any number of loops, in the model's dtype."""
+        if self.config.norm_before_coda:
+            state = self.norm(state)
+        state = self._run(self._coda, state, angles, attend)
+        if not self.config.norm_after_loop:
+            state = self.norm(state)
+        logits: Tensor = self.head(state)
+        return logits
+
+    def depths(
+        self, token_ids: Tensor, num_loops: int | None = None, initial_state: Tensor | None = None
+    ) -> list[Tensor]:
+        """States after loop 1..num_loops of whole sequences, without a cache: the slow, obvious way.
+
+        token_ids (batch, tokens); initial_state (tokens, hidden) or None; each state is (batch,
+        tokens, hidden). Training and the reference logits use it.
+        """
+        angles = self.angles(torch.arange(token_ids.shape[-1], device=token_ids.device))
+        entered = self.enter(token_ids, angles, _attend_whole)
+        state = self.initial_state(entered) if initial_state is None else initial_state.expand_as(entered)
+        states = []
+        for _ in range(num_loops or self.config.num_loops):
+            state = self.loop(state, entered, angles, _attend_whole)
+            states.append(state)
+        return states
+
+    def whole_readout(self, state: Tensor) -> Tensor:
+        """Logits (batch, tokens, vocab) of one of the states that `depths` returned."""
+        angles = self.angles(torch.arange(state.shape[-2], device=state.device))
+        return self.readout(state, angles, _attend_whole)
+
+    def _run(self, layers: range, h: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        for index in layers:
+            h = self.layers[index](index, h, angles, attend)
+        return h
+
+
+def _attend_whole(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return causal_attention(q, k, v)

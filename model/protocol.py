@@ -1,0 +1,127 @@
+"""Messages between the API process and the engine, and what the server asks of any engine.
+
+Imports neither torch nor a web framework, so that both sides may import it. Invariant: every request
+that `submit` accepts is answered by events whose last one, and only that one, has a finish reason.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Literal, Protocol
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+EngineState = Literal["loading", "ready", "dead"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How a token is chosen from logits. The defaults change nothing; `temperature` 0 is greedy.
+
+    `logit_bias` maps token ids to additive biases. `seed` is a signed 64-bit integer: the same seed,
+    prompt and parameters give the same text, whatever else runs.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to continue. Ids are of the model's vocabulary; counts are tokens.
+
+    The engine ends it at `max_tokens`, at a token of `stop_token_ids` or, unless `ignore_eos`, at an
+    end-of-sequence token of the model; the ending token is reported like any other.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_tokens: int
+    sampling: SamplingParams
+    stop_token_ids: list[int] = []
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    speculation: bool = True
+    num_loops: int | None = None  # None: the model's own
+    priority: int = 0  # smaller is served first
+
+
+class SequenceStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What a finished request cost. Passes per token = passes / tokens committed."""
+
+    passes: int = 0  # decode passes the sequence took part in
+    rows: int = 0  # decode rows it ran, flushed ones included
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
+    cached_prompt_tokens: int = 0
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """New tokens of one request. Exactly one event of a request has a `finish_reason`, the last.
+
+    `stop_token_id` is the token that ended it, if one did (it is also the last of `token_ids`).
+    `stats` comes with the finish reason; `error` says what went wrong when that is "error".
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    stats: SequenceStats | None = None
+    error: str | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a loaded engine is; fixed until the engine restarts."""
+
+    family: str
+    vocab_size: int
+    max_model_len: int  # tokens of prompt and completion together
+    num_loops: int
+    draft_depths: list[int]
+    eos_token_ids: list[int]
+    device: str
+    dtype: str
+    kv_cache_tokens: int
+    max_num_seqs: int
+
+
+class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a request submitted now would be served, and if not, why."""
+
+    state: EngineState
+    reason: str = ""
+
+
+class EngineUnavailableError(RuntimeError):
+    """The engine is loading or dead: nothing was submitted."""
+
+
+class Engine(Protocol):
+    """The engine as the server sees it: everything asynchronous arrives through `events`."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the loaded model; raises EngineUnavailableError while loading."""
+
+    def health(self) -> EngineHealth:
+        """The present state; never blocks."""
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queues a request without waiting; raises EngineUnavailableError unless ready."""
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request early; unknown or finished ids are ignored. Its last event says "abort"."""
+
+    def events(self) -> AsyncIterator[list[TokenEvent]]:
+        """Batches of events, in order, until the engine is closed. One consumer."""
+
+    async def start(self) -> None:
+        """Begins loading; returns at once. Call once, in the event loop that reads `events`."""
+
+    async def close(self) -> None:
+        """Ends the engine; requests in flight get an "abort" event first."""
