@@ -13,6 +13,22 @@ class ConfigError(ValueError):
     """A model configuration that cannot be served; the message names the field, value and limit."""
 
 
+ACTIVATIONS = frozenset(
+    (
+        "silu",
+        "swish",
+        "gelu",
+        "gelu_new",
+        "gelu_fast",
+        "gelu_pytorch_tanh",
+        "quick_gelu",
+        "relu",
+        "relu2",
+        "mish",
+    )
+)
+
+
 class NormPlacement(Enum):
     """Where the RMSNorms of a layer sit around a sub-layer f (attention, then MLP).
 
@@ -98,10 +114,11 @@ class LoopedConfig:
             raise ConfigError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(sorted(ACTIVATIONS))
+            raise ConfigError(f"activation {self.activation!r} is not supported; {known} are")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
-            raise ConfigError(
-                f"rotary dimension {self.rotary_dim} must be even, 2..head_dim {self.head_dim}"
-            )
+            raise ConfigError(f"rotary dimension {self.rotary_dim} must be even, 2..head_dim {self.head_dim}")
 
     @property
     def rotary_dim(self) -> int:

@@ -17,13 +17,23 @@ from model.config import ConfigError, LoopedConfig, NormPlacement, RopeConfig
 # (layer index, q, k, v) -> attention output; q, k, v are (..., heads, head_dim), q already rotated.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# The names of transformers' ACT2FN; `config.ACTIVATIONS` lists the same ones (a test compares them).
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "mish": F.mish,
 }
 
 
@@ -37,6 +47,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalised x (..., size), same shape and dtype."""
         return F.rms_norm(x, self.size, self.weight, self.eps)
 
 
@@ -44,9 +55,9 @@ def rotary_frequencies(rope: RopeConfig, rotary_dim: int, max_positions: int) ->
     """Inverse frequencies, fp32 (rotary_dim / 2,), and the factor that scales cos and sin.
 
     The formulas of transformers' `modeling_rope_utils` for default, linear, llama3 and yarn; raises
-    ConfigError for any other kind.
+    ConfigError for any other kind. Always on the CPU: a model built on the meta device needs them too.
     """
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
     base = 1.0 / (rope.theta**exponents)
     if rope.kind == "default":
         return base, 1.0
@@ -83,8 +94,10 @@ def _yarn_frequencies(
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
-    steps = torch.arange(rotary_dim // 2, dtype=torch.float32)
-    ramp = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
+    # high < low happens (a tiny original context) and turns the ramp round, in the reference as well
+    width = high - low or 0.001
+    steps = torch.arange(rotary_dim // 2, dtype=torch.float32, device="cpu")
+    ramp = ((steps - low) / width).clamp(0, 1)
     return base / rope.factor * ramp + base * (1 - ramp), _yarn_attention_factor(rope)
 
 
@@ -104,8 +117,6 @@ class Rotary(nn.Module):
 
     The frequencies stay fp32 whatever the module is cast to: bf16 frequencies are a known trap.
     """
-
-    frequencies: Tensor
 
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
@@ -132,7 +143,7 @@ class Rotary(nn.Module):
         """Rotates x (..., heads, head_dim) by its position; channels past rotary_dim pass through."""
         turned = x if self.rotary_dim == x.shape[-1] else x[..., : self.rotary_dim]
         if self.interleaved:
-            swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            swapped = turned.reshape(*turned.shape[:-1], -1, 2).flip(-1).flatten(-2)
         else:
             half = self.rotary_dim // 2
             swapped = torch.cat((turned[..., half:], turned[..., :half]), -1)
@@ -161,7 +172,7 @@ class Attention(nn.Module):
     def forward(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Attention of x (..., hidden) for the layer with this index; same shape out."""
         qkv = self.qkv_proj(x)
-        heads = qkv.unflatten(-1, (-1, self.head_dim))  # (..., heads + 2 kv_heads, head_dim)
+        heads = qkv.view(*qkv.shape[:-1], -1, self.head_dim)  # (..., heads + 2 kv_heads, head_dim)
         rotated = self.num_heads + self.num_kv_heads
         qk, v = heads[..., :rotated, :], heads[..., rotated:, :]
         if self.has_qk_norm:
@@ -170,14 +181,14 @@ class Attention(nn.Module):
             qk = qk + self.qk_bias
         qk = self.rotary[0].rotate(qk, *angles)
         out = attend(layer, qk[..., : self.num_heads, :], qk[..., self.num_heads :, :], v)
-        out = self.o_proj(out.flatten(-2))
-        return out
+        projected: Tensor = self.o_proj(out.flatten(-2))
+        return projected
 
     def _normalised(self, qkv: Tensor) -> Tensor:
         split = self.num_heads * self.head_dim
         q, k = qkv[..., :split], qkv[..., split : split + self.num_kv_heads * self.head_dim]
         qk = torch.cat((self.q_norm(q), self.k_norm(k)), -1)
-        return qk.unflatten(-1, (-1, self.head_dim))
+        return qk.view(*qk.shape[:-1], -1, self.head_dim)
 
 
 class GatedMLP(nn.Module):
@@ -188,12 +199,10 @@ class GatedMLP(nn.Module):
         c = config
         self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
-        if c.activation not in ACTIVATIONS:
-            known = ", ".join(sorted(ACTIVATIONS))
-            raise ConfigError(f"hidden_act {c.activation!r} is not supported; {known} are")
         self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        """The MLP of x (..., hidden); same shape out."""
         gate, up = self.gate_up_proj(x).chunk(2, -1)
         out: Tensor = self.down_proj(self.activation(gate) * up)
         return out

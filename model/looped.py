@@ -25,14 +25,18 @@ class LoopedTransformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config, self.rotary) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie()
         if config.input_injection:
             self.adapter = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         first = config.num_prelude_layers
         self._prelude = range(first)
         self._block = range(first, first + config.num_block_layers)
         self._coda = range(first + config.num_block_layers, config.num_layers)
+
+    def tie(self) -> None:
+        """Makes head and embedding one tensor again where the config ties them (`to_empty` parts them)."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,7 +50,8 @@ class LoopedTransformer(nn.Module):
 
     def angles(self, positions: Tensor) -> Angles:
         """Rotary cos and sin of integer positions (...), for the calls below."""
-        return self.rotary(positions, self.dtype)
+        angles: Angles = self.rotary(positions, self.dtype)
+        return angles
 
     def enter(self, token_ids: Tensor, angles: Angles, attend: Attend) -> Tensor:
         """Embedding and prelude of token ids (...); returns the block's input (..., hidden)."""
@@ -66,14 +71,16 @@ class LoopedTransformer(nn.Module):
         state = self._run(self._block, state, angles, attend)
         return self.norm(state) if self.config.norm_after_loop else state
 
-    def readout(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
-        """Logits (..., vocab) of a state after any number of loops, in the model's dtype."""
+    def finish(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """Coda and final norm of a state after any number of loops, same shape: the head's input."""
         if self.config.norm_before_coda:
             state = self.norm(state)
         state = self._run(self._coda, state, angles, attend)
-        if not self.config.norm_after_loop:
-            state = self.norm(state)
-        logits: Tensor = self.head(state)
+        return state if self.config.norm_after_loop else self.norm(state)
+
+    def readout(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """Logits (..., vocab) of a state after any number of loops, in the model's dtype."""
+        logits: Tensor = self.head(self.finish(state, angles, attend))
         return logits
 
     def depths(

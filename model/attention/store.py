@@ -1,0 +1,67 @@
+"""The tensors behind the pages, and what every attention implementation promises.
+
+Layout: one K and one V tensor for each layer with weights, (loops, token slots, kv_heads, head_dim);
+the loops of a layer are its slots. The K/V of a sequence's position p at loop r is [r, table.slot(p)].
+Invariant: rows of one pass never write the same entry, and a row reads no position behind its own.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from model.cache import PageTable
+from model.config import LoopedConfig
+from model.layers import Attend
+from model.sampling import to_device
+
+
+class RowRun(NamedTuple):
+    """Consecutive rows of a batch: positions start .. start + count - 1 of one sequence at one loop.
+
+    `loop` (0..R-1) picks the slots of the layers that the rows run through; 0 in prelude and coda.
+    """
+
+    table: PageTable
+    start: int
+    count: int
+    loop: int
+
+
+class KVStore:
+    """K and V of all layers, loops and token slots. Memory is touched only where it is written."""
+
+    def __init__(
+        self, config: LoopedConfig, num_tokens: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.num_tokens = num_tokens
+        self.device = device
+        self.dtype = dtype
+        self.group = config.num_heads // config.num_kv_heads
+        shapes = [
+            (config.loops_of_layer(layer), num_tokens, config.num_kv_heads, config.head_dim)
+            for layer in range(config.num_layers)
+        ]
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+
+    def entries(self, runs: SequenceOf[RowRun]) -> Tensor:
+        """Index of each row's entry in a layer's flattened (loops * token slots) cache, (rows,)."""
+        flat: list[int] = []
+        for run in runs:
+            offset = run.loop * self.num_tokens
+            flat.extend(offset + slot for slot in run.table.slots(run.start, run.count))
+        return to_device(flat, torch.int64, self.device)
+
+    def write(self, layer: int, entries: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores k and v (rows, kv_heads, head_dim) of the rows at `entries`."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, entries, k)
+        self.values[layer].flatten(0, 1).index_copy_(0, entries, v)
+
+
+class PagedAttention(Protocol):
+    """Writes a batch's K and V into the cache and attends over what is there."""
+
+    def bind(self, runs: SequenceOf[RowRun]) -> Attend:
+        """An `Attend` for the rows of these runs, in this order; good for one pass."""

@@ -1,0 +1,113 @@
+"""CPU attention: reads the cache through views, without a copy, where a sequence's pages are neighbours.
+
+The rows of a wave stand at neighbouring loops of the same positions, so one view (loops, kv_heads,
+positions, head_dim) serves them all in one call. Scattered pages are gathered, one sequence at a time.
+"""
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention.store import KVStore, RowRun
+from model.cache import PageTable
+from model.layers import Attend
+
+
+class ViewedAttention:
+    """One attention call for each wave and for each prompt chunk."""
+
+    def __init__(self, store: KVStore) -> None:
+        self.store = store
+
+    def bind(self, runs: SequenceOf[RowRun]) -> Attend:
+        """See PagedAttention."""
+        store = self.store
+        entries = store.entries(runs)
+        calls = [_Call(store, group, first) for group, first in _groups(runs)]
+        if len(calls) == 1:
+            only = calls[0]
+
+            def attend_one(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                store.write(layer, entries, k, v)
+                return only.attend(layer, q)
+
+            return attend_one
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            store.write(layer, entries, k, v)
+            return torch.cat([call.attend(layer, q[call.rows]) for call in calls])
+
+        return attend
+
+
+def _groups(runs: SequenceOf[RowRun]) -> list[tuple[list[RowRun], int]]:
+    """Runs that one call can serve, each group with its first row: single rows at loops n, n+1, ..."""
+    groups: list[tuple[list[RowRun], int]] = []
+    first = 0
+    for run in runs:
+        before = groups[-1][0][-1] if groups else None
+        if before is not None and _continues(before, run):
+            groups[-1][0].append(run)
+        else:
+            groups.append(([run], first))
+        first += run.count
+    return groups
+
+
+def _continues(before: RowRun, run: RowRun) -> bool:
+    single = before.count == run.count == 1
+    return single and before.table is run.table and run.loop == before.loop + 1
+
+
+class _Call:
+    """Attention of one group: rows of one sequence, all at one loop or one row a loop."""
+
+    def __init__(self, store: KVStore, runs: list[RowRun], first: int) -> None:
+        self.store = store
+        self.table: PageTable = runs[0].table
+        self.context = max(run.start + run.count for run in runs)
+        self.loops = slice(runs[0].loop, runs[-1].loop + 1)
+        self.num_loops = len(runs)
+        self.count = runs[0].count
+        self.rows = slice(first, first + sum(run.count for run in runs))
+        self.index = None if self.table.base is not None else self._slots()
+        self.mask = self._mask([run.start for run in runs])
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Output (rows, heads, head_dim) of the group's queries q, of the same shape."""
+        keys = self._context_of(self.store.keys[layer])
+        values = self._context_of(self.store.values[layer])
+        # Query heads that share a K/V head stand in the place of tokens: no head is repeated.
+        rows, heads, head_dim = q.shape
+        grouped = q.view(self.num_loops, self.count, heads // self.store.group, self.store.group, head_dim)
+        if self.count == 1:
+            out = F.scaled_dot_product_attention(grouped[:, 0], keys, values, attn_mask=self.mask)
+            return out.reshape(rows, heads, head_dim)
+        queries = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (1, kv_heads, group * count, head_dim)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.mask)
+        out = out.unflatten(2, (self.store.group, self.count))
+        return out.permute(0, 3, 1, 2, 4).reshape(rows, heads, head_dim)
+
+    def _context_of(self, cache: Tensor) -> Tensor:
+        """(loops of the group, kv_heads, context, head_dim), a view unless pages are scattered."""
+        part = cache[self.loops]
+        if self.index is not None:
+            part = part.index_select(1, self.index)
+        else:
+            part = part.narrow(1, self.table.base or 0, self.context)
+        return part.transpose(1, 2)
+
+    def _slots(self) -> Tensor:
+        return torch.tensor(list(self.table.slots(0, self.context)))
+
+    def _mask(self, starts: list[int]) -> Tensor | None:
+        """0 where a query may look, -inf elsewhere; None when every query sees the whole context."""
+        if self.context == starts[0] + 1 == starts[-1] + 1:
+            return None
+        seen = torch.arange(self.context)
+        last = torch.tensor(starts)[:, None] + torch.arange(self.count)  # (loops, count)
+        mask = torch.zeros(self.num_loops, 1, self.count, self.context, dtype=self.store.dtype)
+        mask.masked_fill_((seen > last[:, :, None])[:, None], -torch.inf)
+        return mask.repeat(1, 1, self.store.group, 1) if self.count > 1 else mask

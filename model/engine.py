@@ -1,0 +1,202 @@
+"""The engine: requests in, token events out, one pass a step.
+
+    batch  = scheduler.schedule()
+    tokens = runner.forward(batch)
+    events = scheduler.update(batch, tokens)
+
+Synchronous and single-threaded; `worker` gives it a process of its own. Invariant: every request that
+`add` takes ends with exactly one event that has a finish reason, and gives its pages back with it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from model.cache import PagePool
+from model.looped import LoopedTransformer
+from model.protocol import EngineInfo, GenerationRequest, SequenceStats, TokenEvent
+from model.runner import Runner, bytes_per_token
+from model.scheduler import Scheduler, SchedulerLimits
+from model.sequence import Sequence
+from model.wave import Wave
+
+PAGE_SIZE = 16  # positions
+CPU_CACHE_SHARE, GPU_CACHE_SHARE = 0.25, 0.85  # of the memory free when the model is loaded
+
+
+class EngineConfigError(ValueError):
+    """Engine options that cannot work together or with this model."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of an engine; None means the model's own or what fits."""
+
+    draft_depths: tuple[int, ...] | None = None
+    max_model_len: int | None = None  # tokens
+    kv_cache_tokens: int | None = None
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
+
+
+class Engine:
+    """A loaded model that continues many sequences at once."""
+
+    def __init__(self, model: LoopedTransformer, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
+        self.model = model
+        self.max_model_len = _max_model_len(model, config)
+        self.draft_depths = _draft_depths(model, config)
+        num_tokens = config.kv_cache_tokens or self._tokens_that_fit(config.limits.max_num_seqs)
+        if num_tokens < self.max_model_len:
+            raise EngineConfigError(
+                f"kv_cache_tokens {num_tokens} is below max_model_len {self.max_model_len}: "
+                "one request at full context would not fit"
+            )
+        self.pool = PagePool(-(-num_tokens // PAGE_SIZE), PAGE_SIZE)
+        self.scheduler = Scheduler(self.pool, config.limits)
+        self.runner = Runner(model, self.pool.num_tokens)
+        self._answered: list[TokenEvent] = []  # events that need no pass
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts for the server."""
+        config = self.model.config
+        return EngineInfo(
+            family=config.family,
+            vocab_size=config.vocab_size,
+            max_model_len=self.max_model_len,
+            num_loops=config.num_loops,
+            draft_depths=list(self.draft_depths),
+            eos_token_ids=list(config.eos_token_ids),
+            device=str(self.model.device),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            kv_cache_tokens=self.pool.num_tokens,
+            max_num_seqs=self.scheduler.limits.max_num_seqs,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_work or bool(self._answered)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Takes a request; one that cannot be served is answered by an "error" event."""
+        problem = self._problem(request)
+        if problem:
+            self._answer(request, error=problem)
+        elif request.max_tokens == 0:
+            self._answer(request)
+        else:
+            self.scheduler.add(self._sequence(request))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request before its time; unknown ids are ignored."""
+        event = self.scheduler.abort(request_id)
+        if event is not None:
+            self.runner.sampler.forget(request_id)
+            self._answered.append(event)
+
+    def step(self) -> list[TokenEvent]:
+        """One pass, if any rows are due; new tokens and ends, in order."""
+        events, self._answered = self._answered, []
+        batch = self.scheduler.schedule()
+        if batch:
+            events += self.scheduler.update(batch, self.runner.forward(batch))
+        for event in events:
+            if event.finish_reason:
+                self.runner.sampler.forget(event.request_id)
+        return events
+
+    def run(self, requests: list[GenerationRequest]) -> dict[str, list[TokenEvent]]:
+        """Continues requests together until all have ended; their events by request id."""
+        for request in requests:
+            self.add(request)
+        events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
+        while self.has_work:
+            for event in self.step():
+                events[event.request_id].append(event)
+        return events
+
+    def check_integrity(self) -> None:
+        """Raises CacheIntegrityError if a page is lost or doubled, or still owned while nothing runs."""
+        self.pool.check_integrity()
+        if not self.scheduler.running and self.pool.num_free_pages != self.pool.num_pages:
+            raise RuntimeError("pages are in use though no sequence runs")
+
+    def _sequence(self, request: GenerationRequest) -> Sequence:
+        eos = () if request.ignore_eos else self.model.config.eos_token_ids
+        wave = Wave(
+            request.prompt_token_ids,
+            num_loops=request.num_loops or self.model.config.num_loops,
+            draft_depths=self.draft_depths if request.speculation else (),
+            length_limit=min(len(request.prompt_token_ids) + request.max_tokens, self.max_model_len),
+            ending_tokens=frozenset(eos) | frozenset(request.stop_token_ids),
+        )
+        return Sequence(request, wave)
+
+    def _problem(self, request: GenerationRequest) -> str | None:
+        """Why a request cannot be served, or None. The server checks the same with better words."""
+        length, loops = len(request.prompt_token_ids), self.model.config.num_loops
+        if not length:
+            return "prompt_token_ids is empty; at least one token is needed"
+        vocab_size = self.model.config.vocab_size
+        ids = [*request.prompt_token_ids, *request.stop_token_ids, *request.sampling.logit_bias]
+        if outside := next((i for i in ids if not 0 <= i < vocab_size), None):
+            return f"token id {outside} is outside the vocabulary of {vocab_size}"
+        if request.max_tokens < 0 or length + request.max_tokens > self.max_model_len:
+            return (
+                f"{length} prompt tokens and max_tokens {request.max_tokens} exceed the context of "
+                f"{self.max_model_len} tokens"
+            )
+        if request.num_loops is not None and not 1 <= request.num_loops <= loops:
+            return f"num_loops {request.num_loops} is outside 1..{loops}"
+        return None
+
+    def _answer(self, request: GenerationRequest, error: str | None = None) -> None:
+        self._answered.append(
+            TokenEvent(
+                request_id=request.request_id,
+                finish_reason="error" if error else "length",
+                stats=SequenceStats(),
+                error=error,
+            )
+        )
+
+    def _tokens_that_fit(self, max_num_seqs: int) -> int:
+        """Token slots for `max_num_seqs` full contexts, or fewer if memory is short."""
+        each = bytes_per_token(self.model.config, self.model.dtype)
+        fit = int(_memory_for_cache(self.model.device) / each)
+        if fit < self.max_model_len:
+            raise EngineConfigError(
+                f"max_model_len {self.max_model_len} needs {self.max_model_len * each} bytes of KV cache, "
+                f"{fit * each} are free: lower max_model_len to {fit} or less"
+            )
+        return min(fit, self.max_model_len * max_num_seqs)
+
+
+def _max_model_len(model: LoopedTransformer, config: EngineConfig) -> int:
+    most = model.config.max_positions
+    wanted = config.max_model_len or most
+    if not 1 <= wanted <= most:
+        raise EngineConfigError(f"max_model_len {wanted} is outside 1..{most}, the model's positions")
+    return wanted
+
+
+def _draft_depths(model: LoopedTransformer, config: EngineConfig) -> tuple[int, ...]:
+    loops = model.config.num_loops
+    if config.draft_depths is None:
+        return (1,) if loops > 1 else ()
+    for depth in config.draft_depths:
+        if not 1 <= depth < loops:
+            raise EngineConfigError(f"draft depth {depth} is outside 1..{loops - 1} (num_loops - 1)")
+    return tuple(sorted(set(config.draft_depths)))
+
+
+def _memory_for_cache(device: torch.device) -> float:
+    """Bytes that the KV cache may take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free * GPU_CACHE_SHARE
+    with open("/proc/meminfo") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    return int(lines["MemAvailable"].split()[0]) * 1024 * CPU_CACHE_SHARE

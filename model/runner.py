@@ -1,0 +1,148 @@
+"""One pass: scheduled rows -> tensors -> the shared block -> readouts -> one token for each readout.
+
+Knows nothing about requests' ends or queues. The state of a row between two passes lies in the pool at
+its token slot, like its K/V, so a flush leaves nothing to clean up. Invariant: a pass waits for the
+device once, when the tokens are read.
+"""
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from model.attention import KVStore, PagedAttention, attention_for
+from model.attention.store import RowRun
+from model.config import LoopedConfig
+from model.layers import Attend
+from model.looped import LoopedTransformer
+from model.sampling import Readout, Sampler, to_device
+from model.sequence import ScheduledRun
+
+
+class Runner:
+    """The model, its KV cache and the states in flight."""
+
+    def __init__(self, model: LoopedTransformer, num_tokens: int) -> None:
+        self.model = model
+        config = model.config
+        self.store = KVStore(config, num_tokens, model.device, model.dtype)
+        self.attention: PagedAttention = attention_for(self.store)
+        self.sampler = Sampler(config.vocab_size, model.device)
+        shape = (num_tokens, config.hidden_size)
+        self._states = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        self._entered = torch.zeros_like(self._states) if config.input_injection else self._states
+
+    @torch.inference_mode()
+    def forward(self, batch: SequenceOf[ScheduledRun]) -> list[int]:
+        """Runs one loop for every row; the tokens that the readouts predict, in the batch's order.
+
+        Writes K/V and states of the rows' positions. Waits for the device once if there is a readout.
+        """
+        self._enter([item for item in batch if item.loop == 0])
+        state = self._loop(batch)
+        readouts = [item for item in batch if item.readout]
+        hidden = self._finish(batch, state, readouts)
+        if not readouts:
+            return []
+        targets = [Readout(item.sequence, item.start + item.count) for item in readouts]
+        tokens: list[int] = self.sampler.sample(self.model.head(hidden), targets).tolist()
+        return tokens
+
+    def _enter(self, batch: SequenceOf[ScheduledRun]) -> None:
+        """Embeds the tokens of rows before their first loop and runs the prelude."""
+        if not batch:
+            return
+        ids: list[int] = []
+        for item in batch:
+            ids.extend(item.sequence.wave.tokens[item.start : item.start + item.count])
+        has_prelude = self.model.config.num_prelude_layers > 0
+        attend = self._bind_unlooped(batch) if has_prelude else _no_attention
+        angles = self.model.angles(self._positions(batch))
+        entered = self.model.enter(self._tensor(ids), angles, attend)
+        slots = self._slots(batch)
+        if self._entered is not self._states:
+            self._entered.index_copy_(0, slots, entered)
+        self._states.index_copy_(0, slots, self.model.initial_state(entered))
+
+    def _loop(self, batch: SequenceOf[ScheduledRun]) -> Tensor:
+        """One loop for all rows; their new states (rows, hidden), also kept for their next pass."""
+        slots = self._slots(batch)
+        angles = self.model.angles(self._positions(batch))
+        attend = self.attention.bind([_row_run(item, item.loop) for item in batch])
+        state = self._states.index_select(0, slots)
+        entered = state if self._entered is self._states else self._entered.index_select(0, slots)
+        state = self.model.loop(state, entered, angles, attend)
+        self._states.index_copy_(0, slots, state)
+        return state
+
+    def _finish(
+        self, batch: SequenceOf[ScheduledRun], state: Tensor, readouts: SequenceOf[ScheduledRun]
+    ) -> Tensor:
+        """Coda and final norm; the head's inputs (readouts, hidden).
+
+        A coda has K/V of its own, so every row that ends its last loop runs it, prompt rows as well;
+        a draft readout writes provisional K/V there, which the row's last loop overwrites.
+        """
+        if not self.model.config.num_coda_layers:
+            rows = state if len(readouts) == len(state) else state[self._last_rows(batch)]
+            return self.model.finish(rows, _NO_ANGLES, _no_attention)
+        due = [item for item in batch if item.readout or item.loop + 1 == item.sequence.wave.num_loops]
+        if not due:
+            return state[:0]
+        angles = self.model.angles(self._positions(due))
+        hidden = self.model.finish(state[self._rows_of(batch, due)], angles, self._bind_unlooped(due))
+        return hidden[self._last_rows(due)]
+
+    def _bind_unlooped(self, batch: SequenceOf[ScheduledRun]) -> Attend:
+        return self.attention.bind([_row_run(item, 0) for item in batch])
+
+    def _positions(self, batch: SequenceOf[ScheduledRun]) -> Tensor:
+        positions: list[int] = []
+        for item in batch:
+            positions.extend(range(item.start, item.start + item.count))
+        return self._tensor(positions)
+
+    def _slots(self, batch: SequenceOf[ScheduledRun]) -> Tensor:
+        slots: list[int] = []
+        for item in batch:
+            assert item.sequence.table is not None
+            slots.extend(item.sequence.table.slots(item.start, item.count))
+        return self._tensor(slots)
+
+    def _last_rows(self, batch: SequenceOf[ScheduledRun]) -> Tensor:
+        """Index of the last row of every run of the batch that is read out."""
+        rows, total = [], 0
+        for item in batch:
+            total += item.count
+            if item.readout:
+                rows.append(total - 1)
+        return self._tensor(rows)
+
+    def _rows_of(self, batch: SequenceOf[ScheduledRun], chosen: SequenceOf[ScheduledRun]) -> Tensor:
+        wanted, rows, total = set(map(id, chosen)), list[int](), 0
+        for item in batch:
+            if id(item) in wanted:
+                rows.extend(range(total, total + item.count))
+            total += item.count
+        return self._tensor(rows)
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return to_device(values, torch.int64, self.store.device)
+
+
+_NO_ANGLES = (torch.empty(0), torch.empty(0))
+
+
+def _no_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    raise AssertionError(f"layer {layer} attended where the model has no layers")
+
+
+def _row_run(item: ScheduledRun, loop: int) -> RowRun:
+    assert item.sequence.table is not None
+    return RowRun(item.sequence.table, item.start, item.count, loop)
+
+
+def bytes_per_token(config: LoopedConfig, dtype: torch.dtype) -> int:
+    """Bytes that one token slot takes: K/V of all slots, and the states in flight."""
+    states = 2 if config.input_injection else 1
+    return config.kv_bytes_per_token(dtype.itemsize) + states * config.hidden_size * dtype.itemsize

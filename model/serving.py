@@ -1,0 +1,58 @@
+"""From options to a loaded engine: device, dtype, threads, warm-up. Used by the worker and the benchmarks."""
+
+import os
+
+import torch
+
+from model.engine import Engine, EngineConfig
+from model.loader import load_model
+from model.protocol import GenerationRequest, SamplingParams
+from model.scheduler import SchedulerLimits
+from model.worker import EngineOptions
+
+
+def build_engine(options: EngineOptions) -> Engine:
+    """Loads the model of `options` and runs one request through it.
+
+    Raises ValueError (CheckpointError, ConfigError, EngineConfigError) for what a user can mend.
+    """
+    device = resolve_device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    loaded = load_model(options.model_path, device=device, dtype=options.dtype)
+    limits = SchedulerLimits(
+        max_num_seqs=options.max_num_seqs,
+        prefill_chunk_size=options.prefill_chunk_size,
+        prefill_rows=options.prefill_chunk_size * loaded.config.num_loops,
+        row_budget=options.row_budget,
+    )
+    config = EngineConfig(
+        draft_depths=options.draft_depths,
+        max_model_len=options.max_model_len,
+        kv_cache_tokens=options.kv_cache_tokens,
+        limits=limits,
+    )
+    engine = Engine(loaded.model, config)
+    _warm_up(engine)
+    return engine
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `--device` names; "auto" is the first GPU if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"device {name}: this machine has {count} CUDA devices")
+    return device
+
+
+def _warm_up(engine: Engine) -> None:
+    """One short request: memory is mapped and kernels are chosen before the first user comes."""
+    sampling = SamplingParams(temperature=0)
+    count = min(4, engine.max_model_len - 1)
+    engine.run(
+        [GenerationRequest(request_id="warm-up", prompt_token_ids=[0], max_tokens=count, sampling=sampling)]
+    )
