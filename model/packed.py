@@ -1,0 +1,56 @@
+"""Linear layers for a few rows at a time on a CPU: weights laid out once for oneDNN's small products.
+
+torch's ordinary CPU product reads the weights again for almost every row when there are few (MKL, fp32,
+384 x 2048 on two Zen 4 cores: 0.30 ms for one row, 0.44 ms for four); on packed weights it takes 0.10 ms
+for one to four, so rows in flight are nearly free. The operators are the ones that torch.compile's
+freezing emits; they need no compiler. Where they are missing, layers stay as they are.
+"""
+
+import torch
+from torch import Tensor, nn
+
+PACKED_FOR_ROWS = 16  # the layout is chosen for so many rows; measured best for 1 to 256
+PACKABLE = (torch.float32, torch.bfloat16)
+
+
+class PackedLinear(nn.Module):
+    """x @ weight.T + bias with a packed weight; inference only, CPU only."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_FOR_ROWS)
+        self._bias = None if linear.bias is None else linear.bias.detach()
+        self._call = torch.ops.mkldnn._linear_pointwise.default
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (rows, in_features) -> (rows, out_features)."""
+        out: Tensor = self._call(x, self._weight, self._bias, "none", [], "")
+        return out
+
+
+def pack_linears(module: nn.Module) -> int:
+    """Replaces every nn.Linear below `module` by a packed one, in place; how many were replaced.
+
+    Nothing is replaced on another device, in another dtype, or where torch lacks the operators. The
+    module can no longer be trained, moved or saved.
+    """
+    if not _can_pack(module):
+        return 0
+    found = [(parent, name, child) for parent in module.modules() for name, child in parent.named_children()]
+    linears = [(parent, name, child) for parent, name, child in found if isinstance(child, nn.Linear)]
+    for parent, name, child in linears:
+        setattr(parent, name, PackedLinear(child))
+    return len(linears)
+
+
+def _can_pack(module: nn.Module) -> bool:
+    weight = next(module.parameters())
+    if weight.device.type != "cpu" or weight.dtype not in PACKABLE or not torch.backends.mkldnn.is_available():
+        return False
+    probe = nn.Linear(32, 32, dtype=weight.dtype)
+    try:
+        packed = PackedLinear(probe)(torch.eye(32, dtype=weight.dtype))
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return bool(torch.allclose(packed, probe(torch.eye(32, dtype=weight.dtype)), atol=1e-2))

@@ -1,0 +1,233 @@
+"""The engine on tiny real models: speculation on == off, alone == in a batch, the cache after flushes."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from model.engine import Engine, EngineConfig, EngineConfigError
+from model.looped import LoopedTransformer
+from model.packed import pack_linears
+from model.protocol import GenerationRequest, SamplingParams
+from model.scheduler import SchedulerLimits
+from tests.tiny_models import SHAPES, tiny_model
+
+GREEDY = SamplingParams(temperature=0)
+NEW_TOKENS = 16
+
+
+def request(index: int, prompt: list[int], sampling: SamplingParams, **options) -> GenerationRequest:
+    options = {"max_tokens": NEW_TOKENS, **options}
+    return GenerationRequest(
+        request_id=str(index), prompt_token_ids=prompt, sampling=sampling, ignore_eos=True, **options
+    )
+
+
+def prompts(count: int, vocab: int = 61) -> list[list[int]]:
+    rng = random.Random(count)
+    return [[rng.randrange(vocab) for _ in range(rng.randint(1, 40))] for _ in range(count)]
+
+
+def engine(model: LoopedTransformer, draft_depths=None, **limits: int) -> Engine:
+    limits = {"prefill_chunk_size": 16, "prefill_rows": 32, **limits}
+    return Engine(model, EngineConfig(draft_depths, kv_cache_tokens=1024, limits=SchedulerLimits(**limits)))
+
+
+def texts(engine: Engine, requests: list[GenerationRequest]) -> list[list[int]]:
+    events = engine.run(requests)
+    engine.check_integrity()
+    return [[t for event in events[r.request_id] for t in event.token_ids] for r in requests]
+
+
+@torch.inference_mode()
+def plain_greedy(model: LoopedTransformer, prompt: list[int], loops: int | None = None) -> list[int]:
+    """A whole forward pass for every token: no cache, no rows."""
+    ids = list(prompt)
+    for _ in range(NEW_TOKENS):
+        state = model.depths(torch.tensor([ids]), loops)[-1]
+        ids.append(int(model.whole_readout(state)[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_text_is_plain_decoding_for_every_shape_and_draft_policy(shape: str) -> None:
+    model = tiny_model(**SHAPES[shape])
+    expected = [plain_greedy(model, prompt) for prompt in prompts(6)]
+    requests = [request(i, prompt, GREEDY) for i, prompt in enumerate(prompts(6))]
+    loops = model.config.num_loops
+    policies = {(), tuple(range(1, loops)), (loops - 1,) if loops > 1 else ()}
+    for draft_depths in [None, *sorted(policies)]:
+        assert texts(engine(model, draft_depths, row_budget=7), requests) == expected
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.8, "top_p": 0.95},
+        {"temperature": 1.2, "top_k": 10, "presence_penalty": 1.0, "repetition_penalty": 1.2},
+        {"temperature": 0.0, "frequency_penalty": 0.7, "logit_bias": {5: 2.0, 6: -100.0}},
+    ],
+)
+def test_sampled_text_is_the_same_with_speculation_on_and_off_alone_and_in_a_batch(sampling: dict) -> None:
+    model = tiny_model(num_loops=4)
+
+    def requests(speculation: bool) -> list[GenerationRequest]:
+        return [
+            request(i, prompt, SamplingParams(**sampling, seed=i), speculation=speculation)
+            for i, prompt in enumerate(prompts(8))
+        ]
+
+    plain = engine(model)
+    alone = [texts(plain, [r])[0] for r in requests(speculation=False)]
+    assert len({tuple(text) for text in alone}) > 1
+    assert texts(engine(model, (1,)), requests(True)) == alone
+    assert texts(engine(model, (1, 2, 3), max_num_seqs=3, row_budget=5), requests(True)) == alone
+
+
+def test_a_seed_decides_the_text() -> None:
+    model = tiny_model()
+    prompt = prompts(1)[0]
+    requests = [request(i, prompt, SamplingParams(seed=seed)) for i, seed in enumerate((1, 1, 2))]
+    first, again, other = texts(engine(model), requests)
+    assert first == again != other
+
+
+@given(chunk=st.integers(1, 50), budget=st.integers(1, 12), drafts=st.sets(st.integers(1, 2)))
+@settings(max_examples=25, deadline=None)
+def test_the_cache_after_flushes_is_the_cache_of_the_committed_tokens(chunk, budget, drafts) -> None:
+    """Invariant 3: K/V of every slot, compared with a run that only reads the final text as a prompt."""
+    model = tiny_model()
+    prompt = prompts(3)[2]
+    wavy = engine(model, tuple(sorted(drafts)), prefill_chunk_size=chunk, prefill_rows=chunk, row_budget=budget)
+    text = texts(wavy, [request(0, prompt, GREEDY)])[0]
+    reader = engine(model, ())
+    texts(reader, [request(0, prompt + text[:-1], GREEDY, max_tokens=1)])
+    used = len(prompt) + len(text) - 1  # both engines give the first pages, in order
+    for ours, theirs in zip(wavy.runner.store.keys, reader.runner.store.keys, strict=True):
+        assert torch.allclose(ours[:, :used], theirs[:, :used], atol=1e-4)
+
+
+def test_num_loops_of_a_request_runs_it_at_that_depth() -> None:
+    model = tiny_model(num_loops=4)
+    prompt = prompts(2)[1]
+    requests = [request(loops, prompt, GREEDY, num_loops=loops) for loops in (1, 2, 4)]
+    assert texts(engine(model), requests) == [plain_greedy(model, prompt, loops) for loops in (1, 2, 4)]
+
+
+def test_packed_linears_give_the_same_text() -> None:
+    model = tiny_model()
+    expected = [plain_greedy(model, prompt) for prompt in prompts(4)]
+    assert pack_linears(model) > 0
+    assert texts(engine(model), [request(i, p, GREEDY) for i, p in enumerate(prompts(4))]) == expected
+
+
+def test_eos_and_stop_tokens_end_a_request_and_are_reported() -> None:
+    model = tiny_model()
+    prompt = prompts(1)[0]
+    text = texts(engine(model), [request(0, prompt, GREEDY)])[0]
+    stopper = text[5]
+    stop = request(1, prompt, GREEDY, stop_token_ids=[stopper])
+    events = engine(model).run([stop])["1"]
+    assert events[-1].finish_reason == "stop"
+    assert events[-1].stop_token_id == stopper
+    assert [t for e in events for t in e.token_ids] == text[: text.index(stopper) + 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_token_ids": []}, "prompt_token_ids is empty"),
+        ({"prompt_token_ids": [61]}, "token id 61 is outside the vocabulary of 61"),
+        ({"prompt_token_ids": [-1]}, "token id -1 is outside the vocabulary"),
+        ({"max_tokens": 128}, "exceed the context of 128"),
+        ({"max_tokens": -1}, "exceed the context"),
+        ({"num_loops": 4}, "num_loops 4 is outside 1..3"),
+        ({"sampling": SamplingParams(logit_bias={99: 1.0})}, "token id 99"),
+    ],
+)
+def test_a_request_that_cannot_be_served_ends_with_an_error_and_harms_nobody(options, message) -> None:
+    fields = {"request_id": "bad", "prompt_token_ids": [1], "max_tokens": 4, "sampling": GREEDY}
+    bad = GenerationRequest(**{**fields, **options})
+    shared = engine(tiny_model())
+    events = shared.run([bad, request(0, [1, 2], GREEDY)])
+    assert [e.finish_reason for e in events["bad"]] == ["error"]
+    assert message in (events["bad"][0].error or "")
+    assert events["0"][-1].finish_reason == "length"
+    shared.check_integrity()
+
+
+def test_zero_tokens_are_an_answer_too() -> None:
+    events = engine(tiny_model()).run([request(0, [1], GREEDY, max_tokens=0)])["0"]
+    assert [(e.finish_reason, e.token_ids) for e in events] == [("length", [])]
+
+
+def test_a_full_context_fits() -> None:
+    model = tiny_model()
+    prompt = [1] * 100
+    events = engine(model).run([request(0, prompt, GREEDY, max_tokens=28)])["0"]
+    assert sum(len(e.token_ids) for e in events) == 28
+
+
+def test_an_abort_frees_the_pages_within_one_pass() -> None:
+    shared = engine(tiny_model())
+    shared.add(request(0, [1, 2, 3], GREEDY))
+    shared.step()
+    shared.abort("0")
+    assert [e.finish_reason for e in shared.step()] == ["abort"]
+    shared.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EngineConfig(draft_depths=(3,)), r"draft depth 3 is outside 1\.\.2"),
+        (EngineConfig(max_model_len=129), r"max_model_len 129 is outside 1\.\.128"),
+        (EngineConfig(kv_cache_tokens=16), "kv_cache_tokens 16 is below max_model_len 128"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_with_their_limit(config: EngineConfig, message: str) -> None:
+    with pytest.raises(EngineConfigError, match=message):
+        Engine(tiny_model(), config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_gpu_speculation_changes_no_token_in_fp32(shape: str) -> None:
+    model = tiny_model(**SHAPES[shape])
+    expected = [plain_greedy(model, prompt) for prompt in prompts(4)]
+    on_gpu = engine(model.to("cuda"))
+    for sampling in (GREEDY, SamplingParams(temperature=0.8, top_p=0.95, seed=3)):
+        fast = texts(on_gpu, [request(i, p, sampling) for i, p in enumerate(prompts(4))])
+        plain = texts(on_gpu, [request(i, p, sampling, speculation=False) for i, p in enumerate(prompts(4))])
+        assert fast == plain
+        assert sampling is not GREEDY or fast == expected
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_pass_waits_for_the_device_once() -> None:
+    on_gpu = engine(tiny_model().to("cuda"))
+    on_gpu.run([request(0, [1, 2, 3], GREEDY)])
+    waits = 0
+    original = torch.Tensor.tolist
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+
+        def counted(tensor: torch.Tensor) -> list:
+            nonlocal waits
+            waits += 1
+            torch.cuda.set_sync_debug_mode("default")
+            values = original(tensor)
+            torch.cuda.set_sync_debug_mode("error")
+            return values
+
+        torch.Tensor.tolist = counted
+        on_gpu.add(request(1, [1, 2, 3], GREEDY))
+        while on_gpu.has_work:
+            before = waits
+            on_gpu.step()
+            assert waits <= before + 1
+    finally:
+        torch.Tensor.tolist = original
+        torch.cuda.set_sync_debug_mode("default")
+    assert waits

@@ -1,0 +1,137 @@
+"""A model made of hashes: pure Python, no tensors, and strict about the cache.
+
+The final token behind a prefix is a hash of the prefix; the readout at an earlier depth gives the same
+token, or another one with a set probability (also a hash, so every run repeats). Every row checks that
+each entry it would attend to was written, at its own loop, by the very tokens that stand there now.
+"""
+
+from collections.abc import Callable, Sequence
+
+from model.cache import PagePool
+from model.protocol import GenerationRequest, SamplingParams, TokenEvent
+from model.scheduler import Scheduler, SchedulerLimits
+from model.sequence import ScheduledRun, Sequence as EngineSequence
+from model.wave import Wave
+
+VOCAB = 50
+
+
+def mixed(*values: int) -> int:
+    """A well-mixed 64-bit hash of integers, the same in every process."""
+    state = 0x9E3779B97F4A7C15
+    for value in values:
+        state = (state ^ (value + 1)) * 0xBF58476D1CE4E5B9 % 2**64
+        state ^= state >> 29
+    return state
+
+
+class FakeRunner:
+    """Satisfies the scheduler's `forward`; `num_loops` as in the waves it is given."""
+
+    def __init__(self, error_rate: float, error_depths: range = range(1, 100)) -> None:
+        self.error_rate = error_rate
+        self.error_depths = error_depths  # the depths whose readouts may be wrong, below the last
+        self.cache: dict[tuple[int, int], int] = {}  # (token slot, loop) -> hash of the prefix
+        self.pass_rows: list[int] = []
+
+    def forward(self, batch: Sequence[ScheduledRun]) -> list[int]:
+        """Writes the cache, checks what is read, returns the readouts' tokens."""
+        for item in batch:
+            for position in range(item.start, item.start + item.count):
+                self.cache[self._entry(item, position)] = self._prefix(item, position)
+        for item in batch:
+            for position in range(item.start + item.count):
+                assert self.cache.get(self._entry(item, position)) == self._prefix(item, position)
+        self.pass_rows.append(sum(item.count for item in batch))
+        return [self._token(item) for item in batch if item.readout]
+
+    def final_token(self, prefix_hash: int) -> int:
+        """The token that depth R gives behind a prefix."""
+        return mixed(prefix_hash, 7) % VOCAB
+
+    def continue_plainly(self, prompt: list[int], count: int, ending: frozenset[int]) -> list[int]:
+        """What plain decoding gives: no cache, no wave."""
+        tokens: list[int] = []
+        while len(tokens) < count:
+            tokens.append(self.final_token(mixed(*prompt, *tokens)))
+            if tokens[-1] in ending:
+                break
+        return tokens
+
+    def _token(self, item: ScheduledRun) -> int:
+        prefix = self._prefix(item, item.start + item.count - 1)
+        token = self.final_token(prefix)
+        depth = item.loop + 1
+        may_err = depth < item.sequence.wave.num_loops and depth in self.error_depths
+        wrong = may_err and mixed(prefix, depth, 99) % 1000 < 1000 * self.error_rate
+        return (token + 1) % VOCAB if wrong else token
+
+    def _entry(self, item: ScheduledRun, position: int) -> tuple[int, int]:
+        assert item.sequence.table is not None
+        return item.sequence.table.slot(position), item.loop
+
+    def _prefix(self, item: ScheduledRun, position: int) -> int:
+        return mixed(*item.sequence.wave.tokens[: position + 1])
+
+
+class Harness:
+    """Scheduler and fake runner, one `step` a pass; keeps what every request was answered."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits | None = None,
+        num_pages: int = 400,
+        error_rate: float = 0.3,
+        error_depths: range = range(1, 100),
+    ) -> None:
+        self.pool = PagePool(num_pages, 4)
+        self.scheduler = Scheduler(self.pool, limits or SchedulerLimits())
+        self.runner = FakeRunner(error_rate, error_depths)
+        self.answers: dict[str, list[TokenEvent]] = {}
+
+    def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int = 20,
+        *,
+        num_loops: int = 4,
+        draft_depths: tuple[int, ...] = (1,),
+        ending: frozenset[int] = frozenset(),
+        priority: int = 0,
+    ) -> None:
+        """Queues a request."""
+        request = GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            max_tokens=max_tokens,
+            sampling=SamplingParams(temperature=0),
+            priority=priority,
+        )
+        wave = Wave(prompt, num_loops, draft_depths, len(prompt) + max_tokens, ending)
+        self.answers[request_id] = []
+        self.scheduler.add(EngineSequence(request, wave))
+
+    def abort(self, request_id: str) -> None:
+        """Aborts, and keeps the answer."""
+        self._keep(filter(None, [self.scheduler.abort(request_id)]))
+
+    def step(self) -> list[ScheduledRun]:
+        """One pass; the rows that it ran."""
+        batch = self.scheduler.schedule()
+        self._keep(self.scheduler.update(batch, self.runner.forward(batch)))
+        self.pool.check_integrity()
+        return batch
+
+    def finish(self, watch: Callable[[list[ScheduledRun]], None] = lambda _: None) -> None:
+        """Steps until nothing is left to do."""
+        while self.scheduler.has_work:
+            watch(self.step())
+
+    def text(self, request_id: str) -> list[int]:
+        """All tokens that a request was answered."""
+        return [token for event in self.answers[request_id] for token in event.token_ids]
+
+    def _keep(self, events: "list[TokenEvent] | filter[TokenEvent]") -> None:
+        for event in events:
+            self.answers[event.request_id].append(event)
