@@ -102,6 +102,7 @@ class LoopedConfig:
     qk_norm: bool = False  # RMSNorm over all heads' channels of q and of k (OLMo-2)
     qk_bias: bool = False  # a bias per head on q and k, before the rotary embedding (Huginn)
     tie_embeddings: bool = False
+    exit_gate: bool = False  # a learned gate on the state after each loop (Ouro)
     rope: RopeConfig = field(default_factory=RopeConfig)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -131,14 +132,28 @@ class LoopedConfig:
         return self.num_prelude_layers + self.num_block_layers + self.num_coda_layers
 
     @property
+    def prelude(self) -> range:
+        """Indices of the layers before the loop."""
+        return range(self.num_prelude_layers)
+
+    @property
+    def block(self) -> range:
+        """Indices of the shared layers."""
+        return range(self.num_prelude_layers, self.num_prelude_layers + self.num_block_layers)
+
+    @property
+    def coda(self) -> range:
+        """Indices of the layers after the loop."""
+        return range(self.num_prelude_layers + self.num_block_layers, self.num_layers)
+
+    @property
     def num_slots(self) -> int:
         """Independent KV caches: one for each (loop, layer)."""
         return self.num_layers + (self.num_loops - 1) * self.num_block_layers
 
     def loops_of_layer(self, layer: int) -> int:
         """How many KV slots the layer with this index (0..num_layers-1) owns."""
-        first = self.num_prelude_layers
-        return self.num_loops if first <= layer < first + self.num_block_layers else 1
+        return self.num_loops if layer in self.block else 1
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of K and V that one position holds over all slots, at `itemsize` bytes a number."""

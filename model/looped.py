@@ -28,10 +28,8 @@ class LoopedTransformer(nn.Module):
         self.tie()
         if config.input_injection:
             self.adapter = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        first = config.num_prelude_layers
-        self._prelude = range(first)
-        self._block = range(first, first + config.num_block_layers)
-        self._coda = range(first + config.num_block_layers, config.num_layers)
+        if config.exit_gate:
+            self.gate = nn.Linear(config.hidden_size, 1)
 
     def tie(self) -> None:
         """Makes head and embedding one tensor again where the config ties them (`to_empty` parts them)."""
@@ -58,7 +56,7 @@ class LoopedTransformer(nn.Module):
         h: Tensor = self.embedding(token_ids)
         if self.config.embedding_scale != 1.0:
             h = h * self.config.embedding_scale
-        return self._run(self._prelude, h, angles, attend)
+        return self._run(self.config.prelude, h, angles, attend)
 
     def initial_state(self, entered: Tensor) -> Tensor:
         """State before the first loop: zeros where the input is injected, else the input itself."""
@@ -68,14 +66,14 @@ class LoopedTransformer(nn.Module):
         """One loop of the block over a state (..., hidden); `entered` is what `enter` gave the rows."""
         if self.config.input_injection:
             state = self.adapter(torch.cat((state, entered), -1))
-        state = self._run(self._block, state, angles, attend)
+        state = self._run(self.config.block, state, angles, attend)
         return self.norm(state) if self.config.norm_after_loop else state
 
     def finish(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
         """Coda and final norm of a state after any number of loops, same shape: the head's input."""
         if self.config.norm_before_coda:
             state = self.norm(state)
-        state = self._run(self._coda, state, angles, attend)
+        state = self._run(self.config.coda, state, angles, attend)
         return state if self.config.norm_after_loop else self.norm(state)
 
     def readout(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:

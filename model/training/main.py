@@ -5,17 +5,20 @@ is already there, so that the command may be stopped and given again.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
-from model.training.corpus import Split, Tokens, encode, read_corpus, standard_library
+from model.training.corpus import encode, read_corpus, standard_library
+from model.training.export import export
 from model.training.recipe import Recipe, load_recipe
 from model.training.tokenizer import train_tokenizer
 from model.training.trainer import Trainer
 
+TOKENIZER, SIZES = "tokenizer.json", "sizes.json"
+UNFINISHED = 3  # exit status
 DEFAULT_RECIPE = Path(__file__).with_name("stdlib.toml")
 
 
@@ -34,34 +37,37 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     recipe = load_recipe(args.recipe)
     args.output.mkdir(parents=True, exist_ok=True)
-    train, held_out = prepare(recipe, args.corpus or standard_library(), args.output)
+    prepare(recipe, args.corpus or standard_library(), args.output)
+    train, held_out = np.load(args.output / "train.npy"), np.load(args.output / "held_out.npy")
     trainer = Trainer(recipe, train, held_out, args.output)
     if not trainer.run(args.max_minutes):
         print(f"step {trainer.step} of {recipe.total_steps}: give the command again to go on")
-        return 3
-    result = trainer.evaluate()
-    for depth, (loss, share) in enumerate(zip(*result, strict=True), start=1):
+        return UNFINISHED
+    sizes = json.loads((args.output / SIZES).read_text())
+    figures = export(trainer, args.output / TOKENIZER, sizes, args.output / "model")
+    for depth, (loss, share) in enumerate(zip(*figures, strict=True), start=1):
         print(f"loop {depth}: held-out loss {loss:.4f} nats/token, agreement with the last {share:.3f}")
     return 0
 
 
-def prepare(recipe: Recipe, corpus: Path, folder: Path) -> tuple[Tokens, Tokens]:
-    """Tokenizer and token arrays (train, held out) of a run, made once and kept in its folder."""
-    paths = [folder / name for name in ("tokenizer.json", "train.npy", "held_out.npy")]
-    if not all(path.exists() for path in paths):
-        split = read_corpus(corpus)
-        tokenizer = train_tokenizer((d.text for d in split.train), recipe.model.vocab_size)
-        _write_tokens(split, tokenizer, recipe.seed, paths[1:])
-        tokenizer.save(str(paths[0]))
-    return np.load(paths[1]), np.load(paths[2])
-
-
-def _write_tokens(split: Split, tokenizer: Tokenizer, seed: int, paths: list[Path]) -> None:
-    for documents, path in zip(split, paths, strict=True):
-        tokens = encode(documents, tokenizer, seed)
-        size = sum(len(d.text.encode()) for d in documents)
-        print(f"{path.stem}: {len(documents)} files, {len(tokens)} tokens, {size / len(tokens):.2f} bytes/token")
-        np.save(path, tokens)
+def prepare(recipe: Recipe, corpus: Path, folder: Path) -> None:
+    """Tokenizer, token arrays and their sizes of a run, made once and kept in its folder."""
+    if (folder / SIZES).exists():
+        return
+    split = read_corpus(corpus)
+    tokenizer = train_tokenizer((d.text for d in split.train), recipe.model.vocab_size)
+    tokenizer.save(str(folder / TOKENIZER))
+    sizes = {}
+    for name, documents in split._asdict().items():
+        tokens = encode(documents, tokenizer, recipe.seed)
+        np.save(folder / f"{name}.npy", tokens)
+        num_bytes = sum(len(d.text.encode()) for d in documents)
+        sizes[name] = {
+            "files": len(documents),
+            "tokens": len(tokens),
+            "bytes_per_token": num_bytes / len(tokens),
+        }
+    (folder / SIZES).write_text(json.dumps(sizes))  # last: it says that the others are there
 
 
 if __name__ == "__main__":

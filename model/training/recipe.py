@@ -57,6 +57,7 @@ class Recipe:
 def load_recipe(path: Path) -> Recipe:
     """Reads a recipe file; unknown or missing keys raise TypeError with the name."""
     data: dict[str, Any] = tomllib.loads(path.read_text())
-    model = LoopedConfig(**data.pop("model"))
+    shape = data.pop("model")
+    model = LoopedConfig(**{**shape, "eos_token_ids": tuple(shape.get("eos_token_ids", ()))})
     stages = tuple(Stage(**stage) for stage in data.pop("stages"))
     return Recipe(model=model, stages=stages, **data)

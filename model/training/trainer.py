@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from model.looped import LoopedTransformer
 from model.training.corpus import Tokens
-from model.training.losses import Evaluation, evaluate, loop_losses
+from model.training.losses import loop_losses
 from model.training.recipe import Recipe, Stage
 
 CHECKPOINT = "checkpoint.pt"
@@ -58,12 +58,6 @@ class Trainer:
                     break
         self.save()
         return self.step == self.recipe.total_steps
-
-    def evaluate(self) -> Evaluation:
-        """Held-out loss and agreement at every loop, in fp32; written to the log as well."""
-        result = evaluate(self.model, self.windows)
-        self._log({"held_out": result._asdict()})
-        return result
 
     def save(self) -> None:
         """Writes the checkpoint, replacing the old one in one move."""

@@ -1,0 +1,1 @@
+"""Benchmarks, one command each; `speed bench` runs those that users need."""

@@ -1,0 +1,167 @@
+"""`speed bench latency`: the same prompts with and without speculation, one request at a time.
+
+Both ways run in one process, prompt by prompt in turn, so that a slow moment of the machine falls on
+both. Passes, rows and texts are deterministic; tokens/s are not: quote the ratio.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from bench.breakdown import break_down
+from bench.prompts import prompts_for
+from model.engine import Engine
+from model.looped import LoopedTransformer
+from model.protocol import GenerationRequest, SamplingParams, SequenceStats
+from model.serving import build_engine
+from model.worker import EngineOptions
+
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model" / "weights" / "default"
+
+
+class Run(NamedTuple):
+    """One request: its text, seconds from submission to its last token, and what it cost."""
+
+    tokens: list[int]
+    seconds: float
+    stats: SequenceStats
+
+
+class Mode(NamedTuple):
+    """All prompts in one mode, with speculation and without, in the same order."""
+
+    speculative: list[Run]
+    plain: list[Run]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `speed bench latency` on a parser."""
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="model folder (default: embedded)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:i")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--draft-depths", default=None, help="comma-separated (default: the model's)")
+    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the sampled half")
+    parser.add_argument("--top-p", type=float, default=0.95, help="of the sampled half")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `speed bench latency`; the last line printed is one JSON object."""
+    depths = None if args.draft_depths is None else tuple(int(d) for d in args.draft_depths.split(","))
+    engine = build_engine(
+        EngineOptions(
+            model_path=args.model,
+            device=args.device,
+            dtype=args.dtype,
+            threads=args.threads,
+            draft_depths=depths,
+        )
+    )
+    vocab_size = engine.model.config.vocab_size
+    prompts = prompts_for(args.model, vocab_size, args.num_prompts, args.prompt_tokens, args.seed)
+    info = engine.info
+    print(f"{args.model}: {info.family}, {info.num_loops} loops, {info.dtype} on {info.device}")
+    report: dict[str, object] = {"draft_depths": info.draft_depths, "dtype": info.dtype, "device": info.device}
+    sampled = SamplingParams(temperature=args.temperature, top_p=args.top_p)
+    for name, sampling in (("greedy", SamplingParams(temperature=0.0)), ("sampled", sampled)):
+        mode = measure(engine, prompts, sampling, args.max_tokens, name)
+        report[name] = summary(mode)
+        _print_summary(name, summary(mode))
+    greedy = [_request(p, SamplingParams(temperature=0.0), args.max_tokens, True) for p in prompts[:4]]
+    breakdowns = [break_down(engine, [request]) for request in greedy]
+    middle = sorted(breakdowns)[len(breakdowns) // 2]
+    print(middle)
+    report["pass"] = {**middle._asdict(), "bookkeeping_share": middle.bookkeeping_share}
+    report["agreement_per_depth"] = agreement(engine.model, prompts, mode.speculative)
+    print(f"agreement with the last loop, loop by loop: {report['agreement_per_depth']}")
+    print(json.dumps(report))
+    return 0
+
+
+def measure(
+    engine: Engine, prompts: list[list[int]], sampling: SamplingParams, max_tokens: int, name: str
+) -> Mode:
+    """Each prompt with and without speculation, in alternating order; the first prompt twice, to warm up."""
+    mode = Mode([], [])
+    _generate(engine, _request(prompts[0], sampling, max_tokens, True))
+    _generate(engine, _request(prompts[0], sampling, max_tokens, False))
+    for index, prompt in enumerate(tqdm(prompts, desc=name, unit="prompt", disable=None)):
+        for speculation in (True, False) if index % 2 else (False, True):
+            runs = mode.speculative if speculation else mode.plain
+            runs.append(_generate(engine, _request(prompt, sampling, max_tokens, speculation)))
+    return mode
+
+
+def summary(mode: Mode) -> dict[str, float]:
+    """The figures of one mode; tokens/s count whole requests, prompt reading included."""
+    fast, plain = mode.speculative, mode.plain
+    ratios = [p.seconds / f.seconds for f, p in zip(fast, plain, strict=True)]
+    decoded = sum(len(r.tokens) - 1 for r in fast)
+    return {
+        "tokens_per_second": _tokens_per_second(fast),
+        "tokens_per_second_plain": _tokens_per_second(plain),
+        "speedup_median": statistics.median(ratios),
+        "speedup_min": min(ratios),
+        "passes_per_token": sum(r.stats.passes for r in fast) / decoded,
+        "passes_per_token_plain": sum(r.stats.passes for r in plain) / decoded,
+        "rows_per_token": sum(r.stats.rows for r in fast) / decoded,
+        "equal_texts": sum(f.tokens == p.tokens for f, p in zip(fast, plain, strict=True)) / len(fast),
+    }
+
+
+@torch.inference_mode()
+def agreement(model: LoopedTransformer, prompts: list[list[int]], runs: list[Run]) -> list[float]:
+    """Share of generated positions where a loop's greedy token is the last loop's, per loop."""
+    shares = torch.zeros(model.config.num_loops)
+    for prompt, run in zip(prompts, runs, strict=True):
+        ids = torch.tensor([prompt + run.tokens], device=model.device)
+        logits = [model.whole_readout(state)[0, len(prompt) - 1 : -1] for state in model.depths(ids)]
+        tokens = [each.argmax(-1) for each in logits]
+        shares += torch.tensor([float((t == tokens[-1]).float().mean()) for t in tokens])
+    return [round(float(share) / len(runs), 4) for share in shares]
+
+
+def _generate(engine: Engine, request: GenerationRequest) -> Run:
+    started = time.perf_counter()
+    events = engine.run([request])[request.request_id]
+    seconds = time.perf_counter() - started
+    stats = events[-1].stats
+    assert stats is not None
+    return Run([token for event in events for token in event.token_ids], seconds, stats)
+
+
+def _request(
+    prompt: list[int], sampling: SamplingParams, max_tokens: int, speculation: bool
+) -> GenerationRequest:
+    return GenerationRequest(
+        request_id="bench",
+        prompt_token_ids=prompt,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        ignore_eos=True,
+        speculation=speculation,
+    )
+
+
+def _tokens_per_second(runs: list[Run]) -> float:
+    return sum(len(r.tokens) for r in runs) / sum(r.seconds for r in runs)
+
+
+def _print_summary(name: str, figures: dict[str, float]) -> None:
+    print(
+        f"{name}: {figures['tokens_per_second']:.0f} tokens/s with speculation, "
+        f"{figures['tokens_per_second_plain']:.0f} without; median speed-up "
+        f"{figures['speedup_median']:.2f}x (lowest {figures['speedup_min']:.2f}x)\n"
+        f"  passes per token {figures['passes_per_token']:.3f} (plain {figures['passes_per_token_plain']:.3f}), "
+        f"rows per token {figures['rows_per_token']:.3f}, equal texts {figures['equal_texts']:.1%}"
+    )

@@ -1,0 +1,130 @@
+"""A folder of safetensors files: which tensor lies in which file, and reading them one at a time.
+
+Knows nothing about models. Invariant: nothing is unpickled, and a damaged or incomplete folder is one
+CheckpointError that names the file.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Pages of a mapped file count as the process's memory until it is unmapped, so a file is opened anew
+# after so many bytes: loading then needs the weights and this, not the weights twice.
+BYTES_PER_MAPPING = 64 * 2**20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message names the file and everything that is wrong."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor on disk: its file, shape and dtype as safetensors spells it (F32, BF16, ...)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size on disk, taking 4 bytes for a number of unknown size."""
+        return {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(self.dtype, 4) * math.prod(self.shape)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises CheckpointError when it is missing or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a folder by name, from the headers of its files; raises CheckpointError."""
+    if (folder / SINGLE_FILE).exists():
+        return _header(folder / SINGLE_FILE)
+    if not (folder / INDEX_FILE).exists():
+        raise CheckpointError(_no_weights(folder))
+    tensors: dict[str, StoredTensor] = {}
+    weight_map = _weight_map(folder / INDEX_FILE)
+    for name in sorted(set(weight_map.values())):
+        header = _header(folder / name)
+        if twice := sorted(tensors.keys() & header.keys()):
+            raise CheckpointError(f"{folder / name} holds tensors that another shard has too: {twice}")
+        tensors |= header
+    if absent := sorted(name for name, file in weight_map.items() if _file_of(tensors, name) != file):
+        raise CheckpointError(f"{folder / INDEX_FILE} names tensors that its shards do not hold: {absent}")
+    return tensors
+
+
+def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """The given tensors one after the other, each mapped from its file and valid until the next one."""
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        for names in _batches({n: t for n, t in tensors.items() if t.file == file}):
+            yield from _read_mapped(file, names)
+
+
+def _read_mapped(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as mapped:
+            for name in names:
+                yield name, mapped.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def _batches(tensors: dict[str, StoredTensor]) -> Iterator[list[str]]:
+    """The names in groups of at most BYTES_PER_MAPPING, or one tensor if that is larger."""
+    group: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if group and size + tensor.num_bytes > BYTES_PER_MAPPING:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += tensor.num_bytes
+    yield group
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as mapped:
+            slices = {name: mapped.get_slice(name) for name in mapped.keys()}  # noqa: SIM118, not a dict
+            return {n: StoredTensor(file, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map from tensor names to files")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index}: {file!r} is not the name of a file in the same folder")
+    return weight_map
+
+
+def _file_of(tensors: dict[str, StoredTensor], name: str) -> str | None:
+    return tensors[name].file.name if name in tensors else None
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
+    wanted = f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+    if pickles:
+        return f"{wanted}; {pickles[0]} is a pickle, which can run code and is never loaded: convert it first"
+    return wanted

@@ -1,0 +1,85 @@
+"""The rotary embedding in a config.json, in the styles of transformers 4 and 5.
+
+Knows nothing about the formulas (see `layers.rotary_frequencies`) or the rest of the config.
+Invariant: a field or kind that would change a frequency is either read or refused.
+"""
+
+from typing import Any
+
+from model.config import ConfigError, RopeConfig
+from model.families.family import Fields
+
+_KINDS = ("default", "dynamic", "linear", "llama3", "yarn")
+_KEYS = {
+    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
+    *("partial_rotary_factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+
+
+def read_rope(fields: Fields) -> tuple[int, RopeConfig]:
+    """The longest context in tokens and the rotary embedding; raises ConfigError naming the field."""
+    longest = fields.integer("max_position_embeddings", 2048)
+    scaling = _scaling(fields)
+    kind = _kind(scaling)
+    theta = scaling.number("rope_theta", fields.number("rope_theta", 10000.0, above=1.0), above=1.0)
+    # As in transformers, a length beside the rope's own fields wins over the one inside them.
+    holder = fields if fields.has("original_max_position_embeddings") else scaling
+    original = holder.integer("original_max_position_embeddings", longest)
+    if kind == "dynamic":
+        # Dynamic NTK is the plain embedding up to the original context. Beyond it every angle depends
+        # on the length of the whole text, so a cached key would go stale: serve it up to there.
+        scaling.number("factor")
+        return min(longest, original), RopeConfig(theta=theta)
+    return longest, RopeConfig(theta=theta, kind=kind, **_options(kind, scaling, longest, original))
+
+
+def _scaling(fields: Fields) -> Fields:
+    """The nested object: rope_scaling where given (it wins, as in transformers), else rope_parameters."""
+    scaling = fields.section("rope_scaling")
+    scaling = scaling if scaling.raw else fields.section("rope_parameters")
+    for place in (fields, scaling):
+        if place.number("partial_rotary_factor", 1.0) != 1.0:
+            raise place.wrong("partial_rotary_factor", "only whole heads are rotated")
+    return scaling
+
+
+def _kind(scaling: Fields) -> str:
+    """The kind of scaling, checked before the other fields: an unknown kind has unknown fields."""
+    kind = scaling.text("rope_type", scaling.text("type", "default"))
+    if kind not in _KINDS:
+        raise ConfigError(f"{scaling.prefix}rope_type is {kind!r}; only {', '.join(_KINDS)} are supported")
+    for key in sorted(scaling.raw.keys() - _KEYS):
+        raise scaling.wrong(key, "this field is not supported")
+    return kind
+
+
+def _options(kind: str, scaling: Fields, longest: int, original: int) -> dict[str, Any]:
+    """What the kind reads beside theta, as arguments of RopeConfig."""
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        return {"factor": scaling.number("factor")}
+    if kind == "llama3":
+        return {"original_max_positions": original, **_llama3(scaling)}
+    factor = scaling.number("factor", longest / original)
+    return {"original_max_positions": original, "factor": factor, **_yarn(scaling)}
+
+
+def _llama3(scaling: Fields) -> dict[str, float]:
+    low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
+    if high <= low:
+        raise scaling.wrong("high_freq_factor", f"it must be greater than low_freq_factor, {low:g}")
+    return {"factor": scaling.number("factor"), "low_freq_factor": low, "high_freq_factor": high}
+
+
+def _yarn(scaling: Fields) -> dict[str, Any]:
+    fast, slow = scaling.number("beta_fast", 32.0), scaling.number("beta_slow", 1.0)
+    if fast < slow:
+        raise scaling.wrong("beta_fast", f"it must not be less than beta_slow, {slow:g}")
+    return {
+        "beta_fast": fast,
+        "beta_slow": slow,
+        "truncate": scaling.flag("truncate", True),
+        **{key: scaling.optional_number(key) for key in ("attention_factor", "mscale", "mscale_all_dim")},
+    }

@@ -1,0 +1,94 @@
+"""Every golden folder but the few that are refused, at every depth, within the tolerance it states.
+
+The vectors lie in shared/golden beside the repository. Tests are skipped where they don't.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import LoadedModel, load_model
+from model.config import ConfigError
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+REFUSED = {"iquest_w8": "architectures", "retrofit_olmo_skip": "initial_state_mode"}
+FOLDERS = sorted(f for f in GOLDEN.glob("*") if f.is_dir() and f.name not in REFUSED)
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name, scope="module")
+def golden(request):
+    expected = json.loads((request.param / "expected.json").read_text())
+    return load_model(request.param), expected, load_file(request.param / "expected.safetensors")
+
+
+def test_vectors_are_there():
+    """Without this, a moved folder would turn the tests below into nothing."""
+    if not GOLDEN.is_dir():
+        pytest.skip("no shared/golden beside the repository")
+    assert len(FOLDERS) >= 10
+
+
+def modes(tensors):
+    """(suffix of the expected tensors, prefix of the greedy ones, initial state) of every kind of start."""
+    yield "", "greedy", None
+    if "initial_state" in tensors:
+        yield "_state", "greedy_state", tensors["initial_state"]
+
+
+def worst(loaded: LoadedModel, ids, depth, state, wanted) -> float:
+    return (loaded.logits(ids, depth, state) - wanted).abs().max().item()
+
+
+def test_logits_at_every_depth(golden):
+    loaded, expected, tensors = golden
+    limit = expected["tolerance"]["suggested_logit_atol"]
+    for suffix, _, state in modes(tensors):
+        for name, ids in expected["prompts"].items():
+            for depth, wanted in enumerate(tensors[f"logits{suffix}.{name}"], start=1):
+                assert worst(loaded, ids, depth, state, wanted) < limit
+
+
+def test_default_depth_is_the_last(golden):
+    loaded, expected, tensors = golden
+    assert worst(loaded, expected["prompts"]["p1"], None, None, tensors["logits.p1"][-1]) < 5e-4
+
+
+def test_state_between_loops(golden):
+    """What a loop hands to the next one: the engine keeps and speculates on this very tensor."""
+    loaded, expected, tensors = golden
+    for name, ids in expected["prompts"].items():
+        states = torch.cat(loaded.model.depths(torch.tensor([ids])))
+        assert (states - tensors[f"loop_state.{name}"]).abs().max() < 5e-4
+
+
+def test_exit_gate(golden):
+    loaded, expected, tensors = golden
+    for name, ids in expected["prompts"].items():
+        if f"gate_logits.{name}" in tensors:
+            assert (loaded.gate_logits(ids) - tensors[f"gate_logits.{name}"]).abs().max() < 5e-4
+        else:
+            with pytest.raises(ValueError, match="no exit gate"):
+                loaded.gate_logits(ids)
+
+
+@pytest.mark.skipif(not FOLDERS, reason="no shared/golden beside the repository")
+@pytest.mark.parametrize(("name", "field"), REFUSED.items())
+def test_what_is_not_served_is_refused_by_name(name, field):
+    with pytest.raises(ConfigError, match=field):
+        load_model(GOLDEN / name)
+
+
+def test_greedy_continuations(golden):
+    """All 64 ids: each is the argmax after the ones before it, so by induction decoding gives the same."""
+    loaded, expected, tensors = golden
+    for _, key, state in modes(tensors):
+        for name, prompt in expected["prompts"].items():
+            for depth in range(1, expected["loops"] + 1):
+                wanted = expected[key][name][f"depth_{depth}"]
+                logits = loaded.logits((prompt + wanted)[:-1], depth, state)
+                assert logits[len(prompt) - 1 :].argmax(-1).tolist() == wanted

@@ -1,0 +1,113 @@
+"""Training on a corpus of a few files: it learns, it resumes exactly, and what it exports can be served."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import load_model
+from model.training import main
+from model.training.corpus import is_held_out, read_corpus
+from model.training.recipe import load_recipe
+from model.training.trainer import Trainer
+
+RECIPE = """
+tokens_per_step = 64
+matrix_learning_rate = 0.02
+other_learning_rate = 0.01
+weight_decay = 0.0
+warmup_steps = 2
+decay_fraction = 0.5
+seed = 1
+[model]
+family = "nanbeige"
+vocab_size = 300
+hidden_size = 32
+intermediate_size = 48
+num_heads = 2
+num_kv_heads = 1
+head_dim = 16
+num_block_layers = 1
+num_loops = 3
+max_positions = 1024
+tie_embeddings = true
+bos_token_id = 0
+eos_token_ids = [0]
+[[stages]]
+steps = 6
+num_loops = 1
+sequence_length = 32
+[[stages]]
+steps = 6
+num_loops = 3
+sequence_length = 64
+agreement_weight = 0.5
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for index in range(120):
+        lines = [f"def function_{index}_{line}(x):\n    return x + {line}\n" for line in range(40)]
+        (folder / f"module_{index}.py").write_text("".join(lines))
+    return folder
+
+
+def arguments(tmp_path: Path, corpus: Path, output: str, minutes: float) -> list[str]:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE)
+    paths = ["--recipe", str(recipe), "--corpus", str(corpus), "--output", str(tmp_path / output)]
+    return [*paths, "--max-minutes", str(minutes), "--threads", "1"]
+
+
+def train(arguments: list[str]) -> int:
+    parser = main.argparse.ArgumentParser()
+    main.add_arguments(parser)
+    return main.run(parser.parse_args(arguments))
+
+
+def test_a_run_in_slices_equals_a_run_in_one_and_exports_a_model_that_loads(tmp_path, corpus) -> None:
+    assert train(arguments(tmp_path, corpus, "whole", 10)) == 0
+    slices = 0
+    while train(arguments(tmp_path, corpus, "sliced", 0)) == main.UNFINISHED:
+        slices += 1
+    assert slices > 5
+    whole, sliced = (load_model(tmp_path / name / "model") for name in ("whole", "sliced"))
+    assert torch.equal(whole.logits([1, 2, 3]), sliced.logits([1, 2, 3]))
+    config = json.loads((tmp_path / "whole" / "model" / "config.json").read_text())
+    assert (config["model_type"], config["skip_loop_final_norm"], config["num_loops"]) == ("nanbeige", True, 3)
+    card = (tmp_path / "whole" / "model" / "README.md").read_text()
+    assert "12 steps of 64 tokens" in card
+    assert (tmp_path / "whole" / "model" / "tokenizer.json").exists()
+
+
+def test_the_loss_falls_and_every_loop_has_one(tmp_path, corpus) -> None:
+    train(arguments(tmp_path, corpus, "run", 0))
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    tokens = main.np.load(tmp_path / "run" / "train.npy")
+    trainer = Trainer(recipe, tokens, tokens, tmp_path / "run")
+    losses = [trainer._take_step() for _ in range(11)]
+    assert len(losses[0]) == 1
+    assert len(losses[-1]) == 3
+    assert losses[-1][-1] < losses[0][0] - 0.5
+
+
+def test_training_and_held_out_files_are_split_by_path_and_never_equal(corpus) -> None:
+    split = read_corpus(corpus)
+    assert all(is_held_out(d.path) for d in split.held_out)
+    assert not any(is_held_out(d.path) for d in split.train)
+    copy = corpus / "copy_of_a_training_file.py"
+    copy.write_text(split.train[0].text)
+    again = read_corpus(corpus)
+    texts = [d.text for d in again.train + again.held_out]
+    assert len(texts) == len(set(texts))
+
+
+def test_an_unknown_key_of_a_recipe_is_an_error(tmp_path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.replace("warmup_steps", "warm_up_steps"))
+    with pytest.raises(TypeError, match="warm_up_steps"):
+        load_recipe(recipe)

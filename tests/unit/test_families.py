@@ -1,0 +1,364 @@
+"""Reading config.json: defaults, both styles, and one clear error for everything that can't be served."""
+
+import contextlib
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.config import ConfigError, LoopedConfig, NormPlacement
+from model.families import FAMILIES, family_of
+from model.families.nanbeige import write_config
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+NANBEIGE = {**LLAMA, "architectures": ["NanbeigeForCausalLM"], "model_type": "nanbeige", "num_loops": 2}
+
+
+OURO = {**LLAMA, "architectures": ["OuroForCausalLM"], "model_type": "ouro", "total_ut_steps": 3}
+RAVEN = {
+    "architectures": ["RavenForCausalLM"],
+    "model_type": "huginn_raven",
+    "vocab_size": 100,
+    "n_embd": 48,
+    "n_heads": 4,
+    "intermediate_size": 80,
+    "n_layers_in_prelude": 1,
+    "n_layers_in_recurrent_block": 3,
+    "n_layers_in_coda": 2,
+    "mean_recurrence": 5,
+    "rope_theta": 3e4,
+    "rope_base": 5e4,
+}
+# A tensor that only this one of the three kinds of Raven has.
+HUGINN, OLMO = ("transformer.coda.0.norm_3.weight",), ("transformer.coda.0.attn.q_norm.weight",)
+RETROFIT = ("transformer.coda.0.norm_1.weight",)
+
+
+def read(raw, names=()):
+    return family_of(raw, names).read_config(raw)
+
+
+def test_defaults_are_those_of_transformers():
+    config = read(LLAMA)
+    assert (config.family, config.num_loops, config.num_block_layers) == ("llama", 1, 3)
+    assert (config.num_kv_heads, config.head_dim, config.max_positions) == (4, 12, 2048)
+    assert (config.norm_eps, config.activation, config.tie_embeddings) == (1e-6, "silu", False)
+    assert (config.rope.kind, config.rope.theta) == ("default", 10000.0)
+    assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (False, False, False)
+
+
+def test_defaults_equal_the_class_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.LlamaConfig(), read(LLAMA)
+    assert theirs.max_position_embeddings == ours.max_positions
+    assert theirs.rms_norm_eps == ours.norm_eps
+    assert theirs.hidden_act == ours.activation
+    assert theirs.tie_word_embeddings == ours.tie_embeddings
+    assert (theirs.attention_bias, theirs.mlp_bias) == (ours.qkv_bias, ours.mlp_bias)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_token_id, *ours.eos_token_ids)
+    assert theirs.rope_parameters["rope_theta"] == ours.rope.theta
+
+
+@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters"])
+def test_null_is_absent(key):
+    assert read({**LLAMA, key: None}) == read(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("given", "ids"),
+    [(7, (7,)), ([7, 9], (7, 9)), (None, ()), ([], ()), (0, (0,))],
+)
+def test_eos_token_ids(given, ids):
+    assert read({**LLAMA, "eos_token_id": given}).eos_token_ids == ids
+
+
+def test_attention_bias_is_on_the_output_projection_too():
+    config = read({**LLAMA, "attention_bias": True})
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (True, True, False)
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [{"rope_type": "llama3"}, {"type": "llama3"}, {"rope_type": "llama3", "type": "x"}]
+)
+def test_both_styles_of_rope_are_the_same(kind):
+    older = read({**LLAMA, "rope_theta": 5e5, "rope_scaling": {**kind, **LLAMA3}})
+    newer = read({**LLAMA, "rope_parameters": {**kind, **LLAMA3, "rope_theta": 5e5}})
+    assert older == newer
+    assert (older.rope.kind, older.rope.theta, older.rope.original_max_positions) == ("llama3", 5e5, 512)
+
+
+def test_theta_inside_the_rope_wins_over_the_one_outside():
+    assert read({**LLAMA, "rope_theta": 3.0, "rope_parameters": {"rope_theta": 9.0}}).rope.theta == 9.0
+
+
+def test_original_length_outside_the_rope_wins():
+    raw = {**LLAMA, "rope_scaling": {"type": "llama3", **LLAMA3}, "original_max_position_embeddings": 64}
+    assert read(raw).rope.original_max_positions == 64
+
+
+def test_yarn_factor_is_implied_by_the_lengths():
+    rope = {"rope_type": "yarn", "original_max_position_embeddings": 512}
+    assert read({**LLAMA, "max_position_embeddings": 2048, "rope_scaling": rope}).rope.factor == 4.0
+
+
+def test_dynamic_rope_is_served_within_the_original_context():
+    rope = {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 1024}
+    config = read({**LLAMA, "max_position_embeddings": 4096, "rope_scaling": rope})
+    assert (config.max_positions, config.rope.kind) == (1024, "default")
+
+
+@pytest.mark.parametrize(
+    ("fields", "loops"),
+    [
+        ({}, 2),
+        ({"num_loops": None}, 1),
+        ({"loop_loss_weights": []}, 2),
+        ({"loop_loss_weights": [0.2, 0.3, 0.1]}, 4),
+    ],
+)
+def test_loss_weights_override_num_loops(fields, loops):
+    """One weight for each loop but the last; public servers read num_loops alone and run too few."""
+    assert read({**NANBEIGE, **fields}).num_loops == loops
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_norm_between_loops(skip):
+    assert read({**NANBEIGE, "skip_loop_final_norm": skip}).norm_after_loop is not skip
+
+
+REFUSED = {
+    "hidden_size": [None, "48", 48.0, True, 0, -4, 50],
+    "vocab_size": [None, [100], 0],
+    "num_hidden_layers": [None, 0],
+    "num_attention_heads": [None, 5],
+    "intermediate_size": [None, {}],
+    "num_key_value_heads": [3, 8, 0, "4"],
+    "head_dim": [13, 0, 1.5],
+    "hidden_act": ["softplus", 3],
+    "rms_norm_eps": [0, -1e-6, "1e-5", math.nan, math.inf],
+    "tie_word_embeddings": ["yes", 1],
+    "attention_bias": ["q"],
+    "eos_token_id": ["</s>", -1, [2, None], 2.0, True],
+    "max_position_embeddings": [0, "2048"],
+    "rope_theta": [0, "1e4", 1.0],
+    "partial_rotary_factor": [0.5],
+    "sliding_window": [4096],
+    "layer_types": [["full_attention", "sliding_attention"], "full_attention"],
+    "quantization_config": [{"quant_method": "fp8"}],
+    "is_causal": [False],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in REFUSED.items() for v in values])
+def test_a_bad_field_is_an_error_that_names_it(key, value):
+    with pytest.raises(ConfigError, match=key):
+        read({**LLAMA, key: value})
+
+
+REFUSED_ROPE = [
+    ("rope_type", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
+    ("rope_type", {"rope_type": "proportional"}),
+    ("rope_type", {"rope_type": 7}),
+    ("factor", {"rope_type": "linear"}),
+    ("factor", {"rope_type": "linear", "factor": "2"}),
+    ("factor", {"rope_type": "linear", "factor": -2.0}),
+    ("factor", {"rope_type": "dynamic"}),
+    ("low_freq_factor", {"rope_type": "llama3", "factor": 8.0}),
+    ("high_freq_factor", {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}),
+    ("original_max_position_embeddings", {"rope_type": "yarn", "original_max_position_embeddings": "8k"}),
+    ("beta_fast", {"rope_type": "yarn", "beta_fast": 0.5}),
+    ("truncate", {"rope_type": "yarn", "truncate": 1}),
+    ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+    ("full_attention", {"full_attention": {"rope_type": "default"}}),
+    ("mrope_section", {"mrope_section": [1, 2, 3]}),
+]
+
+
+@pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(("key", "rope"), REFUSED_ROPE)
+def test_a_bad_rope_is_an_error_that_names_the_field(where, key, rope):
+    with pytest.raises(ConfigError, match=key) as error:
+        read({**LLAMA, where: rope})
+    assert where in str(error.value) or key == "rope_type"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("qk_layernorm", "emb_neighbor_num", "enable_double_loop_split", "loop_share_kv"),
+        *("enable_hyper_connection", "enable_mhc", "enable_depth_attention", "ngram_insert_all_layers"),
+    ],
+)
+def test_nanbeige_options_that_are_not_plain_looping_are_refused(key):
+    with pytest.raises(ConfigError, match=key):
+        read({**NANBEIGE, key: 1})
+
+
+@pytest.mark.parametrize("loops", [0, -1, 2.0, "2"])
+def test_bad_num_loops(loops):
+    with pytest.raises(ConfigError, match="num_loops"):
+        read({**NANBEIGE, "num_loops": loops})
+
+
+def test_an_inactive_sliding_window_is_fine():
+    assert read({**LLAMA, "sliding_window": 4096, "use_sliding_window": False}) == read(LLAMA)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architectures": ["MistralForCausalLM"]},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"architectures": "LlamaForCausalLM"},
+        {"architectures": None, "model_type": "gpt2"},
+        {"architectures": None, "model_type": None},
+        {"architectures": None, "model_type": ["llama"]},
+    ],
+)
+def test_an_unknown_architecture_is_an_error_that_lists_the_served_ones(fields):
+    with pytest.raises(ConfigError, match=r"(?i)llama"):
+        read({**LLAMA, **fields})
+
+
+def test_model_type_decides_where_no_architecture_is_given():
+    assert family_of({"model_type": "nanbeige"}).name == "nanbeige"
+
+
+ROPES = [
+    None,
+    {"type": "linear", "factor": 2.0},
+    {"rope_type": "llama3", **LLAMA3},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "mscale": 1.0},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("eos", [None, 3, [3, 4]])
+def test_a_written_config_reads_back_as_itself(rope, eos):
+    fields = {
+        "rope_scaling": rope,
+        "eos_token_id": eos,
+        "skip_loop_final_norm": eos is None,
+        "bos_token_id": None,
+    }
+    config = read({**NANBEIGE, **fields, "hidden_act": "gelu", "attention_bias": True, "head_dim": 10})
+    assert read(write_config(config)) == config
+
+
+def test_ouro_options_that_take_another_depth_are_refused():
+    for fields in ({"early_exit_threshold": 0.9}, {"early_exit_step": 1}):
+        with pytest.raises(ConfigError, match=next(iter(fields))):
+            read({**OURO, **fields})
+
+
+def test_ouro_defaults():
+    """OuroConfig ignores sliding_window unless use_sliding_window is true; elsewhere it counts by itself."""
+    config = read({**OURO, "sliding_window": 4096})
+    assert (config.num_loops, config.max_positions, config.eos_token_ids) == (3, 32768, ())
+    with pytest.raises(ConfigError, match="sliding_window"):
+        read({**OURO, "sliding_window": 4096, "use_sliding_window": True})
+
+
+@pytest.mark.parametrize(
+    ("names", "placement", "theta", "interleaved"),
+    [
+        (HUGINN, NormPlacement.POST_ADD, 5e4, True),
+        (RETROFIT, NormPlacement.PRE, 3e4, False),
+        (OLMO + RETROFIT, NormPlacement.OUTPUT, 3e4, False),
+    ],
+)
+def test_the_three_kinds_of_raven_are_told_apart_by_their_tensors(names, placement, theta, interleaved):
+    config = read({**RAVEN, "qk_bias": names == HUGINN}, names)
+    assert (config.norm_placement, config.rope.theta) == (placement, theta)
+    assert (config.rope.interleaved, config.qk_bias) == (interleaved, names == HUGINN)
+    assert (config.prelude, config.block, config.coda) == (range(1), range(1, 4), range(4, 6))
+    assert config.embedding_scale == math.sqrt(48)
+
+
+def test_a_raven_of_no_known_kind():
+    with pytest.raises(ConfigError, match="Huginn"):
+        read(RAVEN, ("transformer.coda.0.norm_7.weight",))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("initial_state_mode", "skip-adapter"),
+        ("initial_state_mode", "embed-init"),
+        ("test_time_noise", 0.1),
+        ("bias", True),
+        ("nonlin_name", "GELU"),
+        ("block_class_name", "TransformerPreNormBlock"),
+        ("injection_type", "add"),
+        ("head_dim", 10),
+        ("n_heads", 5),
+        ("num_key_value_heads", 3),
+        ("num_key_value_heads", 2),
+        ("mean_recurrence", None),
+        ("init_values", {"embed_scale": 0}),
+    ],
+)
+def test_a_bad_raven_field_is_an_error_that_names_it(key, value):
+    with pytest.raises(ConfigError, match=next(iter(value)) if isinstance(value, dict) else key):
+        read({**RAVEN, key: value}, HUGINN)
+
+
+def test_numbers_of_layers_on_disk_start_anew_in_each_section():
+    config = read(RAVEN, HUGINN)
+    places = {n: p.parameter for n, p in family_of(RAVEN, HUGINN).places(config) if p and "norm_1" in n}
+    assert places == {
+        "transformer.prelude.0.norm_1.weight": "layers.0.attn_norm.weight",
+        **{f"transformer.core_block.{i}.norm_1.weight": f"layers.{i + 1}.attn_norm.weight" for i in range(3)},
+        **{f"transformer.coda.{i}.norm_1.weight": f"layers.{i + 4}.attn_norm.weight" for i in range(2)},
+    }
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+KEYS = sorted({*REFUSED, *RAVEN, *(key for _, rope in REFUSED_ROPE for key in rope), "rope_scaling"})
+ropes = st.fixed_dictionaries({}, optional={key: json_values for _, rope in REFUSED_ROPE for key in rope})
+
+
+@settings(max_examples=500)
+@given(
+    st.sampled_from([(LLAMA, ()), (NANBEIGE, ()), (OURO, ()), (RAVEN, HUGINN), (RAVEN, RETROFIT)]),
+    st.dictionaries(st.sampled_from([*KEYS, "num_loops", "loop_loss_weights"]), json_values, max_size=4),
+    st.none() | ropes,
+)
+def test_any_json_is_a_config_or_a_config_error(base, fields, rope):
+    raw, names = base
+    with contextlib.suppress(ConfigError):
+        assert isinstance(read({**raw, "rope_parameters": rope, **fields}, names), LoopedConfig)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_fused_tensors_are_filled_without_a_gap_or_an_overlap(family):
+    config = read({**LLAMA, "num_key_value_heads": 2, "head_dim": 10})
+    heights = {"qkv_proj": (4 + 2 + 2) * 10, "gate_up_proj": 2 * 80}
+    filled = {}
+    for _, place in family.places(config):
+        if place and (fused := place.parameter.split(".")[-2]) in heights:
+            filled.setdefault(place.parameter, []).extend(range(heights[fused])[place.rows(config)])
+    assert len(filled) >= 2 * config.num_layers
+    for parameter, rows in filled.items():
+        assert rows == list(range(heights[parameter.split(".")[-2]]))
