@@ -7,8 +7,7 @@ bound).
 """
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -52,30 +51,24 @@ def break_down(engine: Engine, requests: list[GenerationRequest]) -> Breakdown:
 
 
 def _timed(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, float, float]:
-    spent = {"schedule": 0.0, "update": 0.0}
+    scheduler, clock = engine.scheduler, time.perf_counter
+    schedule = update = 0.0
     passes = 0
-    scheduler = engine.scheduler
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            started = time.perf_counter()
-            result = function(*args)
-            spent[name] += time.perf_counter() - started
-            return result
-
-        return call
-
-    vars(scheduler).update({name: timed(name, getattr(scheduler, name)) for name in spent})
-    started = time.perf_counter()
+    started = clock()
     for request in requests:
         engine.add(request)
-    while engine.has_work:
-        engine.step()
+    while scheduler.has_work:
+        before = clock()
+        batch = scheduler.schedule()
+        planned = clock()
+        tokens = engine.runner.forward(batch)
+        ran = clock()
+        scheduler.update(batch, tokens)
+        schedule += planned - before
+        update += clock() - ran
         passes += 1
-    wall = time.perf_counter() - started
-    for name in spent:
-        del vars(scheduler)[name]
-    return wall / passes * 1e6, spent["schedule"] / passes * 1e6, spent["update"] / passes * 1e6
+    wall = clock() - started
+    return wall / passes * 1e6, schedule / passes * 1e6, update / passes * 1e6
 
 
 def _profiled(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, float, float, float]:

@@ -71,7 +71,11 @@ def run(args: argparse.Namespace) -> int:
     prompts = prompts_for(args.model, vocab_size, args.num_prompts, args.prompt_tokens, args.seed)
     info = engine.info
     print(f"{args.model}: {info.family}, {info.num_loops} loops, {info.dtype} on {info.device}")
-    report: dict[str, object] = {"draft_depths": info.draft_depths, "dtype": info.dtype, "device": info.device}
+    report: dict[str, object] = {
+        "draft_depths": info.draft_depths,
+        "dtype": info.dtype,
+        "device": info.device,
+    }
     sampled = SamplingParams(temperature=args.temperature, top_p=args.top_p)
     for name, sampling in (("greedy", SamplingParams(temperature=0.0)), ("sampled", sampled)):
         mode = measure(engine, prompts, sampling, args.max_tokens, name)
@@ -158,10 +162,10 @@ def _tokens_per_second(runs: list[Run]) -> float:
 
 
 def _print_summary(name: str, figures: dict[str, float]) -> None:
-    print(
-        f"{name}: {figures['tokens_per_second']:.0f} tokens/s with speculation, "
-        f"{figures['tokens_per_second_plain']:.0f} without; median speed-up "
-        f"{figures['speedup_median']:.2f}x (lowest {figures['speedup_min']:.2f}x)\n"
-        f"  passes per token {figures['passes_per_token']:.3f} (plain {figures['passes_per_token_plain']:.3f}), "
-        f"rows per token {figures['rows_per_token']:.3f}, equal texts {figures['equal_texts']:.1%}"
-    )
+    fast, plain = figures["tokens_per_second"], figures["tokens_per_second_plain"]
+    median, lowest = figures["speedup_median"], figures["speedup_min"]
+    passes, passes_plain = figures["passes_per_token"], figures["passes_per_token_plain"]
+    print(f"{name}: {fast:.0f} tokens/s with speculation, {plain:.0f} without; ", end="")
+    print(f"median speed-up {median:.2f}x (lowest {lowest:.2f}x)")
+    print(f"  passes per token {passes:.3f} (plain {passes_plain:.3f}), ", end="")
+    print(f"rows per token {figures['rows_per_token']:.3f}, equal texts {figures['equal_texts']:.1%}")

@@ -46,7 +46,7 @@ def pack_linears(module: nn.Module) -> int:
 
 def _can_pack(module: nn.Module) -> bool:
     weight = next(module.parameters())
-    if weight.device.type != "cpu" or weight.dtype not in PACKABLE or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or weight.dtype not in PACKABLE:
         return False
     probe = nn.Linear(32, 32, dtype=weight.dtype)
     try:

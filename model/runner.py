@@ -44,7 +44,7 @@ class Runner:
         hidden = self._finish(batch, state, readouts)
         if not readouts:
             return []
-        targets = [Readout(item.sequence, item.start + item.count) for item in readouts]
+        targets = [Readout(item.sequence, item.start + item.num_rows) for item in readouts]
         tokens: list[int] = self.sampler.sample(self.model.head(hidden), targets).tolist()
         return tokens
 
@@ -54,7 +54,7 @@ class Runner:
             return
         ids: list[int] = []
         for item in batch:
-            ids.extend(item.sequence.wave.tokens[item.start : item.start + item.count])
+            ids.extend(item.sequence.wave.tokens[item.start : item.start + item.num_rows])
         has_prelude = self.model.config.num_prelude_layers > 0
         attend = self._bind_unlooped(batch) if has_prelude else _no_attention
         angles = self.model.angles(self._positions(batch))
@@ -99,21 +99,21 @@ class Runner:
     def _positions(self, batch: SequenceOf[ScheduledRun]) -> Tensor:
         positions: list[int] = []
         for item in batch:
-            positions.extend(range(item.start, item.start + item.count))
+            positions.extend(range(item.start, item.start + item.num_rows))
         return self._tensor(positions)
 
     def _slots(self, batch: SequenceOf[ScheduledRun]) -> Tensor:
         slots: list[int] = []
         for item in batch:
             assert item.sequence.table is not None
-            slots.extend(item.sequence.table.slots(item.start, item.count))
+            slots.extend(item.sequence.table.slots(item.start, item.num_rows))
         return self._tensor(slots)
 
     def _last_rows(self, batch: SequenceOf[ScheduledRun]) -> Tensor:
         """Index of the last row of every run of the batch that is read out."""
         rows, total = [], 0
         for item in batch:
-            total += item.count
+            total += item.num_rows
             if item.readout:
                 rows.append(total - 1)
         return self._tensor(rows)
@@ -122,8 +122,8 @@ class Runner:
         wanted, rows, total = set(map(id, chosen)), list[int](), 0
         for item in batch:
             if id(item) in wanted:
-                rows.extend(range(total, total + item.count))
-            total += item.count
+                rows.extend(range(total, total + item.num_rows))
+            total += item.num_rows
         return self._tensor(rows)
 
     def _tensor(self, values: list[int]) -> Tensor:
@@ -133,13 +133,13 @@ class Runner:
 _NO_ANGLES = (torch.empty(0), torch.empty(0))
 
 
-def _no_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _no_attention(layer: int, *_: Tensor) -> Tensor:
     raise AssertionError(f"layer {layer} attended where the model has no layers")
 
 
 def _row_run(item: ScheduledRun, loop: int) -> RowRun:
     assert item.sequence.table is not None
-    return RowRun(item.sequence.table, item.start, item.count, loop)
+    return RowRun(item.sequence.table, item.start, item.num_rows, loop)
 
 
 def bytes_per_token(config: LoopedConfig, dtype: torch.dtype) -> int:

@@ -7,7 +7,8 @@ share G, so they agree whenever their logits are close (Daliri, Musco, Suresh 20
 Invariant: a row's token does not depend on which other rows are in the batch.
 """
 
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +52,9 @@ class Sampler:
         scores = logits.float().clone()
         for row, readout in enumerate(readouts):
             self._adjust(scores[row], readout)
-        drawn = [row for row, r in enumerate(readouts) if r.sequence.request.sampling.temperature > GREEDY_BELOW]
+        drawn = [
+            row for row, r in enumerate(readouts) if r.sequence.request.sampling.temperature > GREEDY_BELOW
+        ]
         if drawn:
             rows = self._tensor(drawn)
             scores[rows] = self._draw_scores(scores[rows], [readouts[row] for row in drawn])
@@ -152,9 +155,7 @@ class TokenCounts:
         return self.prompt, output
 
 
-def apply_penalties(
-    scores: Tensor, counts: tuple[np.ndarray, np.ndarray], params: SamplingParams
-) -> None:
+def apply_penalties(scores: Tensor, counts: tuple[np.ndarray, np.ndarray], params: SamplingParams) -> None:
     """Repetition (prompt and output), frequency and presence (output) penalties, in place.
 
     scores (vocab,). As in vLLM: a repeated token's positive score is divided by the repetition
@@ -162,7 +163,9 @@ def apply_penalties(
     """
     output = torch.from_numpy(counts[1]).to(scores.device)
     seen = torch.from_numpy((counts[0] + counts[1]) > 0).to(scores.device)
-    penalised = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+    penalised = torch.where(
+        scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty
+    )
     scores.copy_(torch.where(seen, penalised, scores))
     scores -= params.frequency_penalty * output + params.presence_penalty * (output > 0)
 
@@ -188,7 +191,10 @@ def philox_bits(keys: list[tuple[int, int]], count: int, device: torch.device) -
     (rows, count), equal to `numpy.random.Philox(key=seed, counter=position << 64).random_raw(count)`.
     """
     seeds = [_signed(seed % _WORD) for seed, _ in keys]
-    key = [to_device(seeds, torch.int64, device)[:, None], torch.zeros(1, 1, dtype=torch.int64, device=device)]
+    key = [
+        to_device(seeds, torch.int64, device)[:, None],
+        torch.zeros(1, 1, dtype=torch.int64, device=device),
+    ]
     blocks = torch.arange(1, -(-count // 4) + 1, device=device)[None].expand(len(keys), -1)
     position = to_device([p for _, p in keys], torch.int64, device)[:, None].expand_as(blocks)
     zero = torch.zeros_like(blocks)

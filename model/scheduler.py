@@ -7,7 +7,8 @@ whole possible length from admission to its end, so a running sequence never wai
 """
 
 import heapq
-from collections.abc import Iterable, Sequence as SequenceOf
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import count
 
@@ -84,7 +85,7 @@ class Scheduler:
         self._take_speculative(taken, self.limits.row_budget - rows)
         self._in_pass = [(seq, seq.wave.runs[:num]) for seq, num in taken.items() if num]
         return [
-            ScheduledRun(seq, run.start, run.count, run.depth, seq.wave.wants_readout(run))
+            ScheduledRun(seq, run.start, run.num_rows, run.depth, seq.wave.wants_readout(run))
             for seq, runs in self._in_pass
             for run in reversed(runs)
         ]
@@ -95,7 +96,7 @@ class Scheduler:
         predictions: dict[Sequence, dict[int, int]] = {seq: {} for seq, _ in self._in_pass}
         for item in batch:
             if item.readout:
-                predictions[item.sequence][item.start + item.count - 1] = next(results)
+                predictions[item.sequence][item.start + item.num_rows - 1] = next(results)
         events = []
         for sequence, runs in self._in_pass:
             event = self._advance(sequence, runs, predictions[sequence])
@@ -127,10 +128,10 @@ class Scheduler:
                 continue
             wave.enter_prompt(self.limits.prefill_chunk_size)
             for run in wave.runs:
-                if run.start >= wave.prompt_length or run.count > left:
+                if run.start >= wave.prompt_length or run.num_rows > left:
                     break
                 taken[sequence] += 1
-                left -= run.count
+                left -= run.num_rows
         return self.limits.prefill_rows - left
 
     def _take_speculative(self, taken: dict[Sequence, int], left: int) -> None:
@@ -144,12 +145,10 @@ class Scheduler:
                     left -= 1
                     grew = True
 
-    def _advance(
-        self, sequence: Sequence, runs: list[Run], predictions: dict[int, int]
-    ) -> TokenEvent | None:
+    def _advance(self, sequence: Sequence, runs: list[Run], predictions: dict[int, int]) -> TokenEvent | None:
         if sequence.num_generated:
             sequence.passes += 1
-            sequence.rows += sum(run.count for run in runs)
+            sequence.rows += sum(run.num_rows for run in runs)
         committed = sequence.wave.update(runs, predictions)
         if not sequence.wave.finished:
             new = TokenEvent(request_id=sequence.request.request_id, token_ids=committed)

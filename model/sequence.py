@@ -37,13 +37,13 @@ class Sequence:
 
 
 class ScheduledRun(NamedTuple):
-    """Rows of one sequence in this pass: `count` positions from `start`, running loop `loop` (0..R-1).
+    """Rows of one sequence in this pass: `num_rows` positions from `start`, running loop `loop` (0..R-1).
 
     `readout`: the last of them predicts the token behind it.
     """
 
     sequence: Sequence
     start: int
-    count: int
+    num_rows: int
     loop: int
     readout: bool

@@ -25,16 +25,16 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Run:
-    """Positions start .. start + count - 1, each with `depth` loops finished."""
+    """Positions start .. start + num_rows - 1, each with `depth` loops finished."""
 
     start: int
-    count: int
+    num_rows: int
     depth: int = 0
 
     @property
     def last(self) -> int:
         """The last position of the run; the only one whose readout may be wanted."""
-        return self.start + self.count - 1
+        return self.start + self.num_rows - 1
 
 
 class Wave:

@@ -299,7 +299,8 @@ def main() -> int:
 
 
 def _serve(options: EngineOptions, requests: "zmq.Socket[bytes]", events: "zmq.Socket[bytes]") -> None:
-    from model.serving import build_engine
+    # Here: the API process imports this module and must not import torch.
+    from model.serving import build_engine  # noqa: PLC0415
 
     engine = build_engine(options)
     encoder = msgspec.msgpack.Encoder()

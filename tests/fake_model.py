@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from model.cache import PagePool
 from model.protocol import GenerationRequest, SamplingParams, TokenEvent
 from model.scheduler import Scheduler, SchedulerLimits
-from model.sequence import ScheduledRun, Sequence as EngineSequence
+from model.sequence import ScheduledRun
+from model.sequence import Sequence as EngineSequence
 from model.wave import Wave
 
 VOCAB = 50
@@ -37,12 +38,12 @@ class FakeRunner:
     def forward(self, batch: Sequence[ScheduledRun]) -> list[int]:
         """Writes the cache, checks what is read, returns the readouts' tokens."""
         for item in batch:
-            for position in range(item.start, item.start + item.count):
+            for position in range(item.start, item.start + item.num_rows):
                 self.cache[self._entry(item, position)] = self._prefix(item, position)
         for item in batch:
-            for position in range(item.start + item.count):
+            for position in range(item.start + item.num_rows):
                 assert self.cache.get(self._entry(item, position)) == self._prefix(item, position)
-        self.pass_rows.append(sum(item.count for item in batch))
+        self.pass_rows.append(sum(item.num_rows for item in batch))
         return [self._token(item) for item in batch if item.readout]
 
     def final_token(self, prefix_hash: int) -> int:
@@ -59,7 +60,7 @@ class FakeRunner:
         return tokens
 
     def _token(self, item: ScheduledRun) -> int:
-        prefix = self._prefix(item, item.start + item.count - 1)
+        prefix = self._prefix(item, item.start + item.num_rows - 1)
         token = self.final_token(prefix)
         depth = item.loop + 1
         may_err = depth < item.sequence.wave.num_loops and depth in self.error_depths

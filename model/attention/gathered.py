@@ -26,9 +26,9 @@ class GatheredAttention:
         firsts, total = [], 0
         for run in runs:
             firsts.append(total)
-            total += run.count
-        single = [i for i, run in enumerate(runs) if run.count == 1]
-        several = [i for i, run in enumerate(runs) if run.count > 1]
+            total += run.num_rows
+        single = [i for i, run in enumerate(runs) if run.num_rows == 1]
+        several = [i for i, run in enumerate(runs) if run.num_rows > 1]
         groups = [
             _Group(self.store, [runs[i] for i in chosen], [firsts[i] for i in chosen])
             for chosen in (single, several)
@@ -50,10 +50,10 @@ class _Group:
 
     def __init__(self, store: KVStore, runs: list[RowRun], firsts: list[int]) -> None:
         self.store = store
-        width = max(run.count for run in runs)
-        context = max(run.start + run.count for run in runs)
+        width = max(run.num_rows for run in runs)
+        context = max(run.start + run.num_rows for run in runs)
         device = store.device
-        column = [[run.start, run.count, first, run.loop] for run, first in zip(runs, firsts, strict=True)]
+        column = [[run.start, run.num_rows, first, run.loop] for run, first in zip(runs, firsts, strict=True)]
         start, count, first, loop = to_device(column, torch.int64, device).t()[:, :, None]
         step = torch.arange(width, device=device)
         self.rows = first + torch.minimum(step, count - 1)  # (runs, width); padding repeats the last row

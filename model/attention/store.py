@@ -18,14 +18,14 @@ from model.sampling import to_device
 
 
 class RowRun(NamedTuple):
-    """Consecutive rows of a batch: positions start .. start + count - 1 of one sequence at one loop.
+    """Consecutive rows of a batch: positions start .. start + num_rows - 1 of one sequence at one loop.
 
     `loop` (0..R-1) picks the slots of the layers that the rows run through; 0 in prelude and coda.
     """
 
     table: PageTable
     start: int
-    count: int
+    num_rows: int
     loop: int
 
 
@@ -51,7 +51,7 @@ class KVStore:
         flat: list[int] = []
         for run in runs:
             offset = run.loop * self.num_tokens
-            flat.extend(offset + slot for slot in run.table.slots(run.start, run.count))
+            flat.extend(offset + slot for slot in run.table.slots(run.start, run.num_rows))
         return to_device(flat, torch.int64, self.device)
 
     def write(self, layer: int, entries: Tensor, k: Tensor, v: Tensor) -> None:

@@ -52,12 +52,12 @@ def _groups(runs: SequenceOf[RowRun]) -> list[tuple[list[RowRun], int]]:
             groups[-1][0].append(run)
         else:
             groups.append(([run], first))
-        first += run.count
+        first += run.num_rows
     return groups
 
 
 def _continues(before: RowRun, run: RowRun) -> bool:
-    single = before.count == run.count == 1
+    single = before.num_rows == run.num_rows == 1
     return single and before.table is run.table and run.loop == before.loop + 1
 
 
@@ -67,11 +67,11 @@ class _Call:
     def __init__(self, store: KVStore, runs: list[RowRun], first: int) -> None:
         self.store = store
         self.table: PageTable = runs[0].table
-        self.context = max(run.start + run.count for run in runs)
+        self.context = max(run.start + run.num_rows for run in runs)
         self.loops = slice(runs[0].loop, runs[-1].loop + 1)
         self.num_loops = len(runs)
-        self.count = runs[0].count
-        self.rows = slice(first, first + sum(run.count for run in runs))
+        self.num_rows = runs[0].num_rows
+        self.rows = slice(first, first + sum(run.num_rows for run in runs))
         self.index = None if self.table.base is not None else self._slots()
         self.mask = self._mask([run.start for run in runs])
 
@@ -81,13 +81,13 @@ class _Call:
         values = self._context_of(self.store.values[layer])
         # Query heads that share a K/V head stand in the place of tokens: no head is repeated.
         rows, heads, head_dim = q.shape
-        grouped = q.view(self.num_loops, self.count, heads // self.store.group, self.store.group, head_dim)
-        if self.count == 1:
+        grouped = q.view(self.num_loops, self.num_rows, heads // self.store.group, self.store.group, head_dim)
+        if self.num_rows == 1:
             out = F.scaled_dot_product_attention(grouped[:, 0], keys, values, attn_mask=self.mask)
             return out.reshape(rows, heads, head_dim)
-        queries = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (1, kv_heads, group * count, head_dim)
+        queries = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (1, kv_heads, group * num_rows, head_dim)
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.mask)
-        out = out.unflatten(2, (self.store.group, self.count))
+        out = out.view(1, out.shape[1], self.store.group, self.num_rows, head_dim)
         return out.permute(0, 3, 1, 2, 4).reshape(rows, heads, head_dim)
 
     def _context_of(self, cache: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class _Call:
         if self.context == starts[0] + 1 == starts[-1] + 1:
             return None
         seen = torch.arange(self.context)
-        last = torch.tensor(starts)[:, None] + torch.arange(self.count)  # (loops, count)
-        mask = torch.zeros(self.num_loops, 1, self.count, self.context, dtype=self.store.dtype)
+        last = torch.tensor(starts)[:, None] + torch.arange(self.num_rows)  # (loops, rows)
+        mask = torch.zeros(self.num_loops, 1, self.num_rows, self.context, dtype=self.store.dtype)
         mask.masked_fill_((seen > last[:, :, None])[:, None], -torch.inf)
-        return mask.repeat(1, 1, self.store.group, 1) if self.count > 1 else mask
+        return mask.repeat(1, 1, self.store.group, 1) if self.num_rows > 1 else mask

@@ -71,6 +71,7 @@ def encode(documents: list[Document], tokenizer: Tokenizer, seed: int) -> Tokens
     """All documents in an order shuffled by `seed`, each after an end-of-text token, as one array."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     order = np.random.default_rng(seed).permutation(len(documents))
+    assert end is not None, f"the tokenizer has no {END_OF_TEXT}"
     parts: list[int] = []
     for encoding in tokenizer.encode_batch([documents[i].text for i in order]):
         parts.append(end)

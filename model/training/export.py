@@ -5,9 +5,9 @@ everything the card says was measured in this run.
 """
 
 import os
-import platform
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,10 +19,11 @@ from model.training.trainer import Trainer
 STORED_DTYPE = torch.bfloat16
 
 
-def export(trainer: Trainer, tokenizer: Path, sizes: dict[str, dict[str, float]], folder: Path) -> Evaluation:
+def export(trainer: Trainer, tokenizer: Path, sizes: dict[str, Any], folder: Path) -> Evaluation:
     """Writes the checkpoint of a finished run into `folder`; its held-out figures.
 
-    `sizes` has files, tokens and bytes_per_token of "train" and "held_out".
+    `sizes` is what `speed train` noted of the corpus: its name, and the files, tokens and
+    bytes_per_token of "train" and "held_out".
     """
     save_checkpoint(trainer.model, folder, STORED_DTYPE)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
@@ -31,9 +32,7 @@ def export(trainer: Trainer, tokenizer: Path, sizes: dict[str, dict[str, float]]
     return figures
 
 
-def _card(
-    trainer: Trainer, sizes: dict[str, dict[str, float]], figures: Evaluation, folder: Path
-) -> str:
+def _card(trainer: Trainer, sizes: dict[str, Any], figures: Evaluation, folder: Path) -> str:
     recipe = trainer.recipe
     model, megabytes = recipe.model, (folder / "model.safetensors").stat().st_size / 1e6
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -51,10 +50,10 @@ it is no chat model, and what it writes is often wrong: it is there to show how 
 
 ## Data
 
-Python {platform.python_version()}'s standard library (PSF licence): {train["files"]:.0f} files, \
-{train["tokens"] / 1e6:.2f} million tokens of {train["bytes_per_token"]:.2f} bytes for training; \
-{held_out["files"]:.0f} files, {held_out["tokens"] / 1e6:.2f} million tokens held out, split by a hash of the \
-file's path. The tokenizer (byte-level BPE) was trained on the training files alone.
+{sizes["corpus"]}: {train["files"]} files, {train["tokens"] / 1e6:.2f} million tokens of \
+{train["bytes_per_token"]:.2f} bytes for training; {held_out["files"]} files, \
+{held_out["tokens"] / 1e6:.2f} million tokens held out, split by a hash of the file's path. \
+The tokenizer (byte-level BPE) was trained on the training files alone.
 
 ## Training
 
@@ -73,7 +72,9 @@ divergence of early readouts from the last one. Muon for the layers, AdamW for t
 
 
 def _tokens_seen(recipe: Recipe) -> int:
-    lengths = [(s.steps, recipe.tokens_per_step // s.sequence_length * s.sequence_length) for s in recipe.stages]
+    lengths = [
+        (s.steps, recipe.tokens_per_step // s.sequence_length * s.sequence_length) for s in recipe.stages
+    ]
     return sum(steps * tokens for steps, tokens in lengths)
 
 

@@ -44,7 +44,7 @@ def _divergence(final: Tensor, early: Tensor) -> Tensor:
 
 
 class Evaluation(NamedTuple):
-    """Held-out figures: nats a token after each loop, and the share of greedy tokens equal to the last loop's."""
+    """Held-out figures, each a list over loops: nats a token, and greedy tokens equal to the last loop's."""
 
     loss: list[float]
     agreement: list[float]
@@ -55,7 +55,7 @@ def evaluate(model: LoopedTransformer, windows: Tensor) -> Evaluation:
     """Loss and agreement per loop over windows (count, length + 1), a few windows at a time."""
     loops = model.config.num_loops
     loss, agreement = torch.zeros(loops), torch.zeros(loops)
-    for batch in windows.split(4):
+    for batch in torch.split(windows, 4):
         readouts = [model.whole_readout(s).float().flatten(0, 1) for s in model.depths(batch[:, :-1])]
         targets, final = batch[:, 1:].flatten(), readouts[-1].argmax(-1)
         share = len(batch) / len(windows)

@@ -6,6 +6,7 @@ is already there, so that the command may be stopped and given again.
 
 import argparse
 import json
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def prepare(recipe: Recipe, corpus: Path, folder: Path) -> None:
     split = read_corpus(corpus)
     tokenizer = train_tokenizer((d.text for d in split.train), recipe.model.vocab_size)
     tokenizer.save(str(folder / TOKENIZER))
-    sizes = {}
+    sizes: dict[str, object] = {"corpus": _name_of(corpus)}
     for name, documents in split._asdict().items():
         tokens = encode(documents, tokenizer, recipe.seed)
         np.save(folder / f"{name}.npy", tokens)
@@ -68,6 +69,12 @@ def prepare(recipe: Recipe, corpus: Path, folder: Path) -> None:
             "bytes_per_token": num_bytes / len(tokens),
         }
     (folder / SIZES).write_text(json.dumps(sizes))  # last: it says that the others are there
+
+
+def _name_of(corpus: Path) -> str:
+    if corpus == standard_library():
+        return f"The standard library of Python {platform.python_version()} (PSF licence)"
+    return f"The .py files of a folder named {corpus.resolve().name}"
 
 
 if __name__ == "__main__":

@@ -124,7 +124,8 @@ def initialise(model: LoopedTransformer) -> None:
 
 def _optimizers(model: LoopedTransformer, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embedding and norms."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and name.startswith("layers.") else others).append(parameter)
     muon = torch.optim.Muon(

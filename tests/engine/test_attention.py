@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.attention import GatheredAttention, KVStore, ViewedAttention
 from model.attention.store import RowRun
@@ -25,7 +26,9 @@ def two_tables(scattered: bool) -> tuple[PagePool, list[PageTable]]:
     return pool, [pool.allocate(LENGTH) for _ in range(2)]
 
 
-def cache_and_truth(scattered: bool, seed: int) -> tuple[KVStore, list[PageTable], torch.Tensor, torch.Tensor]:
+def cache_and_truth(
+    scattered: bool, seed: int
+) -> tuple[KVStore, list[PageTable], torch.Tensor, torch.Tensor]:
     """Two sequences' random q, k, v at every loop, K/V stored; truth is (sequences, loops, tokens, ...)."""
     generator = torch.Generator().manual_seed(seed)
     pool, tables = two_tables(scattered)
@@ -67,7 +70,7 @@ def test_ragged_rows_equal_plain_causal_attention(implementation, first, second,
         for loop, start, count in sorted(runs)
     ]
     batch = [run for _, run in rows]
-    places = [(s, run.loop, slice(run.start, run.start + run.count)) for s, run in rows]
+    places = [(s, run.loop, slice(run.start, run.start + run.num_rows)) for s, run in rows]
     queries = torch.cat([q[place] for place in places])
     entries = store.entries(batch)
     keys, values = store.keys[0].flatten(0, 1)[entries], store.values[0].flatten(0, 1)[entries]

@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.engine import Engine, EngineConfig, EngineConfigError
 from model.looped import LoopedTransformer
@@ -99,7 +100,9 @@ def test_the_cache_after_flushes_is_the_cache_of_the_committed_tokens(chunk, bud
     """Invariant 3: K/V of every slot, compared with a run that only reads the final text as a prompt."""
     model = tiny_model()
     prompt = prompts(3)[2]
-    wavy = engine(model, tuple(sorted(drafts)), prefill_chunk_size=chunk, prefill_rows=chunk, row_budget=budget)
+    wavy = engine(
+        model, tuple(sorted(drafts)), prefill_chunk_size=chunk, prefill_rows=chunk, row_budget=budget
+    )
     text = texts(wavy, [request(0, prompt, GREEDY)])[0]
     reader = engine(model, ())
     texts(reader, [request(0, prompt + text[:-1], GREEDY, max_tokens=1)])

@@ -17,8 +17,6 @@ GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 REFUSED = {"iquest_w8": "architectures", "retrofit_olmo_skip": "initial_state_mode"}
 FOLDERS = sorted(f for f in GOLDEN.glob("*") if f.is_dir() and f.name not in REFUSED)
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name, scope="module")
 def golden(request):

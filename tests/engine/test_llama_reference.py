@@ -8,8 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model import load_model
 
-torch.set_num_threads(1)
-
 TINY = {
     "vocab_size": 67,
     "hidden_size": 32,

@@ -15,8 +15,6 @@ from model.checkpoint import CheckpointError
 from model.config import LoopedConfig, NormPlacement, RopeConfig
 from model.looped import LoopedTransformer
 
-torch.set_num_threads(1)
-
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 

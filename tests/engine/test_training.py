@@ -78,7 +78,11 @@ def test_a_run_in_slices_equals_a_run_in_one_and_exports_a_model_that_loads(tmp_
     whole, sliced = (load_model(tmp_path / name / "model") for name in ("whole", "sliced"))
     assert torch.equal(whole.logits([1, 2, 3]), sliced.logits([1, 2, 3]))
     config = json.loads((tmp_path / "whole" / "model" / "config.json").read_text())
-    assert (config["model_type"], config["skip_loop_final_norm"], config["num_loops"]) == ("nanbeige", True, 3)
+    assert (config["model_type"], config["skip_loop_final_norm"], config["num_loops"]) == (
+        "nanbeige",
+        True,
+        3,
+    )
     card = (tmp_path / "whole" / "model" / "README.md").read_text()
     assert "12 steps of 64 tokens" in card
     assert (tmp_path / "whole" / "model" / "tokenizer.json").exists()

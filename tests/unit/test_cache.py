@@ -1,14 +1,13 @@
 """The page pool: neighbours first, nothing lost, nothing given twice."""
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.cache import CacheIntegrityError, PagePool
 
 
-@given(
-    steps=st.lists(st.tuples(st.booleans(), st.integers(1, 30)), max_size=60), page_size=st.integers(1, 8)
-)
+@given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 30)), max_size=60), page_size=st.integers(1, 8))
 @settings(max_examples=200, deadline=None)
 def test_live_tables_never_share_a_page(steps: list[tuple[bool, int]], page_size: int) -> None:
     pool = PagePool(20, page_size)

@@ -1,6 +1,7 @@
 """Many sequences at once on the fake model: order, budgets, aborts, memory."""
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.scheduler import SchedulerLimits
 from model.sequence import ScheduledRun
@@ -29,7 +30,9 @@ def test_any_schedule_gives_every_request_its_own_text_and_one_end(
     num_pages: int,
 ) -> None:
     """Invariants 1, 3, 4, 5 and 6 of the design, under random arrivals, aborts, budgets and memory."""
-    limits = SchedulerLimits(max_num_seqs, prefill_chunk_size=chunk, prefill_rows=2 * chunk, row_budget=row_budget)
+    limits = SchedulerLimits(
+        max_num_seqs, prefill_chunk_size=chunk, prefill_rows=2 * chunk, row_budget=row_budget
+    )
     harness = Harness(limits, num_pages)
     prompts = [[index] * length for index, (length, _, _) in enumerate(arrivals)]
     aborted = {index for index, _ in aborts if index < len(arrivals)}
@@ -71,7 +74,7 @@ def test_a_long_prompt_is_read_beside_decoding_rows() -> None:
 
     def watch(batch: list[ScheduledRun]) -> None:
         ids = [run.sequence.request.request_id for run in batch]
-        assert sum(run.count for run in batch if run.sequence.request.request_id == "long") <= 8
+        assert sum(run.num_rows for run in batch if run.sequence.request.request_id == "long") <= 8
         if harness.answers["a"][-1].finish_reason is None:
             assert "a" in ids
 
@@ -84,7 +87,7 @@ def test_speculative_rows_stay_below_the_row_budget_and_certain_rows_always_run(
         harness.add(name, [ord(name)], 40)
     for _ in range(5):
         harness.step()
-    sizes = {sum(run.count for run in harness.step()) for _ in range(20)}
+    sizes = {sum(run.num_rows for run in harness.step()) for _ in range(20)}
     assert sizes == {5}
 
 
@@ -94,7 +97,7 @@ def test_under_saturation_waves_narrow_to_one_row() -> None:
         harness.add(name, [ord(name)], 40)
     for _ in range(5):
         harness.step()
-    assert {sum(run.count for run in harness.step()) for _ in range(10)} == {3}
+    assert {sum(run.num_rows for run in harness.step()) for _ in range(10)} == {3}
 
 
 def test_smaller_priority_goes_first_then_first_come_first_served() -> None:

@@ -1,7 +1,8 @@
 """The SPEED state machine alone: passes per token, flushes, ends, for every policy of draft depths."""
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.wave import Wave
 from tests.fake_model import Harness, mixed

@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API over any `model.protocol.Engine`. Never imports torch."""

@@ -1,0 +1,145 @@
+"""The command `speed`: serve, train, bench. Parses options; each command's code is imported when it runs.
+
+Invariant: a wrong option, or a model that isn't there, is one line on stderr and exit status 2.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from server.settings import ENV_PREFIX, Settings
+
+USAGE_ERROR = 2
+
+
+class UsageError(Exception):
+    """What the user asked for can't be done; the message is one line."""
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _help(name: str, field: FieldInfo) -> str:
+    known = field.default_factory is None and field.default is not None
+    default = f"; default: {field.default}" if known else ""
+    return f"{field.description}{default} [{ENV_PREFIX}{name.upper()}]".replace("%", "%%")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of `Settings`, grouped. Values stay strings: `Settings` judges them."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, field in Settings.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        title = str(extra["group"])
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        if field.annotation is bool:
+            group.add_argument(
+                _flag(name), action=argparse.BooleanOptionalAction, default=None, help=_help(name, field)
+            )
+        else:
+            group.add_argument(_flag(name), metavar=name.upper(), help=_help(name, field))
+
+
+def _origin(name: str, flag: str | None) -> str:
+    """The option and its value as the user wrote them."""
+    if flag is not None:
+        return f"{_flag(name)} {flag}"
+    variable = ENV_PREFIX + name.upper()
+    return f"{_flag(name)} {os.environ.get(variable)} (from {variable})"
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """Flags over environment over defaults; raises UsageError naming the option, its value and limit."""
+    given = {name: getattr(args, name) for name in Settings.model_fields}
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{_origin(name, given[name])} is not valid: {message}") from None
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises UsageError unless `folder` looks like a model."""
+    if not folder.is_dir():
+        raise UsageError(f"--model: there is no folder {str(folder)!r}")
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise UsageError(f"--model: the folder {str(folder)!r} has no {name}")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    settings = read_settings(args)
+    check_model_folder(settings.model)
+    # Here, lest `speed --help` wait a second for the web framework.
+    from server.serve import serve  # noqa: PLC0415
+
+    return serve(settings)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    from model.training import main as training  # noqa: PLC0415
+
+    training.add_arguments(parser)
+    parser.set_defaults(run=training.run)
+
+
+def _add_latency(parser: argparse.ArgumentParser) -> None:
+    from bench import latency  # noqa: PLC0415
+
+    latency.add_arguments(parser)
+    parser.set_defaults(run=latency.run)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
+    parser.set_defaults(run=_serve)
+
+
+def build_parser(argv: Iterable[str]) -> argparse.ArgumentParser:
+    """The parser; arguments of a command are added only if `argv` names it, since some import torch."""
+    words = [word for word in argv if not word.startswith("-")]
+    parser = argparse.ArgumentParser(prog="speed", description="A server for looped language models.")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    serve = commands.add_parser("serve", help="serve a model over OpenAI's API")
+    train = commands.add_parser("train", help="train a looped model")
+    bench = commands.add_parser("bench", help="measure")
+    benchmarks = bench.add_subparsers(metavar="benchmark", required=True)
+    latency = benchmarks.add_parser("latency", help="passes and time per token, with and without speculation")
+    for name, subparser, add in (
+        (["serve"], serve, _add_serve),
+        (["train"], train, _add_train),
+        (["bench", "latency"], latency, _add_latency),
+    ):
+        if words[: len(name)] == name:
+            add(subparser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    args = build_parser(arguments).parse_args(arguments)
+    try:
+        status: int = args.run(args)
+    except UsageError as error:
+        print(f"speed: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return status
+
+
+def _exit() -> NoReturn:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    _exit()

@@ -1,0 +1,220 @@
+"""Every way a request can fail, each with its status, type and code, and the handlers that render them.
+
+    ApiError
+    ├── InvalidRequestError         400  a field is wrong (param names it)
+    │   ├── UnsupportedFieldError   400  unsupported_field: of OpenAI's API, but not served here
+    │   ├── UnknownFieldError       400  unknown_field
+    │   └── ContextLengthError      400  context_length_exceeded
+    ├── ModelNotFoundError          404  model_not_found
+    ├── UnsupportedMediaTypeError   415  unsupported_media_type
+    ├── QueueFullError              429  queue_full, Retry-After
+    ├── EngineFailureError          500  engine_error: it failed while running the request
+    └── UnavailableError            503  engine_loading, engine_unavailable, server_draining, Retry-After
+
+Invariant: every answer with a status >= 400 has the body {"error": {message, type, param, code}}, quotes
+at most `MAX_QUOTE` characters of the input, and says nothing about the inside of the server.
+"""
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+MAX_QUOTE = 200
+
+
+def quote(value: object) -> str:
+    """`value` as it may appear in a message: one line, at most `MAX_QUOTE` characters.
+
+    `repr` also escapes lone surrogates, which JSON can carry in but UTF-8 cannot carry back.
+    """
+    # Slice before repr: the repr of eight megabytes is not free.
+    text = repr(value[:MAX_QUOTE] if isinstance(value, str | list) else value)
+    return text if len(text) <= MAX_QUOTE else text[: MAX_QUOTE - 1] + "…"
+
+
+class ApiError(Exception):
+    """An answer other than success. Subclasses fix the status; `param` names the field at fault."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that belong to the answer."""
+        return {}
+
+    def body(self) -> dict[str, Any]:
+        """The answer's body; also the content of an error frame in a stream."""
+        return error_body(self.message, self.type, self.param, self.code)
+
+
+class InvalidRequestError(ApiError):
+    """The request breaks a rule of the API."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class UnsupportedFieldError(InvalidRequestError):
+    """The field exists in the API, but this server doesn't serve it."""
+
+    code = "unsupported_field"
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"{field} is not supported by this server", param=field)
+
+
+class UnknownFieldError(InvalidRequestError):
+    """No such field."""
+
+    code = "unknown_field"
+
+    def __init__(self, field: str) -> None:
+        super().__init__(
+            f"unknown field {quote(field)}; the server was started without --allow-unknown-fields",
+            param=field[:MAX_QUOTE],
+        )
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and completion do not fit the model."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+        super().__init__(
+            f"the model's context is {max_model_len} tokens, but {num_prompt_tokens + max_tokens} were asked "
+            f"for: {num_prompt_tokens} in the prompt and {max_tokens} in max_tokens",
+            param="prompt" if num_prompt_tokens > max_model_len else "max_tokens",
+        )
+
+
+class ModelNotFoundError(ApiError):
+    """No model of that name is served."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the model {quote(name)} does not exist", param="model")
+
+
+class UnsupportedMediaTypeError(ApiError):
+    """The body isn't announced as JSON."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
+class QueueFullError(ApiError):
+    """Too many requests are in flight."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """A second is a few hundred tokens: room is likely by then."""
+        return {"Retry-After": "1"}
+
+
+class EngineFailureError(ApiError):
+    """The engine failed while it ran the request. What exactly happened is in the log only."""
+
+    code = "engine_error"
+
+    def __init__(self) -> None:
+        super().__init__("the engine failed while running this request")
+
+
+class UnavailableError(ApiError):
+    """Nothing can be served now: the engine is loading or dead, or the server is shutting down."""
+
+    status = 503
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Loading a model and restarting an engine take seconds."""
+        return {"Retry-After": "5"}
+
+
+def error_body(message: str, type_: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The one shape of an error."""
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def _param(location: Sequence[str | int]) -> str | None:
+    """The top-level field of a validation error; "body" itself is no field."""
+    fields = [part for part in location if part != "body"]
+    return fields[0] if fields and isinstance(fields[0], str) else None
+
+
+def _invalid_request(error: Mapping[str, Any]) -> InvalidRequestError:
+    """The first of pydantic's complaints in our words."""
+    if error["type"] == "json_invalid":
+        return InvalidRequestError(f"the body is not valid JSON: {quote(error['ctx']['error'])}")
+    param = _param(error["loc"])
+    if param is None:
+        return InvalidRequestError("the body must be a JSON object")
+    if error["type"] == "missing":
+        return InvalidRequestError(f"{param} is required", param=param)
+    path = ".".join(str(part)[:MAX_QUOTE] for part in error["loc"] if part != "body")
+    message = error["msg"].removeprefix("Value error, ")
+    return InvalidRequestError(f"{path}: {message} (got {quote(error['input'])})", param=param)
+
+
+def _render(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _handle_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _render(error)
+
+
+async def _handle_validation(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return _render(_invalid_request(error.errors()[0]))
+
+
+async def _handle_http(request: Request, error: Exception) -> Response:
+    """What the framework itself refuses: no such route, wrong method, unreadable body, body too large."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {quote(request.url.path)}: {error.detail}"
+    code = HTTPStatus(error.status_code).name.lower()
+    body = error_body(message, "invalid_request_error", code=code)
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _handle_bug(request: Request, _: Exception) -> Response:
+    """The framework raises the exception again after this answer, so that the server logs it."""
+    # This handler runs outside every middleware: the request's id must be added by hand.
+    request_id = request.scope.get("request_id", "")
+    body = error_body("internal server error", "server_error", code="internal_error")
+    return JSONResponse(body, 500, {"X-Request-Id": request_id})
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Makes every failure of `app` an answer of the one shape."""
+    app.add_exception_handler(ApiError, _handle_api_error)
+    app.add_exception_handler(RequestValidationError, _handle_validation)
+    app.add_exception_handler(HTTPException, _handle_http)
+    app.add_exception_handler(Exception, _handle_bug)

@@ -1,0 +1,37 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from fastapi import APIRouter
+
+from server.errors import UnavailableError
+from server.schemas.models import ModelCard, ModelList
+from server.state import ServerState, State
+
+router = APIRouter(prefix="/v1", tags=["models"])
+
+
+@router.get("/models", response_model_exclude_none=True)
+async def list_models(state: State) -> ModelList:
+    """All names of the model."""
+    return ModelList(data=[_card(name, state) for name in state.settings.model_names])
+
+
+@router.get("/models/{name:path}", response_model_exclude_none=True)
+async def get_model(name: str, state: State) -> ModelCard:
+    """One name; names may contain slashes."""
+    state.check_model(name)
+    return _card(name, state)
+
+
+def _card(name: str, state: ServerState) -> ModelCard:
+    card = ModelCard(id=name, created=state.created)
+    try:
+        info = state.batcher.engine_info()
+    except UnavailableError:
+        return card
+    return card.model_copy(
+        update={
+            "max_model_len": info.max_model_len,
+            "num_loops": info.num_loops,
+            "draft_depths": info.draft_depths,
+        }
+    )

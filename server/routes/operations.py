@@ -1,0 +1,36 @@
+"""What those who run a server ask: /health, /ready, /version."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import APIRouter
+
+from server.state import State
+
+router = APIRouter(tags=["operations"])
+
+
+def package_version() -> str:
+    """The installed version; a source tree that was not installed has none."""
+    try:
+        return version("speed-serve")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """Whether the process lives; restarting it would not make the engine load faster."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(state: State) -> dict[str, str]:
+    """Whether a request would be served now; 503 with the reason if not."""
+    state.batcher.check_ready()
+    return {"status": "ready"}
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    """The server's version."""
+    return {"version": package_version()}

@@ -1,0 +1,1 @@
+"""Request and response bodies of the API: what is legal whatever the engine, and nothing else."""

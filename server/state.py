@@ -1,0 +1,42 @@
+"""What every route needs, made once by `create_app` and handed to routes by `Depends`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.batcher import RequestBatcher
+from server.errors import ModelNotFoundError, UnsupportedMediaTypeError, quote
+from server.settings import Settings
+from server.tokenizer import TextCodec
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The parts of one server. `created` is when it started, in seconds since 1970."""
+
+    batcher: RequestBatcher
+    codec: TextCodec
+    settings: Settings
+    created: int
+
+    def check_model(self, name: str) -> None:
+        """Raises ModelNotFoundError unless `name` is served."""
+        if name not in self.settings.model_names:
+            raise ModelNotFoundError(name)
+
+
+def _server_state(request: Request) -> ServerState:
+    state = request.app.state.server
+    assert isinstance(state, ServerState)
+    return state
+
+
+def require_json(request: Request) -> None:
+    """A body of another type is refused before it is looked at."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise UnsupportedMediaTypeError(f"the content type must be application/json, not {quote(media_type)}")
+
+
+State = Annotated[ServerState, Depends(_server_state)]

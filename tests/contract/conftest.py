@@ -1,0 +1,123 @@
+"""An application over a fake engine, and clients: httpx's, and one that speaks ASGI by hand."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import Message
+
+from server.app import create_app
+from server.settings import Settings
+from tests.fake_engine import FakeEngine
+from tests.text_tools import byte_codec, ids_of
+
+TEXT = "Grüße, 世界! 🙂 The end.\nAnd more."
+
+
+class Served:
+    """A running application with its engine and a client."""
+
+    def __init__(self, engine: FakeEngine, settings: Settings) -> None:
+        self.engine = engine
+        self.app = create_app(engine, byte_codec(), settings)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=10)
+
+    async def post(self, **fields: Any) -> httpx.Response:
+        body = {"model": "default", "prompt": "hi", "max_tokens": 100} | fields
+        # json.dumps, not httpx's json=: the tests send NaN.
+        return await self.client.post(
+            "/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"}
+        )
+
+    async def chunks(self, **fields: Any) -> list[Any]:
+        """The frames of a streamed answer, [DONE] included, parsed."""
+        response = await self.post(stream=True, **fields)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert "\r" not in response.text
+        frames = [part for part in response.text.split("\n\n") if part and not part.startswith(":")]
+        assert all(frame.startswith("data: ") and "\n" not in frame for frame in frames)
+        assert frames[-1] == "data: [DONE]"
+        return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-1]]
+
+    def asgi_call(self, **fields: Any) -> "AsgiCall":
+        body = {"model": "default", "prompt": "hi", "max_tokens": 100} | fields
+        return AsgiCall(self.app, json.dumps(body).encode())
+
+
+class AsgiCall:
+    """One POST /v1/completions at the level of receive and send."""
+
+    def __init__(self, app: Any, body: bytes) -> None:
+        self.sent: list[Message] = []
+        self.arrived = asyncio.Event()
+        self.blocked = False  # a client that reads nothing
+        self._disconnect = asyncio.Event()
+        self._messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": "/v1/completions",
+            "raw_path": b"/v1/completions",
+            "root_path": "",
+            "scheme": "http",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("test", 80),
+        }
+        self.task = asyncio.create_task(app(scope, self._receive, self._send))
+
+    def disconnect(self) -> None:
+        self._disconnect.set()
+
+    @property
+    def data(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.sent).decode()
+
+    async def first_frame(self) -> None:
+        async with asyncio.timeout(5):
+            await self.arrived.wait()
+
+    async def finished(self) -> None:
+        async with asyncio.timeout(5):
+            await self.task
+
+    async def _receive(self) -> Message:
+        if self._messages:
+            return self._messages.pop(0)
+        await self._disconnect.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        if self.blocked:
+            await asyncio.Event().wait()
+        self.sent.append(message)
+        if message["type"] == "http.response.body":
+            self.arrived.set()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def serving(engine: FakeEngine | None = None, **options: Any) -> AsyncIterator[Served]:
+    served = Served(engine or FakeEngine(lambda _: ids_of(TEXT)), Settings(**options))
+    async with served.app.router.lifespan_context(served.app), served.client:
+        yield served
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with serving() as one:
+        yield one

@@ -1,0 +1,79 @@
+"""The command line: one source of options, one clear line for each mistake."""
+
+import subprocess
+import sys
+
+import pytest
+
+from server.cli import build_parser, main, read_settings
+from server.settings import Settings
+
+
+def settings_of(*argv: str) -> Settings:
+    command = ["serve", *argv]
+    return read_settings(build_parser(command).parse_args(command))
+
+
+def test_flag_over_environment_over_default(monkeypatch):
+    assert settings_of().port == 8000
+    monkeypatch.setenv("SPEED_PORT", "81")
+    monkeypatch.setenv("SPEED_DRAFT_DEPTHS", "1, 2")
+    monkeypatch.setenv("SPEED_SERVED_MODEL_NAME", "a,b")
+    assert (settings_of().port, settings_of().draft_depths) == (81, (1, 2))
+    assert settings_of().model_names == ["a", "b"]
+    assert settings_of("--port", "82", "--draft-depths", "3").port == 82
+    assert settings_of("--draft-depths", "3").draft_depths == (3,)
+    assert settings_of("--allow-unknown-fields").allow_unknown_fields is True
+
+
+def test_names_of_the_model():
+    assert settings_of().model_names == ["default"]
+    assert settings_of("--model", "/models/raven").model_names == ["raven"]
+    assert settings_of("--served-model-name", "x,y").model_names == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--port", "70000"], ["--port", "70000", "65535"]),
+        (["--port", "http"], ["--port", "http"]),
+        (["--device", "tpu"], ["--device", "tpu", "cuda"]),
+        (["--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
+        (["--draft-depths", "2,1"], ["--draft-depths", "2,1", "ascend"]),
+        (["--draft-depths", "0"], ["--draft-depths", "0"]),
+        (["--served-model-name", "a,,b"], ["--served-model-name"]),
+        (["--max-num-seqs", "0"], ["--max-num-seqs", "0", "1"]),
+        (["--model", "/no/such/folder"], ["--model", "/no/such/folder"]),
+    ],
+)
+def test_mistake_is_one_line_and_status_2(capsys, argv, parts):
+    assert main(["serve", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(part in error for part in parts), error
+
+
+def test_mistake_in_the_environment_names_the_variable(capsys, monkeypatch):
+    monkeypatch.setenv("SPEED_PORT", "-1")
+    assert main(["serve"]) == 2
+    assert "SPEED_PORT" in capsys.readouterr().err
+
+
+def test_folder_without_a_model(capsys, tmp_path):
+    assert main(["serve", "--model", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_help_names_every_option_and_imports_no_framework():
+    code = (
+        "import sys, server.cli\n"
+        "try: server.cli.main(['serve', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'fastapi', 'uvicorn', 'starlette'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+    )
+    for name in Settings.model_fields:
+        assert "--" + name.replace("_", "-") in result.stdout
+        assert f"SPEED_{name.upper()}" in result.stdout

@@ -1,0 +1,311 @@
+"""Every refusal: status, shape, param and code, and the next request works."""
+
+import asyncio
+import json
+
+import pytest
+
+from tests.contract.conftest import TEXT, serving, until
+from tests.fake_engine import INFO, FakeEngine
+from tests.text_tools import ids_of
+
+BAD_FIELDS = [
+    ({"model": None}, "model"),
+    ({"model": 3}, "model"),
+    ({"prompt": None}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [""]}, "prompt"),
+    ({"prompt": ["a", ""]}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": [[1], []]}, "prompt"),
+    ({"prompt": 3}, "prompt"),
+    ({"prompt": {"text": "a"}}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [1, "a"]}, "prompt"),
+    ({"prompt": [1, True]}, "prompt"),
+    ({"prompt": [1.5]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": [257]}, "prompt"),
+    ({"prompt": [[1], [257]]}, "prompt"),
+    ({"prompt": [2**70]}, "prompt"),
+    ({"prompt": "\ud800"}, "prompt"),
+    ({"prompt": ["a", "\ud800"]}, "prompt"),
+    ({"stop": "\ud800"}, "stop"),
+    ({"user": "\ud800"}, "user"),
+    ({"logit_bias": {"\ud800": 1}}, "logit_bias"),
+    ({"logit_bias": {"\ud800": 101}}, "logit_bias"),
+    ({"prompt": ["a"] * 300, "max_tokens": 1}, "prompt"),
+    ({"prompt": ["a"] * 10, "n": 100, "max_tokens": 1}, "n"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"echo": "yes"}, "echo"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": 3}, "stop"),
+    ({"stop_token_ids": 3}, "stop_token_ids"),
+    ({"stop_token_ids": [257]}, "stop_token_ids"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids"),
+    ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
+    ({"ignore_eos": "no"}, "ignore_eos"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 101}, "min_tokens"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": "1"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"temperature": float("inf")}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"min_p": -0.1}, "min_p"),
+    ({"min_p": 1.1}, "min_p"),
+    ({"presence_penalty": 2.1}, "presence_penalty"),
+    ({"frequency_penalty": -2.1}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 10.1}, "repetition_penalty"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": {"1": "a"}}, "logit_bias"),
+    ({"logit_bias": {"257": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"seed": 2**63}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
+    ({"seed": 1.5}, "seed"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
+    ({"stream": True, "stream_options": 3}, "stream_options"),
+    ({"user": 3}, "user"),
+    ({"priority": "high"}, "priority"),
+    ({"return_token_ids": 1}, "return_token_ids"),
+    ({"skip_special_tokens": "no"}, "skip_special_tokens"),
+    ({"speculation": "on"}, "speculation"),
+    ({"num_loops": 0}, "num_loops"),
+    ({"num_loops": 5}, "num_loops"),
+]
+UNSUPPORTED = [
+    {"logprobs": 1},
+    {"logprobs": 0},
+    {"logprobs": False},
+    {"best_of": 2},
+    {"best_of": True},
+    {"suffix": "a"},
+    {"response_format": {"type": "json_object"}},
+    {"structured_outputs": {"regex": "a"}},
+    {"cache_salt": "a"},
+    {"truncate_prompt_tokens": 3},
+]
+
+
+def error_of(response, status: int) -> dict:
+    """The error of an answer, checked for its shape."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert error["code"] is None or isinstance(error["code"], str)
+    return error
+
+
+async def works(served) -> None:
+    response = await served.post()
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["text"] == TEXT
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD_FIELDS, ids=lambda value: str(value)[:60])
+async def test_bad_field(served, fields, param):
+    error = error_of(await served.post(**fields), 400)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert param in error["message"]
+    assert served.engine.requests == []
+    await works(served)
+
+
+@pytest.mark.parametrize("fields", UNSUPPORTED, ids=str)
+@pytest.mark.parametrize("allow", [False, True])
+async def test_unsupported_field_is_never_ignored(fields, allow):
+    async with serving(allow_unknown_fields=allow) as served:
+        error = error_of(await served.post(**fields), 400)
+        assert (error["param"], error["code"]) == (next(iter(fields)), "unsupported_field")
+        assert "not supported" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logprobs": None, "suffix": None, "best_of": None, "response_format": None},
+        {"best_of": 2, "n": 2},
+        {"response_format": {"type": "text"}},
+        {"max_tokens": None, "temperature": None, "stop": None, "logit_bias": None, "stream_options": None},
+        {"stream": True, "stream_options": {"include_usage": False, "include_obfuscation": False}},
+        {"stop": [], "top_k": -1, "logit_bias": {}, "user": "u", "seed": -(2**63)},
+    ],
+    ids=str,
+)
+async def test_neutral_values_are_accepted(served, fields):
+    assert (await served.post(**fields)).status_code == 200
+
+
+@pytest.mark.parametrize("value", [1, None])
+async def test_unknown_field(served, value):
+    error = error_of(await served.post(temprature=value), 400)
+    assert (error["param"], error["code"]) == ("temprature", "unknown_field")
+    options = {"include_usagee": value}
+    assert error_of(await served.post(stream=True, stream_options=options), 400)["param"] == "include_usagee"
+    await works(served)
+
+
+async def test_unsupported_option_of_a_stream(served):
+    for value in (True, 0):
+        options = {"include_obfuscation": value}
+        error = error_of(await served.post(stream=True, stream_options=options), 400)
+        assert error["code"] == "unsupported_field"
+
+
+async def test_unknown_field_with_a_name_that_is_no_utf8(served):
+    error_of(await served.post(**{"\ud800": 1}), 400)
+
+
+async def test_unknown_fields_may_be_allowed():
+    async with serving(allow_unknown_fields=True) as served:
+        assert (await served.post(temprature=1)).status_code == 200
+
+
+async def test_unknown_model(served):
+    error = error_of(await served.post(model="gpt-7"), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    error = error_of(await served.client.get("/v1/models/gpt-7"), 404)
+    assert error["code"] == "model_not_found"
+    await works(served)
+
+
+async def test_context_length_names_both_numbers(served):
+    error = error_of(await served.post(prompt="x" * 150, max_tokens=51), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+    assert "150 in the prompt and 51 in max_tokens" in error["message"]
+    assert str(INFO.max_model_len) in error["message"]
+    assert error_of(await served.post(prompt="x" * 201, max_tokens=0), 400)["param"] == "prompt"
+    assert (await served.post(prompt="x" * 150, max_tokens=50)).status_code == 200
+
+
+async def test_messages_quote_little_of_the_input(served):
+    for fields in (
+        {"temperature": "h" * 10**5},
+        {"temperature": {"h": "h" * 10**5}},
+        {"model": "m" * 10**5},
+        {"u" * 10**5: 1},
+    ):
+        body = {"model": "default", "prompt": "a"} | fields
+        response = await served.client.post("/v1/completions", json=body)
+        assert len(response.json()["error"]["message"]) < 400
+        assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"a"', b"null", b"\xff", b"[" * 10**5, b"1" * 10**4])
+async def test_body_that_is_no_json_object(served, body):
+    response = await served.client.post(
+        "/v1/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert error_of(response, 400)["param"] is None
+    await works(served)
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+async def test_wrong_content_type(served, content_type):
+    response = await served.client.post(
+        "/v1/completions", content=b"{}", headers={"content-type": content_type}
+    )
+    assert error_of(response, 415)["code"] == "unsupported_media_type"
+    await works(served)
+
+
+async def test_unknown_route_and_method(served):
+    assert error_of(await served.client.get("/v1/nothing"), 404)["code"] == "not_found"
+    response = await served.client.get("/v1/completions")
+    assert error_of(response, 405)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == "POST"
+
+
+async def test_body_limit():
+    async with serving(body_limit=1000) as served:
+        assert error_of(await served.post(prompt="x" * 1000), 413)["code"] == "request_entity_too_large"
+
+        async def chunked():
+            yield json.dumps({"model": "default", "prompt": "x" * 1000}).encode()
+
+        response = await served.client.post(
+            "/v1/completions", content=chunked(), headers={"content-type": "application/json"}
+        )
+        assert error_of(response, 413)["code"] == "request_entity_too_large"
+        await works(served)
+
+
+async def test_announced_length_is_refused_before_the_body_is_read():
+    async def receive():
+        raise AssertionError("the body was read")
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"100000000")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    async with serving() as served:
+        await served.app(scope, receive, send)
+    assert sent[0]["status"] == 413
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_queue_full(stream):
+    engine = FakeEngine(lambda r: ids_of(TEXT), delay=1000)
+    async with serving(engine, max_queued_requests=2) as served:
+        first = asyncio.create_task(served.post(n=2))
+        await until(lambda: len(engine.requests) == 2)
+        response = await served.post(stream=stream)
+        error = error_of(response, 429)
+        assert (error["code"], error["type"]) == ("queue_full", "rate_limit_error")
+        assert int(response.headers["retry-after"]) >= 1
+        first.cancel()
+        await until(lambda: len(engine.aborted) == 2)
+        engine.delay = 0
+        await works(served)
+
+
+@pytest.mark.parametrize(("state", "code"), [("loading", "engine_loading"), ("dead", "engine_unavailable")])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_engine_that_is_not_ready(served, state, code, stream):
+    served.engine.state = state
+    for response in (await served.post(stream=stream), await served.client.get("/ready")):
+        assert error_of(response, 503)["code"] == code
+        assert int(response.headers["retry-after"]) >= 1
+    assert (await served.client.get("/health")).status_code == 200
+    served.engine.state = "ready"
+    assert (await served.client.get("/ready")).status_code == 200
+    await works(served)
+
+
+async def test_bug_leaks_nothing(served):
+    def broken(request):
+        raise ValueError("/secret/path")
+
+    served.engine.submit = broken
+    response = await served.post()
+    assert error_of(response, 500)["code"] == "internal_error"
+    assert "secret" not in response.text

@@ -1,0 +1,53 @@
+"""/v1/models, /health, /ready, /version and X-Request-Id."""
+
+import pytest
+
+from tests.contract.conftest import serving
+
+
+async def test_models_lists_every_name():
+    async with serving(served_model_name="main,org/alias") as served:
+        body = (await served.client.get("/v1/models")).json()
+        assert body["object"] == "list"
+        assert [card["id"] for card in body["data"]] == ["main", "org/alias"]
+        card = (await served.client.get("/v1/models/org/alias")).json()
+        assert card == body["data"][1]
+        assert card == {
+            "id": "org/alias",
+            "object": "model",
+            "created": card["created"],
+            "owned_by": "speed",
+            "max_model_len": 200,
+            "num_loops": 4,
+            "draft_depths": [1, 2],
+        }
+        for name in ("main", "org/alias"):
+            assert (await served.post(model=name)).json()["model"] == name
+        assert (await served.post(model="default")).status_code == 404
+
+
+async def test_models_while_loading_have_openais_fields_only(served):
+    served.engine.state = "loading"
+    card = (await served.client.get("/v1/models/default")).json()
+    assert set(card) == {"id", "object", "created", "owned_by"}
+
+
+async def test_health_ready_version(served):
+    for path in ("/health", "/ready", "/version"):
+        assert (await served.client.get(path)).status_code == 200
+    assert (await served.client.get("/version")).json()["version"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("abc-1", True), ("x" * 129, False), ("a b", False), ("", False)]
+)
+async def test_request_id_is_taken_or_made(served, given, kept):
+    response = await served.client.get("/health", headers={"x-request-id": given})
+    assert (response.headers["x-request-id"] == given) == kept
+    assert response.headers["x-request-id"]
+
+
+async def test_openapi_describes_the_request(served):
+    schema = (await served.client.get("/openapi.json")).json()
+    fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert {"model", "prompt", "max_tokens", "speculation", "num_loops"} <= set(fields)

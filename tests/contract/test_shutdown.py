@@ -1,0 +1,67 @@
+"""A real uvicorn on a free port: what clients see while the server shuts down."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.serve import DrainingServer, uvicorn_config
+from server.settings import Settings
+from tests.contract.conftest import TEXT, until
+from tests.fake_engine import FakeEngine
+from tests.text_tools import byte_codec, ids_of
+
+BODY = {"model": "default", "prompt": "hi", "max_tokens": 100}
+
+
+@asynccontextmanager
+async def running(engine: FakeEngine, drain_timeout: float) -> AsyncIterator[tuple[DrainingServer, str]]:
+    settings = Settings(port=0, log_level="critical")
+    app = create_app(engine, byte_codec(), settings)
+    server = DrainingServer(uvicorn_config(app, settings), app.state.server.batcher, drain_timeout)
+    task = asyncio.create_task(server.serve())
+    await until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield server, f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    async with asyncio.timeout(10):
+        await task
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_running_requests_finish_and_new_ones_get_503(stream):
+    engine = FakeEngine(lambda _: ids_of(TEXT), delay=0.02)
+    async with running(engine, 10) as (server, url), httpx.AsyncClient(base_url=url) as client:
+        task = asyncio.create_task(client.post("/v1/completions", json=BODY | {"stream": stream}))
+        await until(lambda: engine.requests)
+        server.should_exit = True
+        await asyncio.sleep(0.2)
+        refused = await client.post("/v1/completions", json=BODY)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_draining")
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.get("/health")).status_code == 200
+        assert '"finish_reason":"length"' in (await task).text
+        assert engine.aborted == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_requests_that_take_too_long_end_with_abort(stream):
+    engine = FakeEngine(lambda _: ids_of(TEXT), delay=1000)
+    async with running(engine, 0.2) as (server, url), httpx.AsyncClient(base_url=url) as client:
+        task = asyncio.create_task(client.post("/v1/completions", json=BODY | {"stream": stream}))
+        await until(lambda: engine.requests)
+        server.should_exit = True
+        response = await task
+        assert response.status_code == 200
+        assert '"finish_reason":"abort"' in response.text
+
+
+async def test_client_that_closes_its_connection_is_noticed():
+    engine = FakeEngine(lambda _: ids_of(TEXT), delay=0.02)
+    async with running(engine, 10) as (_, url), httpx.AsyncClient(base_url=url) as client:
+        async with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as response:
+            await anext(response.aiter_bytes())
+        await until(lambda: engine.aborted)

@@ -1,0 +1,111 @@
+"""An engine without a model: each request gets scripted tokens, and the tests decide when it fails."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from model.protocol import (
+    EngineHealth,
+    EngineInfo,
+    EngineState,
+    EngineUnavailableError,
+    GenerationRequest,
+    SequenceStats,
+    TokenEvent,
+)
+
+EOS = 256
+INFO = EngineInfo(
+    family="fake",
+    vocab_size=257,
+    max_model_len=200,
+    num_loops=4,
+    draft_depths=[1, 2],
+    eos_token_ids=[EOS],
+    device="cpu",
+    dtype="float32",
+    kv_cache_tokens=1000,
+    max_num_seqs=8,
+)
+STATS = SequenceStats(passes=3, rows=9, accepted_drafts=2, rejected_drafts=1, cached_prompt_tokens=1)
+Script = Callable[[GenerationRequest], list[int]]
+
+
+class FakeEngine:
+    """Emits `script(request)` `tokens_per_event` at a time, `delay` seconds apart."""
+
+    def __init__(self, script: Script, *, tokens_per_event: int = 1, delay: float = 0.0) -> None:
+        self.script = script
+        self.tokens_per_event = tokens_per_event
+        self.delay = delay
+        self.state: EngineState = "ready"
+        self.requests: list[GenerationRequest] = []
+        self.aborted: list[str] = []
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._events: asyncio.Queue[TokenEvent | Exception | None] = asyncio.Queue()
+
+    @property
+    def info(self) -> EngineInfo:
+        if self.state != "ready":
+            raise EngineUnavailableError(self.state)
+        return INFO
+
+    def health(self) -> EngineHealth:
+        return EngineHealth(state=self.state)
+
+    def submit(self, request: GenerationRequest) -> None:
+        if self.state != "ready":
+            raise EngineUnavailableError(self.state)
+        self.requests.append(request)
+        self._running[request.request_id] = asyncio.create_task(self._run(request))
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._running:
+            self.aborted.append(request_id)
+            self.end(request_id, TokenEvent(request_id=request_id, finish_reason="abort", stats=STATS))
+
+    def end(self, request_id: str, event: TokenEvent) -> None:
+        self._running.pop(request_id).cancel()
+        self._events.put_nowait(event)
+
+    def fail(self) -> None:
+        """The engine's process dies: everything in flight ends with an error."""
+        self.state = "dead"
+        for request_id in list(self._running):
+            self.end(request_id, TokenEvent(request_id=request_id, finish_reason="error", error="secret"))
+
+    def break_off(self, error: Exception | None) -> None:
+        """The stream of events ends, or raises, without a word about the requests in flight."""
+        self._events.put_nowait(error)
+
+    async def events(self) -> AsyncIterator[list[TokenEvent]]:
+        while (event := await self._events.get()) is not None:
+            if isinstance(event, Exception):
+                raise event
+            yield [event]
+
+    async def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        for request_id in list(self._running):
+            self.abort(request_id)
+        self.break_off(None)
+
+    async def _run(self, request: GenerationRequest) -> None:
+        ids = self.script(request)[: request.max_tokens]
+        for start in range(0, len(ids), self.tokens_per_event):
+            await asyncio.sleep(self.delay)
+            chunk = ids[start : start + self.tokens_per_event]
+            self._events.put_nowait(self._event(request, chunk, start + len(chunk)))
+        self._running.pop(request.request_id, None)
+
+    def _event(self, request: GenerationRequest, chunk: list[int], num_tokens: int) -> TokenEvent:
+        stopped = chunk[-1] in {EOS, *request.stop_token_ids}
+        finished = stopped or num_tokens == min(request.max_tokens, len(self.script(request)))
+        return TokenEvent(
+            request_id=request.request_id,
+            token_ids=chunk,
+            finish_reason=("stop" if stopped else "length") if finished else None,
+            stop_token_id=chunk[-1] if stopped else None,
+            stats=STATS if finished else None,
+        )

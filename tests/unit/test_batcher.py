@@ -1,0 +1,159 @@
+"""The batcher alone: mailboxes merge, everything ends, nothing that was left goes on running."""
+
+import asyncio
+
+import pytest
+
+from model.protocol import GenerationRequest, SamplingParams, TokenEvent
+from server.batcher import RequestBatcher
+from server.errors import QueueFullError, UnavailableError
+from tests.fake_engine import FakeEngine
+
+IDS = list(range(50, 70))
+
+
+def request(name: str, max_tokens: int = 20) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=name, prompt_token_ids=[1], max_tokens=max_tokens, sampling=SamplingParams()
+    )
+
+
+async def started(engine: FakeEngine, limit: int = 8) -> RequestBatcher:
+    batcher = RequestBatcher(engine, limit)
+    await batcher.start()
+    return batcher
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def drained(stream) -> list[TokenEvent]:
+    async with asyncio.timeout(5):
+        return [event async for event in stream]
+
+
+async def test_slow_reader_finds_its_deltas_merged():
+    engine = FakeEngine(lambda _: IDS)
+    batcher = await started(engine)
+    stream = batcher.open([request("a"), request("b")])
+    await until(lambda: batcher.num_in_flight == 0)
+    events = await drained(stream)
+    assert [(event.request_id, event.token_ids) for event in events] == [("a", IDS), ("b", IDS)]
+    assert all(event.finish_reason == "length" and event.stats for event in events)
+    await batcher.close()
+
+
+async def test_every_sequence_of_a_stream_is_read_in_turn():
+    engine = FakeEngine(lambda _: IDS, delay=0.001)
+    batcher = await started(engine)
+    events = await drained(batcher.open([request("a"), request("b")]))
+    for name in "ab":
+        assert [i for e in events if e.request_id == name for i in e.token_ids] == IDS
+        assert [bool(e.finish_reason) for e in events if e.request_id == name][-1]
+    await batcher.close()
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("broken pipe")])
+async def test_streams_end_when_the_engine_falls_silent(error):
+    engine = FakeEngine(lambda _: IDS, delay=1000)
+    batcher = await started(engine)
+    stream = batcher.open([request("a"), request("b")])
+    engine.break_off(error)
+    events = await drained(stream)
+    assert [event.finish_reason for event in events] == ["error", "error"]
+    with pytest.raises(UnavailableError):
+        batcher.open([request("c")])
+    await batcher.close()
+
+
+async def test_leaving_a_stream_aborts_what_still_runs():
+    engine = FakeEngine(lambda r: IDS if r.request_id == "slow" else IDS[:1], delay=0.01)
+    batcher = await started(engine)
+
+    async def leave_after_the_fast_one():
+        async with batcher.open([request("slow"), request("fast", 1)]) as stream:
+            async for event in stream:
+                if event.request_id == "fast":
+                    raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await leave_after_the_fast_one()
+    assert engine.aborted == ["slow"]
+    assert batcher.num_in_flight == 0
+    await batcher.close()
+
+
+async def test_late_events_of_an_abandoned_request_are_ignored():
+    engine = FakeEngine(lambda _: IDS)
+    batcher = await started(engine)
+    batcher.open([request("a")]).close()
+    assert len(await drained(batcher.open([request("b", 3)]))) >= 1
+    await batcher.close()
+
+
+async def test_abort_of_one_sequence_still_brings_its_last_event():
+    engine = FakeEngine(lambda _: IDS, delay=0.001)
+    batcher = await started(engine)
+    async with batcher.open([request("a")]) as stream:
+        await anext(stream)
+        stream.abort("a")
+        last = (await drained(stream))[-1]
+    assert last.finish_reason == "abort"
+    assert last.stats is not None
+    await batcher.close()
+
+
+async def test_admission_is_all_or_nothing():
+    engine = FakeEngine(lambda _: IDS, delay=1000)
+    batcher = await started(engine, limit=3)
+    stream = batcher.open([request("a"), request("b")])
+    with pytest.raises(QueueFullError):
+        batcher.open([request("c"), request("d")])
+    assert [r.request_id for r in engine.requests] == ["a", "b"]
+    stream.close()
+    batcher.open([request("c"), request("d")]).close()
+    await batcher.close()
+
+
+async def test_submission_that_fails_half_way_aborts_the_first_half():
+    engine = FakeEngine(lambda _: IDS, delay=1000)
+    batcher = await started(engine)
+    submit = engine.submit
+
+    def submit_and_die(r):
+        submit(r)
+        engine.state = "dead"
+
+    engine.submit = submit_and_die
+    with pytest.raises(UnavailableError):
+        batcher.open([request("a"), request("b")])
+    assert engine.aborted == ["a"]
+    assert batcher.num_in_flight == 0
+    await batcher.close()
+
+
+async def test_drain_lets_running_requests_finish_and_refuses_new_ones():
+    engine = FakeEngine(lambda _: IDS, delay=0.001)
+    batcher = await started(engine)
+    stream = batcher.open([request("a")])
+    batcher.drain()
+    with pytest.raises(UnavailableError, match="shutting down"):
+        batcher.open([request("b")])
+    assert (await drained(stream))[-1].finish_reason == "length"
+    await batcher.close()
+
+
+@pytest.mark.parametrize("how", ["abort_all", "close"])
+async def test_shutdown_ends_streams_with_abort(how):
+    engine = FakeEngine(lambda _: IDS, delay=1000)
+    batcher = await started(engine)
+    stream = batcher.open([request("a")])
+    if how == "close":
+        await batcher.close()
+    else:
+        batcher.abort_all()
+    assert [event.finish_reason for event in await drained(stream)] == ["abort"]
+    await batcher.close()
