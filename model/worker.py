@@ -15,14 +15,22 @@ import sys
 import tempfile
 import threading
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from model.protocol import EngineHealth, EngineInfo, EngineUnavailableError, GenerationRequest, TokenEvent
+from model.protocol import (
+    EngineHealth,
+    EngineInfo,
+    EngineUnavailableError,
+    FinishReason,
+    GenerationRequest,
+    TokenEvent,
+)
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +169,7 @@ class EngineProcess:
         self._link = await _Link.open(self.options)
         was_ready, last_words = False, ""
         try:
-            async for message in self._link.messages():
+            async for message in self._link.messages(self._worker_ended):
                 if isinstance(message, Ready):
                     was_ready = True
                     self._info = message.info
@@ -177,17 +185,17 @@ class EngineProcess:
         self._health = EngineHealth(state="loading", reason=reason)
         return was_ready
 
+    def _worker_ended(self) -> None:
+        """From here on nothing new is taken, though its last messages are still to be read."""
+        self._health = EngineHealth(state="loading", reason="the engine process ended")
+
     def _deliver(self, events: list[TokenEvent]) -> None:
         self._in_flight.difference_update(e.request_id for e in events if e.finish_reason)
         self._queue.put_nowait(events)
 
-    def _finish_all(self, reason: str, error: str | None) -> None:
+    def _finish_all(self, reason: FinishReason, error: str | None) -> None:
         """Answers whatever was in flight when its worker went away."""
-        finish = "abort" if reason == "abort" else "error"
-        ended = [
-            TokenEvent(request_id=i, finish_reason="abort" if finish == "abort" else "error", error=error)
-            for i in sorted(self._in_flight)
-        ]
+        ended = [TokenEvent(request_id=i, finish_reason=reason, error=error) for i in sorted(self._in_flight)]
         self._in_flight.clear()
         if ended:
             self._queue.put_nowait(ended)
@@ -216,7 +224,7 @@ class _Link:
         folder = tempfile.TemporaryDirectory(prefix="speed-")
         link = cls(folder)
         link.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "model.worker", folder.name, stdin=PIPE, env=_worker_environment()
+            *_command(folder.name), stdin=PIPE, env=_worker_environment()
         )
         assert link.process.stdin is not None
         link.process.stdin.write(msgspec.json.encode(options) + b"\n")
@@ -225,9 +233,10 @@ class _Link:
     def send(self, message: Submit | Abort) -> None:
         self._requests.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
 
-    async def messages(self) -> AsyncIterator[Ready | Events | Failed]:
-        """What the worker says, until it has ended and all it said has been read."""
+    async def messages(self, on_end: Callable[[], None]) -> AsyncIterator[Ready | Events | Failed]:
+        """What the worker says, until it has ended (`on_end` is called) and all it said has been read."""
         ended = asyncio.create_task(self.process.wait())
+        ended.add_done_callback(lambda task: None if task.cancelled() else on_end())
         try:
             while not ended.done():
                 receive = asyncio.ensure_future(self._events.recv())
@@ -264,6 +273,11 @@ def _endpoints(folder: str) -> tuple[str, str]:
     return f"ipc://{folder}/requests", f"ipc://{folder}/events"
 
 
+def _command(folder: str) -> list[str]:
+    # -P: a model.py or model/ in the folder where the user stands must not be taken for this package
+    return [sys.executable, "-P", "-m", "model.worker", folder]
+
+
 def _worker_environment() -> dict[str, str]:
     """The environment with this project's packages importable, wherever the parent was started."""
     root = str(Path(__file__).resolve().parent.parent)
@@ -274,7 +288,7 @@ def _worker_environment() -> dict[str, str]:
 # ---- the worker's side -------------------------------------------------------------------------
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Entry point of the worker: loads the model, then serves until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the API process, which ends this one
     options = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineOptions)
@@ -295,7 +309,8 @@ def main() -> int:
             log.exception("engine worker failed")
         events.send(msgspec.msgpack.encode(Failed(f"{type(error).__name__}: {error}")))
     context.destroy(linger=1000)
-    return code
+    sys.stderr.flush()
+    os._exit(code)  # the thread that watches standard input would hold up an orderly exit
 
 
 def _serve(options: EngineOptions, requests: "zmq.Socket[bytes]", events: "zmq.Socket[bytes]") -> None:
@@ -325,4 +340,4 @@ def _leave_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -20,7 +20,7 @@ from server.batcher import RequestBatcher
 from server.settings import Settings
 from server.tokenizer import TextCodec
 
-LOAD_FAILED = 1  # exit status
+LOAD_FAILED = 2  # exit status, that of any other option that cannot work
 FINAL_FRAMES_TIMEOUT = 3  # seconds for aborted requests to be answered
 
 
@@ -76,6 +76,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         prefill_chunk_size=settings.prefill_chunk_size,
+        row_budget=settings.row_budget,
         kv_cache_tokens=settings.kv_cache_tokens,
         threads=settings.threads,
     )

@@ -87,7 +87,10 @@ class Settings(BaseSettings):
         32, json_schema_extra=ENGINE, description="sequences that run at the same time", ge=1
     )
     prefill_chunk_size: int = Field(
-        64, json_schema_extra=ENGINE, description="rows of prompts in one pass", ge=1
+        64, json_schema_extra=ENGINE, description="positions of one prompt that enter a pass together", ge=1
+    )
+    row_budget: int = Field(
+        32, json_schema_extra=ENGINE, description="rows of a pass beyond which nothing is speculated", ge=1
     )
     kv_cache_tokens: int | None = Field(
         None,

@@ -1,0 +1,80 @@
+"""The real server as a process, with the embedded model, on a free port of this machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS, STOP_SECONDS = 120, 30
+
+
+class ServerProcess:
+    """`speed serve` with the given flags; use as a context manager."""
+
+    def __init__(self, *flags: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-P", "-m", "server.cli", "serve", "--port", str(self.port)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "SPEED_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*command, "--log-level", "warning", *flags], env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> "ServerProcess":
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.process.stderr and self.process.stderr.read()
+            try:
+                if httpx.get(f"{self.url}/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise TimeoutError("the server did not become ready")
+
+    def stop(self) -> None:
+        """SIGTERM, and no process may be left."""
+        everyone = [
+            psutil.Process(self.process.pid),
+            *psutil.Process(self.process.pid).children(recursive=True),
+        ]
+        self.process.send_signal(signal.SIGTERM)
+        self.process.communicate(timeout=STOP_SECONDS)
+        _, alive = psutil.wait_procs(everyone, timeout=STOP_SECONDS)
+        for process in alive:
+            process.kill()
+        assert not alive
+
+    @property
+    def worker(self) -> psutil.Process:
+        """The engine's process."""
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if "model.worker" in child.cmdline())
+
+    def complete(self, **fields: object) -> httpx.Response:
+        body = {"model": "default", "prompt": "def fibonacci(n):", "temperature": 0, **fields}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ServerProcess]:
+    with ServerProcess() as running:
+        yield running
