@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.attention import KVStore, PagedAttention, attention_for
-from model.attention.store import RowRun
+from model.attention.store import RowRun, zeros
 from model.config import LoopedConfig
 from model.layers import Attend
 from model.looped import LoopedTransformer
@@ -29,8 +29,9 @@ class Runner:
         self.attention: PagedAttention = attention_for(self.store)
         self.sampler = Sampler(config.vocab_size, model.device)
         shape = (num_tokens, config.hidden_size)
-        self._states = torch.zeros(shape, device=model.device, dtype=model.dtype)
-        self._entered = torch.zeros_like(self._states) if config.input_injection else self._states
+        self._states = zeros(shape, model.device, model.dtype)
+        injected = config.input_injection
+        self._entered = zeros(shape, model.device, model.dtype) if injected else self._states
 
     @torch.inference_mode()
     def forward(self, batch: SequenceOf[ScheduledRun]) -> list[int]:

@@ -92,7 +92,7 @@ class Sampler:
             apply_penalties(scores, counts.upto(readout), params)
         if params.logit_bias:
             ids = self._tensor(list(params.logit_bias))
-            scores[ids] += torch.tensor(list(params.logit_bias.values()), device=self.device)
+            scores[ids] += to_device(list(params.logit_bias.values()), torch.float32, self.device)
         if _bans_endings(readout):
             scores[self._tensor(sorted(readout.sequence.wave.ending_tokens))] = -torch.inf
 
@@ -161,8 +161,8 @@ def apply_penalties(scores: Tensor, counts: tuple[np.ndarray, np.ndarray], param
     scores (vocab,). As in vLLM: a repeated token's positive score is divided by the repetition
     penalty and a negative one multiplied; the others are subtracted (OpenAI's definition).
     """
-    output = torch.from_numpy(counts[1]).to(scores.device)
-    seen = torch.from_numpy((counts[0] + counts[1]) > 0).to(scores.device)
+    output = to_device(counts[1], torch.float32, scores.device)
+    seen = to_device((counts[0] + counts[1]) > 0, torch.bool, scores.device)
     penalised = torch.where(
         scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty
     )

@@ -6,6 +6,7 @@ import torch
 
 from model.engine import Engine, EngineConfig
 from model.loader import load_model
+from model.packed import pack_linears
 from model.protocol import GenerationRequest, SamplingParams
 from model.scheduler import SchedulerLimits
 from model.worker import EngineOptions
@@ -32,6 +33,7 @@ def build_engine(options: EngineOptions) -> Engine:
         kv_cache_tokens=options.kv_cache_tokens,
         limits=limits,
     )
+    pack_linears(loaded.model)
     engine = Engine(loaded.model, config)
     _warm_up(engine)
     return engine

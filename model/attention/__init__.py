@@ -1,6 +1,6 @@
 """Attention over the paged KV cache: one signature, several implementations, tested equal."""
 
-import torch
+from importlib.util import find_spec
 
 from model.attention.gathered import GatheredAttention
 from model.attention.store import KVStore, PagedAttention
@@ -9,7 +9,13 @@ from model.attention.viewed import ViewedAttention
 
 def attention_for(store: KVStore) -> PagedAttention:
     """The fastest implementation for the device that holds the cache."""
-    return ViewedAttention(store) if store.device == torch.device("cpu") else GatheredAttention(store)
+    if store.device.type == "cpu":
+        return ViewedAttention(store)
+    if find_spec("triton") is None:
+        return GatheredAttention(store)
+    from model.attention.triton_paged import TritonAttention  # noqa: PLC0415, only where there is a GPU
+
+    return TritonAttention(store)
 
 
 __all__ = ["GatheredAttention", "KVStore", "PagedAttention", "ViewedAttention", "attention_for"]

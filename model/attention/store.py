@@ -5,9 +5,11 @@ the loops of a layer are its slots. The K/V of a sequence's position p at loop r
 Invariant: rows of one pass never write the same entry, and a row reads no position behind its own.
 """
 
+import math
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,8 +45,8 @@ class KVStore:
             (config.loops_of_layer(layer), num_tokens, config.num_kv_heads, config.head_dim)
             for layer in range(config.num_layers)
         ]
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.keys = [zeros(shape, device, dtype) for shape in shapes]
+        self.values = [zeros(shape, device, dtype) for shape in shapes]
 
     def entries(self, runs: SequenceOf[RowRun]) -> Tensor:
         """Index of each row's entry in a layer's flattened (loops * token slots) cache, (rows,)."""
@@ -58,6 +60,14 @@ class KVStore:
         """Stores k and v (rows, kv_heads, head_dim) of the rows at `entries`."""
         self.keys[layer].flatten(0, 1).index_copy_(0, entries, k)
         self.values[layer].flatten(0, 1).index_copy_(0, entries, v)
+
+
+def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Like torch.zeros, but on the CPU the pages come from the kernel when they are first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 class PagedAttention(Protocol):

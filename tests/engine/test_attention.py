@@ -52,7 +52,14 @@ runs_of_one_sequence = st.lists(
 )
 
 
-@pytest.mark.parametrize("implementation", [GatheredAttention, ViewedAttention])
+def implementations() -> list[type]:
+    # Imported here: conftest has asked for Triton's interpreter by now.
+    from model.attention.triton_paged import TritonAttention  # noqa: PLC0415
+
+    return [GatheredAttention, ViewedAttention, TritonAttention]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["gathered", "viewed", "triton"])
 @given(
     first=runs_of_one_sequence,
     second=runs_of_one_sequence,
@@ -61,7 +68,7 @@ runs_of_one_sequence = st.lists(
     seed=st.integers(0, 3),
 )
 @settings(max_examples=60, deadline=None)
-def test_ragged_rows_equal_plain_causal_attention(implementation, first, second, width_one, scattered, seed):
+def test_ragged_rows_equal_plain_causal_attention(number, first, second, width_one, scattered, seed):
     """Waves, prompt chunks, any loops, any pages. The rows' K/V are written again, as in a pass."""
     store, tables, q, truth = cache_and_truth(scattered, seed)
     rows = [
@@ -74,7 +81,7 @@ def test_ragged_rows_equal_plain_causal_attention(implementation, first, second,
     queries = torch.cat([q[place] for place in places])
     entries = store.entries(batch)
     keys, values = store.keys[0].flatten(0, 1)[entries], store.values[0].flatten(0, 1)[entries]
-    got = implementation(store).bind(batch)(0, queries, keys, values)
+    got = implementations()[number](store).bind(batch)(0, queries, keys, values)
     assert torch.allclose(got, torch.cat([truth[place] for place in places]), atol=1e-5)
 
 
@@ -84,7 +91,7 @@ def test_a_row_does_not_see_what_stands_behind_it() -> None:
     store.keys[0][:, tables[0].slot(20) :] = 1e4
     run = RowRun(tables[0], 19, 1, 2)
     entries = store.entries([run])
-    for implementation in (GatheredAttention, ViewedAttention):
+    for implementation in implementations():
         keys, values = store.keys[0].flatten(0, 1)[entries], store.values[0].flatten(0, 1)[entries]
         got = implementation(store).bind([run])(0, q[0, 2, 19:20], keys, values)
         assert torch.allclose(got, truth[0, 2, 19:20], atol=1e-5)

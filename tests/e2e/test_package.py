@@ -1,0 +1,27 @@
+"""What `pip install .` brings: the command, the default model and the recipe, and nothing oversized."""
+
+from importlib import metadata
+
+import pytest
+
+
+@pytest.fixture
+def distribution() -> metadata.Distribution:
+    try:
+        found = metadata.distribution("speed-serve")
+    except metadata.PackageNotFoundError:
+        pytest.skip("speed-serve is not installed here")
+    if '"editable": true' in (found.read_text("direct_url.json") or ""):
+        pytest.skip("an editable install lists no files")
+    return found
+
+
+def test_the_wheel_holds_the_command_the_model_and_the_recipe(distribution) -> None:
+    files = {str(path): path for path in distribution.files or []}
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+        assert f"model/weights/default/{name}" in files
+    assert "model/training/stdlib.toml" in files
+    assert [entry.value for entry in distribution.entry_points if entry.name == "speed"] == [
+        "server.cli:main"
+    ]
+    assert sum(path.size or 0 for path in files.values()) < 80e6
