@@ -145,8 +145,7 @@ class Rotary(nn.Module):
         if self.interleaved:
             swapped = turned.reshape(*turned.shape[:-1], -1, 2).flip(-1).flatten(-2)
         else:
-            half = self.rotary_dim // 2
-            swapped = torch.cat((turned[..., half:], turned[..., :half]), -1)
+            swapped = turned.roll(self.rotary_dim // 2, -1)  # the halves change places
         turned = torch.addcmul(turned * cos, swapped, sin)
         return turned if turned.shape == x.shape else torch.cat((turned, x[..., self.rotary_dim :]), -1)
 

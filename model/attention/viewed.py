@@ -6,6 +6,7 @@ positions, head_dim) serves them all in one call. Scattered pages are gathered, 
 
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -104,10 +105,11 @@ class _Call:
 
     def _mask(self, starts: list[int]) -> Tensor | None:
         """0 where a query may look, -inf elsewhere; None when every query sees the whole context."""
-        if self.context == starts[0] + 1 == starts[-1] + 1:
+        if min(starts) + 1 == self.context:
             return None
-        seen = torch.arange(self.context)
-        last = torch.tensor(starts)[:, None] + torch.arange(self.num_rows)  # (loops, rows)
-        mask = torch.zeros(self.num_loops, 1, self.num_rows, self.context, dtype=self.store.dtype)
-        mask.masked_fill_((seen > last[:, :, None])[:, None], -torch.inf)
-        return mask.repeat(1, 1, self.store.group, 1) if self.num_rows > 1 else mask
+        mask = np.zeros((self.num_loops, 1, self.num_rows, self.context), np.float32)
+        for loop, start in enumerate(starts):
+            for row in range(self.num_rows):
+                mask[loop, 0, row, start + row + 1 :] = -np.inf
+        tensor = torch.from_numpy(mask).to(self.store.dtype)
+        return tensor.repeat(1, 1, self.store.group, 1) if self.num_rows > 1 else tensor

@@ -104,3 +104,21 @@ def test_prompt_chunks_follow_each_other_one_loop_apart(chunk: int) -> None:
         wave.update(wave.runs[:], {7: mixed(1) % 50} if wave.wants_readout(wave.runs[0]) else {})
         passes += 1
     assert passes == -(-8 // chunk) + 2
+
+
+def test_drafts_are_counted_when_they_are_confirmed_and_when_they_are_dropped() -> None:
+    """All but the last token, which nobody drafts: a row behind it would predict nothing."""
+    stats = decode((1,), error_rate=0.0)[0].answers["a"][-1].stats
+    assert stats is not None
+    assert (stats.accepted_drafts, stats.rejected_drafts) == (59, 0)
+    wrong = decode((1,), error_rate=1.0)[0].answers["a"][-1].stats
+    assert wrong is not None
+    assert wrong.accepted_drafts == 0
+    assert wrong.rejected_drafts >= 59
+
+
+def test_a_stalled_prompt_does_not_pile_up_chunks() -> None:
+    wave = Wave(list(range(30)), num_loops=3, draft_depths=(), length_limit=40)
+    for _ in range(5):
+        wave.enter_prompt(4)  # and no pass runs it
+    assert [(run.start, run.num_rows) for run in wave.runs] == [(0, 4)]
