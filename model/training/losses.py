@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.looped import LoopedTransformer
+from model.training.recipe import Stage
 
 
 class LoopLosses(NamedTuple):
@@ -19,23 +20,21 @@ class LoopLosses(NamedTuple):
     per_loop: Tensor  # (loops,)
 
 
-def loop_losses(
-    model: LoopedTransformer, tokens: Tensor, num_loops: int, agreement_weight: float
-) -> LoopLosses:
-    """Losses of tokens (batch, length + 1): loop r weighs r / (1 + ... + num_loops).
+def loop_losses(model: LoopedTransformer, tokens: Tensor, stage: Stage) -> LoopLosses:
+    """Losses of tokens (batch, length + 1): loop r weighs r ** depth_power, the weights summing to 1.
 
-    With `agreement_weight` > 0, early loops also learn KL(final || early); the final readout is a
+    With an `agreement_weight`, early loops also learn KL(final || early); the final readout is a
     constant there, so it isn't dragged towards the early ones.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
-    readouts = [model.whole_readout(s).float().flatten(0, 1) for s in model.depths(inputs, num_loops)]
+    readouts = [model.whole_readout(s).float().flatten(0, 1) for s in model.depths(inputs, stage.num_loops)]
     each = torch.stack([F.cross_entropy(logits, targets) for logits in readouts])
-    weights = torch.arange(1, num_loops + 1, dtype=torch.float32)
+    weights = torch.arange(1, stage.num_loops + 1, dtype=torch.float32) ** stage.depth_power
     total = (each * weights / weights.sum()).sum()
-    if agreement_weight and num_loops > 1:
+    if stage.agreement_weight and stage.num_loops > 1:
         final = readouts[-1].detach().log_softmax(-1)
         pulls = [_divergence(final, early) for early in readouts[:-1]]
-        total = total + agreement_weight * torch.stack(pulls).mean()
+        total = total + stage.agreement_weight * torch.stack(pulls).mean()
     return LoopLosses(total, each.detach())
 
 

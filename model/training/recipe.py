@@ -13,11 +13,17 @@ from model.config import LoopedConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive steps with one number of loops, sequence length and weight of the agreement loss."""
+    """Consecutive steps with one number of loops, one sequence length and one loss.
+
+    `rates` are the learning rates at its first step and behind its last, as shares of the peak; they
+    change linearly between.
+    """
 
     steps: int
     num_loops: int
     sequence_length: int  # tokens
+    rates: tuple[float, float]
+    depth_power: float = 1.0  # loop r's cross-entropy weighs r ** depth_power
     agreement_weight: float = 0.0  # of KL(final || early), stop-gradient on the final
 
 
@@ -31,8 +37,6 @@ class Recipe:
     matrix_learning_rate: float  # Muon, for the matrices of the layers
     other_learning_rate: float  # AdamW, for embedding and norms
     weight_decay: float
-    warmup_steps: int
-    decay_fraction: float  # the last part of the run, over which the rates fall linearly to zero
     seed: int
 
     @property
@@ -40,18 +44,18 @@ class Recipe:
         """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    def stage_at(self, step: int) -> Stage:
-        """The stage that the step with this index (0..total_steps-1) belongs to."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        raise IndexError(f"step is past the end of the recipe's {self.total_steps} steps")
+    def at(self, step: int) -> tuple[Stage, float]:
+        """Stage, and learning rate as a share of the peak, of the step with this index.
 
-    def rate_factor(self, step: int) -> float:
-        """Learning rate at a step as a share of the peak: warm-up, plateau, linear decay."""
-        left = (self.total_steps - step) / max(1.0, self.decay_fraction * self.total_steps)
-        return min(1.0, (step + 1) / max(1, self.warmup_steps), left)
+        Raises IndexError outside 0..total_steps-1.
+        """
+        before = 0
+        for stage in self.stages:
+            if before <= step < before + stage.steps:
+                first, last = stage.rates
+                return stage, first + (last - first) * (step - before) / stage.steps
+            before += stage.steps
+        raise IndexError(f"step {step} is outside the recipe's {self.total_steps} steps")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -59,5 +63,5 @@ def load_recipe(path: Path) -> Recipe:
     data: dict[str, Any] = tomllib.loads(path.read_text())
     shape = data.pop("model")
     model = LoopedConfig(**{**shape, "eos_token_ids": tuple(shape.get("eos_token_ids", ()))})
-    stages = tuple(Stage(**stage) for stage in data.pop("stages"))
+    stages = tuple(Stage(**{**stage, "rates": tuple(stage["rates"])}) for stage in data.pop("stages"))
     return Recipe(model=model, stages=stages, **data)

@@ -82,14 +82,13 @@ class Trainer:
             optimizer.load_state_dict(saved)
 
     def _take_step(self) -> list[float]:
-        stage = self.recipe.stage_at(self.step)
-        factor = self.recipe.rate_factor(self.step)
+        stage, rate = self.recipe.at(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
+                group["lr"] = group["peak"] * rate
             optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            losses = loop_losses(self.model, self._batch(stage), stage.num_loops, stage.agreement_weight)
+            losses = loop_losses(self.model, self._batch(stage), stage)
         losses.total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         for optimizer in self.optimizers:

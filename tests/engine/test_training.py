@@ -17,8 +17,6 @@ tokens_per_step = 64
 matrix_learning_rate = 0.02
 other_learning_rate = 0.01
 weight_decay = 0.0
-warmup_steps = 2
-decay_fraction = 0.5
 seed = 1
 [model]
 family = "nanbeige"
@@ -38,10 +36,12 @@ eos_token_ids = [0]
 steps = 6
 num_loops = 1
 sequence_length = 32
+rates = [0.5, 1.0]
 [[stages]]
 steps = 6
 num_loops = 3
 sequence_length = 64
+rates = [1.0, 0.0]
 agreement_weight = 0.5
 """
 
@@ -112,6 +112,6 @@ def test_training_and_held_out_files_are_split_by_path_and_never_equal(corpus) -
 
 def test_an_unknown_key_of_a_recipe_is_an_error(tmp_path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.replace("warmup_steps", "warm_up_steps"))
-    with pytest.raises(TypeError, match="warm_up_steps"):
+    recipe.write_text(RECIPE.replace("weight_decay", "weigth_decay"))
+    with pytest.raises(TypeError, match="weigth_decay"):
         load_recipe(recipe)
