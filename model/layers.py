@@ -125,19 +125,23 @@ class Rotary(nn.Module):
         self.max_positions = config.max_positions
         self.interleaved = config.rope.interleaved
         frequencies, self.scaling = rotary_frequencies(self.rope, self.rotary_dim, self.max_positions)
-        self._frequencies = frequencies  # a plain attribute: neither `.to(bf16)` nor `to_empty` touches it
+        # Plain attributes: neither `.to(bf16)` nor `to_empty` touches them. One entry for each channel.
+        signs = torch.ones_like(frequencies) * self.scaling
+        if self.interleaved:
+            self._frequencies = frequencies.repeat_interleave(2)
+            self._signs = torch.stack((-signs, signs), -1).flatten()
+        else:
+            self._frequencies = torch.cat((frequencies, frequencies))
+            self._signs = torch.cat((-signs, signs))
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos, sin of `positions` (...), each (..., 1, rotary_dim), ready to broadcast over heads."""
         if self._frequencies.device != positions.device:
             self._frequencies = self._frequencies.to(positions.device)
-        angles = positions[..., None, None] * self._frequencies  # (..., 1, rotary_dim / 2)
-        cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
-        if self.interleaved:
-            cos, sin = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
-        else:
-            cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return cos.to(dtype), sin.to(dtype)
+            self._signs = self._signs.to(positions.device)
+        angles = positions[..., None, None] * self._frequencies  # (..., 1, rotary_dim)
+        cos = angles.cos() if self.scaling == 1.0 else angles.cos() * self.scaling
+        return cos.to(dtype), (angles.sin() * self._signs).to(dtype)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotates x (..., heads, head_dim) by its position; channels past rotary_dim pass through."""

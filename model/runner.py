@@ -56,9 +56,10 @@ class Runner:
         ids: list[int] = []
         for item in batch:
             ids.extend(item.sequence.wave.tokens[item.start : item.start + item.num_rows])
-        has_prelude = self.model.config.num_prelude_layers > 0
-        attend = self._bind_unlooped(batch) if has_prelude else _no_attention
-        angles = self.model.angles(self._positions(batch))
+        if self.model.config.num_prelude_layers:
+            angles, attend = self.model.angles(self._positions(batch)), self._bind_unlooped(batch)
+        else:
+            angles, attend = _NO_ANGLES, _no_attention
         entered = self.model.enter(self._tensor(ids), angles, attend)
         slots = self._slots(batch)
         if self._entered is not self._states:

@@ -7,8 +7,8 @@ share G, so they agree whenever their logits are close (Daliri, Musco, Suresh 20
 Invariant: a row's token does not depend on which other rows are in the batch.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ from model.protocol import SamplingParams
 from model.sequence import Sequence
 
 GREEDY_BELOW = 1e-5  # a temperature below is greedy: dividing by it would overflow
+USUALLY_ENOUGH = 512  # tokens that nearly always hold the nucleus; all are sorted when they don't
+NOISE_ROWS_KEPT = 128  # a draft and its confirmation, a few passes apart, need the same noise
 _WORD = 2**64
 
 # Philox4x64-10 (Random123): multipliers and Weyl increments.
@@ -40,9 +42,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
-        self._noise: Callable[[list[tuple[int, int]], int, torch.device], Tensor] = (
-            gumbel_noise_numpy if device.type == "cpu" else gumbel_noise_torch
-        )
+        self._noise_row = lru_cache(NOISE_ROWS_KEPT)(gumbel_noise_numpy)
         self._counts: dict[str, TokenCounts] = {}
 
     def sample(self, logits: Tensor, readouts: SequenceOf[Readout]) -> Tensor:
@@ -52,9 +52,9 @@ class Sampler:
         scores = logits.float().clone()
         for row, readout in enumerate(readouts):
             self._adjust(scores[row], readout)
-        drawn = [
-            row for row, r in enumerate(readouts) if r.sequence.request.sampling.temperature > GREEDY_BELOW
-        ]
+        drawn = [row for row, r in enumerate(readouts) if _is_drawn(r)]
+        if len(drawn) == len(readouts):
+            return self._draw_scores(scores, readouts).argmax(-1)
         if drawn:
             rows = self._tensor(drawn)
             scores[rows] = self._draw_scores(scores[rows], [readouts[row] for row in drawn])
@@ -64,13 +64,18 @@ class Sampler:
         """Drops what is kept for a sequence that has ended."""
         self._counts.pop(request_id, None)
 
-    def _draw_scores(self, scores: Tensor, readouts: list[Readout]) -> Tensor:
+    def _draw_scores(self, scores: Tensor, readouts: SequenceOf[Readout]) -> Tensor:
         """filter(scores / T) + G; what the filters drop is -inf."""
         params = [readout.sequence.request.sampling for readout in readouts]
         scores = scores / self._column([p.temperature for p in params])
         scores = self._filter(scores, params)
         keys = [(p.seed, readout.position) for p, readout in zip(params, readouts, strict=True)]
-        return scores + self._noise(keys, self.vocab_size, self.device)
+        return scores + self._noise(keys)
+
+    def _noise(self, keys: list[tuple[int, int]]) -> Tensor:
+        if self.device.type != "cpu":
+            return gumbel_noise_torch(keys, self.vocab_size, self.device)
+        return torch.stack([self._noise_row(seed, position, self.vocab_size) for seed, position in keys])
 
     def _filter(self, scores: Tensor, params: list[SamplingParams]) -> Tensor:
         """min_p, top_k and top_p, each only if some row asks for it."""
@@ -116,14 +121,30 @@ def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     scores (rows, vocab); top_k (rows, 1) in 1..vocab; top_p (rows, 1) in (0, 1]; 1 keeps everything.
     Ties with the last token kept are kept too. top_p counts within what top_k left.
     """
-    ordered, _ = scores.sort(-1, descending=True)
-    kth = ordered.gather(-1, top_k - 1)
+    vocab_size = scores.shape[-1]
+    # On a CPU a look at the values costs no wait, and sorting a whole row is slow.
+    size = min(USUALLY_ENOUGH, vocab_size) if scores.device.type == "cpu" else vocab_size
+    floor, complete = _floor(scores, top_k, top_p, size)
+    if size < vocab_size and not complete.all():
+        rows = (~complete[:, 0]).nonzero()[:, 0]  # these alone: a row's tokens depend on no other row
+        floor[rows], _ = _floor(scores[rows], top_k[rows], top_p[rows], vocab_size)
+    return scores.masked_fill(scores < floor, -torch.inf)
+
+
+def _floor(scores: Tensor, top_k: Tensor, top_p: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The lowest score kept in each row, found among the `size` highest, and whether that was enough."""
+    ordered = scores.topk(size, -1).values
+    within = top_k <= size
+    kth = ordered.gather(-1, top_k.clamp(max=size) - 1).where(within, -torch.inf)
     ordered = ordered.masked_fill(ordered < kth, -torch.inf)
-    before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
-    before[:, 0] = 0
-    needed = (before < top_p) | (top_p >= 1)
-    floor = ordered.masked_fill(~needed, torch.inf).amin(-1, keepdim=True)
-    return scores.masked_fill(scores < torch.maximum(floor, kth), -torch.inf)
+    total = torch.where(within, ordered.logsumexp(-1, True), scores.logsumexp(-1, True))
+    share = (ordered - total).exp()
+    upto = share.cumsum(-1)
+    needed = upto - share < top_p
+    nucleus = ordered.masked_fill(~needed, torch.inf).amin(-1, keepdim=True).where(top_p < 1, -torch.inf)
+    whole = top_k >= scores.shape[-1]
+    complete = within | (whole & ((top_p >= 1) | (upto[:, -1:] >= top_p)))
+    return torch.maximum(nucleus, kth), complete
 
 
 class TokenCounts:
@@ -170,16 +191,14 @@ def apply_penalties(scores: Tensor, counts: tuple[np.ndarray, np.ndarray], param
     scores -= params.frequency_penalty * output + params.presence_penalty * (output > 0)
 
 
-def gumbel_noise_numpy(keys: list[tuple[int, int]], vocab_size: int, device: torch.device) -> Tensor:
-    """Gumbel noise (rows, vocab), fp32, for (seed, position) keys, by numpy's Philox on the CPU."""
-    bits = np.empty((len(keys), vocab_size), np.uint64)
-    for row, (seed, position) in enumerate(keys):
-        bits[row] = np.random.Philox(key=seed % _WORD, counter=position << 64).random_raw(vocab_size)
-    return _gumbel(torch.from_numpy(bits.astype(np.float32))).to(device)
+def gumbel_noise_numpy(seed: int, position: int, vocab_size: int) -> Tensor:
+    """Gumbel noise (vocab,), fp32, for one seed and position, by numpy's Philox on the CPU."""
+    bits = np.random.Philox(key=seed % _WORD, counter=position << 64).random_raw(vocab_size)
+    return _gumbel(torch.from_numpy(bits.astype(np.float32)))
 
 
 def gumbel_noise_torch(keys: list[tuple[int, int]], vocab_size: int, device: torch.device) -> Tensor:
-    """The same noise from the same bits, computed on `device` (tested equal to numpy's)."""
+    """The same noise (rows, vocab) for (seed, position) keys, computed on `device`."""
     bits = philox_bits(keys, vocab_size, device)
     high, low = (bits >> 32) & 0xFFFFFFFF, bits & 0xFFFFFFFF
     return _gumbel((high.double() * 2.0**32 + low.double()).float())
@@ -239,10 +258,14 @@ def _bans_endings(readout: Readout) -> bool:
     return readout.position - wave.prompt_length < request.min_tokens and bool(wave.ending_tokens)
 
 
+def _is_drawn(readout: Readout) -> bool:
+    return readout.sequence.request.sampling.temperature > GREEDY_BELOW
+
+
 def _is_plain_greedy(readout: Readout) -> bool:
     params = readout.sequence.request.sampling
     return (
-        params.temperature <= GREEDY_BELOW
+        not _is_drawn(readout)
         and not params.logit_bias
         and not _has_penalties(params)
         and not _bans_endings(readout)

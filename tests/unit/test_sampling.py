@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import sampling
 from model.protocol import GenerationRequest, SamplingParams
 from model.sampling import (
     Readout,
@@ -41,7 +42,7 @@ def test_the_torch_philox_equals_numpys(seed: int, position: int, count: int) ->
     theirs = np.random.Philox(key=seed % 2**64, counter=position << 64).random_raw(count)
     assert (ours == theirs).all()
     noise = gumbel_noise_torch([(seed, position)], count, CPU)
-    assert torch.equal(noise, gumbel_noise_numpy([(seed, position)], count, CPU))
+    assert torch.equal(noise[0], gumbel_noise_numpy(seed, position, count))
 
 
 def test_sampled_tokens_follow_the_filtered_softmax() -> None:
@@ -64,7 +65,7 @@ def test_sampled_tokens_follow_the_filtered_softmax() -> None:
 
 
 def test_positions_and_seeds_give_independent_noise() -> None:
-    noise = gumbel_noise_numpy([(1, 1), (1, 2), (2, 1)], 50_000, CPU)
+    noise = torch.stack([gumbel_noise_numpy(*key, 50_000) for key in ((1, 1), (1, 2), (2, 1))])
     correlation = torch.corrcoef(noise) - torch.eye(3)
     assert correlation.abs().max() < 5 / 50_000**0.5
     assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
@@ -90,6 +91,18 @@ def test_keep_top_keeps_the_smallest_likeliest_set(scores: list[float], top_k: i
         before += weight
     if not edge:
         assert {i for i in range(len(scores)) if kept[i] > -torch.inf} == expected
+
+
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+def test_looking_at_the_likeliest_tokens_only_gives_what_sorting_all_gives(spread: float) -> None:
+    """A flat row needs more than the 512 likeliest, a steep one does not; each top_k and top_p with each."""
+    scores = spread * torch.randn(6, 2000, generator=torch.Generator().manual_seed(1))
+    top_k = torch.tensor([[2000], [2000], [1500], [40], [600], [2000]])
+    top_p = torch.tensor([[0.5], [0.99], [0.9], [0.9], [1.0], [1.0]])
+    got = torch.cat([keep_top(scores[i : i + 1], top_k[i : i + 1], top_p[i : i + 1]) for i in range(6)])
+    floor, complete = sampling._floor(scores, top_k, top_p, 2000)
+    assert complete.all()
+    assert torch.equal(got > -torch.inf, scores >= floor)
 
 
 def test_min_p_drops_what_is_far_less_likely_than_the_best() -> None:
