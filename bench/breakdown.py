@@ -1,13 +1,14 @@
 """Where a pass goes: matrix products, attention, other tensor work, Python.
 
-Two measurements of the same requests. Plain timers around the scheduler's halves, without a profiler;
-and torch's profiler, whose top-level operators are sorted by name, the rest of the wall time being
-Python (the scheduler, the runner's bookkeeping, nn.Module calls and the profiler's own cost: an upper
-bound).
+Two measurements of the same requests. Timers around the tensor work of a pass, without a profiler: what
+is left is our own Python (scheduler, wave, the runner's bookkeeping). And torch's profiler, whose
+top-level operators are sorted by name; the rest of its wall time is all Python, nn.Module's calls and the
+profiler's own cost included: an upper bound.
 """
 
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -16,59 +17,76 @@ from model.protocol import GenerationRequest
 
 MATRIX = ("linear", "matmul", "mm", "addmm", "_linear_pointwise")
 ATTENTION = ("scaled_dot_product_attention", "_scaled_dot_product")
+TENSOR_WORK = ("angles", "enter", "loop", "finish", "head")  # of the model
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Breakdown(NamedTuple):
     """Microseconds a pass without a profiler, and shares of the wall time under the profiler."""
 
     pass_us: float
-    schedule_us: float
-    update_us: float
+    own_python_us: float
     matrix_share: float
     attention_share: float
     other_tensor_share: float
     python_share: float
 
     @property
-    def bookkeeping_share(self) -> float:
-        """Scheduler and wave as a share of a pass, measured without the profiler."""
-        return (self.schedule_us + self.update_us) / self.pass_us
+    def own_python_share(self) -> float:
+        """Scheduler, wave and bookkeeping as a share of a pass, measured without the profiler."""
+        return self.own_python_us / self.pass_us
 
     def __str__(self) -> str:
         shares = (self.matrix_share, self.attention_share, self.other_tensor_share, self.python_share)
-        names = ("matrix products", "attention", "other tensor work", "Python (upper bound)")
+        names = ("matrix products", "attention", "other tensor work", "all Python (upper bound)")
         parts = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, shares, strict=True))
-        return (
-            f"a pass takes {self.pass_us:.0f} us: {parts}\n"
-            f"scheduler and wave: {self.schedule_us + self.update_us:.0f} us, {self.bookkeeping_share:.1%}"
-        )
+        own = f"{self.own_python_us:.0f} us, {self.own_python_share:.1%}"
+        return f"a pass takes {self.pass_us:.0f} us: {parts}\nscheduler, wave and bookkeeping: {own}"
 
 
 def break_down(engine: Engine, requests: list[GenerationRequest]) -> Breakdown:
     """Runs the requests twice and says where the passes went."""
-    pass_us, schedule_us, update_us = _timed(engine, requests)
-    return Breakdown(pass_us, schedule_us, update_us, *_profiled(engine, requests))
+    pass_us, own_python_us = _timed(engine, requests)
+    return Breakdown(pass_us, own_python_us, *_profiled(engine, requests))
 
 
-def _timed(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, float, float]:
-    scheduler, clock = engine.scheduler, time.perf_counter
-    schedule = update = 0.0
+class _Stopwatch:
+    """Adds up the time inside the functions that it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable[P, T]) -> Callable[P, T]:
+        def timed(*args: P.args, **kwargs: P.kwargs) -> T:
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds += time.perf_counter() - started
+            return result
+
+        return timed
+
+
+def _timed(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, float]:
+    model, sampler, watch = engine.model, engine.runner.sampler, _Stopwatch()
+    wrapped = {name: watch.around(getattr(model, name)) for name in TENSOR_WORK}
+    vars(model).update(wrapped)  # found before the class's methods and nn.Module's children
+    vars(sampler)["choose"] = watch.around(sampler.choose)
     passes = 0
-    started = clock()
-    for request in requests:
-        engine.add(request)
-    while scheduler.has_work:
-        before = clock()
-        batch = scheduler.schedule()
-        planned = clock()
-        tokens = engine.runner.forward(batch)
-        ran = clock()
-        scheduler.update(batch, tokens)
-        schedule += planned - before
-        update += clock() - ran
-        passes += 1
-    wall = clock() - started
-    return wall / passes * 1e6, schedule / passes * 1e6, update / passes * 1e6
+    try:
+        for request in requests:
+            engine.add(request)
+        started = time.perf_counter()
+        while engine.has_work:
+            engine.step()
+            passes += 1
+        wall = time.perf_counter() - started
+    finally:
+        for name in wrapped:
+            del vars(model)[name]
+        del vars(sampler)["choose"]
+    return wall / passes * 1e6, (wall - watch.seconds) / passes * 1e6
 
 
 def _profiled(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, float, float, float]:

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     breakdowns = [break_down(engine, [request]) for request in greedy]
     middle = sorted(breakdowns)[len(breakdowns) // 2]
     print(middle)
-    report["pass"] = {**middle._asdict(), "bookkeeping_share": middle.bookkeeping_share}
+    report["pass"] = {**middle._asdict(), "own_python_share": middle.own_python_share}
     report["agreement_per_depth"] = agreement(engine.model, prompts, mode.speculative)
     print(f"agreement with the last loop, loop by loop: {report['agreement_per_depth']}")
     print(json.dumps(report))

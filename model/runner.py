@@ -46,8 +46,7 @@ class Runner:
         if not readouts:
             return []
         targets = [Readout(item.sequence, item.start + item.num_rows) for item in readouts]
-        tokens: list[int] = self.sampler.sample(self.model.head(hidden), targets).tolist()
-        return tokens
+        return self.sampler.choose(self.model.head(hidden), targets)
 
     def _enter(self, batch: SequenceOf[ScheduledRun]) -> None:
         """Embeds the tokens of rows before their first loop and runs the prelude."""

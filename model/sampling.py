@@ -60,6 +60,11 @@ class Sampler:
             scores[rows] = self._draw_scores(scores[rows], [readouts[row] for row in drawn])
         return scores.argmax(-1)
 
+    def choose(self, logits: Tensor, readouts: SequenceOf[Readout]) -> list[int]:
+        """What `sample` says, on the host: waits for the device."""
+        tokens: list[int] = self.sample(logits, readouts).tolist()
+        return tokens
+
     def forget(self, request_id: str) -> None:
         """Drops what is kept for a sequence that has ended."""
         self._counts.pop(request_id, None)
