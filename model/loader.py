@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -46,7 +48,10 @@ class LoadedModel:
     config: LoopedConfig
 
     def logits(
-        self, input_ids: Sequence[int], num_loops: int | None = None, initial_state: Tensor | None = None
+        self,
+        input_ids: Sequence[int],
+        num_loops: int | None = None,
+        initial_state: Tensor | NDArray[np.float32] | None = None,
     ) -> Tensor:
         """Logits (tokens, vocab) in fp32 after `num_loops` loops (1..R; None is R), without a cache.
 
@@ -54,12 +59,13 @@ class LoadedModel:
         starts from. Raises ValueError, with the limits, for anything out of range.
         """
         loops = self.config.num_loops if num_loops is None else num_loops
-        self._check(input_ids, loops, initial_state)
+        given = None if initial_state is None else torch.as_tensor(initial_state)
+        self._check(input_ids, loops, given)
         ids = torch.tensor([list(input_ids)], device=self.model.device)
-        if initial_state is not None:
-            initial_state = initial_state[: len(input_ids)].to(self.model.device, self.model.dtype)
+        if given is not None:
+            given = given[: len(input_ids)].to(self.model.device, self.model.dtype)
         with torch.inference_mode():
-            state = self.model.depths(ids, loops, initial_state)[-1]
+            state = self.model.depths(ids, loops, given)[-1]
             return self.model.whole_readout(state)[0].float()
 
     def gate_logits(self, input_ids: Sequence[int]) -> Tensor:

@@ -37,11 +37,15 @@ def pack_linears(module: nn.Module) -> int:
     """
     if not _can_pack(module):
         return 0
-    found = [(parent, name, child) for parent in module.modules() for name, child in parent.named_children()]
-    linears = [(parent, name, child) for parent, name, child in found if isinstance(child, nn.Linear)]
-    for parent, name, child in linears:
-        setattr(parent, name, PackedLinear(child))
-    return len(linears)
+    places = [
+        (parent, name)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+    for parent, name in places:  # one after the other: the old weight is freed before the next is packed
+        setattr(parent, name, PackedLinear(getattr(parent, name)))
+    return len(places)
 
 
 def _can_pack(module: nn.Module) -> bool:
