@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model.engine import Engine, EngineConfig, EngineConfigError
 from model.looped import LoopedTransformer
-from model.packed import pack_linears
+from model.packed import PackedLinear, pack_linears, padded_rows
 from model.protocol import GenerationRequest, SamplingParams
 from model.scheduler import SchedulerLimits
 from tests.tiny_models import SHAPES, tiny_model
@@ -123,6 +123,15 @@ def test_packed_linears_give_the_same_text() -> None:
     expected = [plain_greedy(model, prompt) for prompt in prompts(4)]
     assert pack_linears(model) > 0
     assert texts(engine(model), [request(i, p, GREEDY) for i, p in enumerate(prompts(4))]) == expected
+
+
+def test_packed_products_meet_few_sizes_and_padding_changes_no_row() -> None:
+    """oneDNN keeps a kernel for every size: 50 KB a request, when every prompt length was a size."""
+    assert [padded_rows(n) for n in (1, 7, 16, 17, 33, 64, 65, 200)] == [1, 7, 16, 32, 48, 64, 128, 256]
+    assert len({padded_rows(n) for n in range(1, 257)}) <= 22
+    linear = torch.nn.Linear(24, 40).requires_grad_(False)
+    rows = torch.randn(33, 24)
+    assert torch.allclose(PackedLinear(linear)(rows), linear(rows), atol=1e-5)
 
 
 def test_eos_and_stop_tokens_end_a_request_and_are_reported() -> None:
