@@ -59,8 +59,9 @@ The tokenizer (byte-level BPE) was trained on the training files alone.
 
 {recipe.total_steps} steps of {recipe.tokens_per_step} tokens ({_tokens_seen(recipe) / 1e6:.1f} million) in \
 {trainer.seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores, from random weights: {_stages(recipe)}. \
-Cross-entropy after every loop, loop r weighing r (the recipe of SPEED, Hooper et al. 2023), plus the \
-divergence of early readouts from the last one. Muon for the layers, AdamW for the rest, bfloat16 autocast. \
+Cross-entropy after every loop, loop r weighing {_weights(recipe)} (later loops heavier, as in SPEED, \
+Hooper et al. 2023), plus the divergence of early readouts from the last one. Muon for the layers, AdamW \
+for the rest, bfloat16 autocast. \
 `speed train --output FOLDER` does it again.
 
 ## Held-out figures of these weights
@@ -76,6 +77,10 @@ def _tokens_seen(recipe: Recipe) -> int:
         (s.steps, recipe.tokens_per_step // s.sequence_length * s.sequence_length) for s in recipe.stages
     ]
     return sum(steps * tokens for steps, tokens in lengths)
+
+
+def _weights(recipe: Recipe) -> str:
+    return " or ".join(f"r^{power:g}" for power in sorted({stage.depth_power for stage in recipe.stages}))
 
 
 def _stages(recipe: Recipe) -> str:
