@@ -77,17 +77,18 @@ def run(args: argparse.Namespace) -> int:
         "device": info.device,
     }
     sampled = SamplingParams(temperature=args.temperature, top_p=args.top_p)
+    modes: dict[str, Mode] = {}
     for name, sampling in (("greedy", SamplingParams(temperature=0.0)), ("sampled", sampled)):
-        mode = measure(engine, prompts, sampling, args.max_tokens, name)
-        report[name] = summary(mode)
-        _print_summary(name, summary(mode))
+        modes[name] = measure(engine, prompts, sampling, args.max_tokens, name)
+        report[name] = summary(modes[name])
+        _print_summary(name, summary(modes[name]))
     greedy = [_request(p, SamplingParams(temperature=0.0), args.max_tokens, True) for p in prompts[:4]]
     breakdowns = [break_down(engine, [request]) for request in greedy]
     middle = sorted(breakdowns)[len(breakdowns) // 2]
     print(middle)
     report["pass"] = {**middle._asdict(), "own_python_share": middle.own_python_share}
-    report["agreement_per_depth"] = agreement(engine.model, prompts, mode.speculative)
-    print(f"agreement with the last loop, loop by loop: {report['agreement_per_depth']}")
+    report["agreement_per_depth"] = agreement(engine.model, prompts, modes["greedy"].speculative)
+    print(f"agreement with the last loop on the greedy texts, loop by loop: {report['agreement_per_depth']}")
     print(json.dumps(report))
     return 0
 

@@ -39,7 +39,7 @@ def padded_rows(rows: int) -> int:
     """Rows that a product of `rows` rows is padded to: few sizes in all.
 
     oneDNN compiles and keeps a kernel for every size that it meets; with every prompt length its own
-    size the process grew by 50 KB a request. Up to 16 rows, where waves live, nothing is padded.
+    size the process grew by 50 to 100 KB a request. Up to 16 rows, where waves live, nothing is padded.
     """
     if rows <= PACKED_FOR_ROWS:
         return rows

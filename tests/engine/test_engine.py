@@ -126,7 +126,7 @@ def test_packed_linears_give_the_same_text() -> None:
 
 
 def test_packed_products_meet_few_sizes_and_padding_changes_no_row() -> None:
-    """oneDNN keeps a kernel for every size: 50 KB a request, when every prompt length was a size."""
+    """oneDNN keeps a kernel for every size: 50 to 100 KB a request, when every prompt length was a size."""
     assert [padded_rows(n) for n in (1, 7, 16, 17, 33, 64, 65, 200)] == [1, 7, 16, 32, 48, 64, 128, 256]
     assert len({padded_rows(n) for n in range(1, 257)}) <= 22
     linear = torch.nn.Linear(24, 40).requires_grad_(False)
