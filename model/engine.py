@@ -14,7 +14,7 @@ import torch
 
 from model.cache import PagePool
 from model.looped import LoopedTransformer
-from model.protocol import EngineInfo, GenerationRequest, SequenceStats, TokenEvent
+from model.protocol import EngineInfo, EngineStats, GenerationRequest, SequenceStats, TokenEvent
 from model.runner import Runner, bytes_per_token
 from model.scheduler import Scheduler, SchedulerLimits
 from model.sequence import Sequence
@@ -72,6 +72,15 @@ class Engine:
             dtype=str(self.model.dtype).removeprefix("torch."),
             kv_cache_tokens=self.pool.num_tokens,
             max_num_seqs=self.scheduler.limits.max_num_seqs,
+        )
+
+    @property
+    def stats(self) -> EngineStats:
+        """Gauges and counters for the metrics."""
+        return EngineStats(
+            num_requests_running=len(self.scheduler.running),
+            num_requests_waiting=self.scheduler.num_waiting,
+            row_budget=self.scheduler.limits.row_budget,
         )
 
     @property

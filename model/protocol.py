@@ -11,6 +11,7 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 EngineState = Literal["loading", "ready", "dead"]
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,11 +32,36 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What the generated text must match; `model.grammar.check_grammar` says whether `text` is valid.
+
+    `text` is JSON (a schema, or a list of strings for `choice`), a regular expression or a grammar in
+    Lark's notation; empty for `json_object`, which is any JSON object.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, from the logits of the last depth before any adjustment.
+
+    `logprob` and `rank` (1 is the likeliest) are the token's own; `top` holds the likeliest tokens as
+    (id, log-probability), likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]] = []
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to continue. Ids are of the model's vocabulary; counts are tokens.
 
     The engine ends it at `max_tokens`, at a token of `stop_token_ids` or, unless `ignore_eos`, at an
-    end-of-sequence token of the model; the ending token is reported like any other.
+    end-of-sequence token of the model; the ending token is reported like any other. With a `grammar`
+    it ends where the grammar is complete and nothing can follow.
     """
 
     request_id: str
@@ -48,6 +74,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     speculation: bool = True
     num_loops: int | None = None  # None: the model's own
     priority: int = 0  # smaller is served first
+    logprobs: int | None = None  # likeliest tokens to report beside each chosen one; None: nothing
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens, the first excepted
+    grammar: Grammar | None = None
+    cache_salt: str = ""  # requests share cached prefixes only with those of the same salt
+    draft_policy: str | None = None  # None: the engine's own
 
 
 class SequenceStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +89,8 @@ class SequenceStats(msgspec.Struct, frozen=True, kw_only=True):
     accepted_drafts: int = 0
     rejected_drafts: int = 0
     cached_prompt_tokens: int = 0
+    preemptions: int = 0
+    queue_seconds: float = 0.0  # from its arrival at the engine to its first pass
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,10 +98,14 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
 
     `stop_token_id` is the token that ended it, if one did (it is also the last of `token_ids`).
     `stats` comes with the finish reason; `error` says what went wrong when that is "error".
+    `logprobs` has one entry for each of `token_ids` if the request asked; `prompt_logprobs` comes once,
+    with or before the first token: one entry for each prompt token, None for the first.
     """
 
     request_id: str
     token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     stats: SequenceStats | None = None
@@ -88,6 +125,29 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     kv_cache_tokens: int
     max_num_seqs: int
+    draft_policy: str = "single"
+    draft_policies: list[str] = []  # those that a request may ask for
+    row_budget: int = 0
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine does now (gauges) and has done since it was loaded (counters)."""
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_cache_usage: float = 0.0  # share of the pages that requests hold, 0..1
+    rows_in_flight: int = 0
+    row_budget: int = 0
+    passes: int = 0
+    pass_rows: dict[int, int] = {}  # passes by their rows, rounded up to a power of two
+    prompt_tokens: int = 0  # read, prefix-cache hits included
+    generation_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    flushes: dict[int, int] = {}  # by the depth whose readout contradicted
+    prefix_cache_queries: int = 0  # prompt tokens looked up
+    prefix_cache_hits: int = 0  # prompt tokens found
+    preemptions: int = 0
 
 
 class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +170,13 @@ class Engine(Protocol):
 
     def health(self) -> EngineHealth:
         """The present state; never blocks."""
+
+    @property
+    def num_restarts(self) -> int:
+        """How often the engine died and was started again."""
+
+    def stats(self) -> EngineStats:
+        """The latest counts, at most a second old; zeros while loading. Never blocks."""
 
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request without waiting; raises EngineUnavailableError unless ready."""

@@ -17,6 +17,7 @@ import threading
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from time import monotonic
 from typing import NoReturn
 
 import msgspec
@@ -26,6 +27,7 @@ import zmq.asyncio
 from model.protocol import (
     EngineHealth,
     EngineInfo,
+    EngineStats,
     EngineUnavailableError,
     FinishReason,
     GenerationRequest,
@@ -35,6 +37,7 @@ from model.protocol import (
 log = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 5.0  # a worker that takes longer to end is killed
+STATS_SECONDS = 0.5  # between two reports of the counts while there is work
 LOAD_FAILURE_EXIT = 2
 
 
@@ -72,9 +75,10 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):
-    """Worker -> API: what a pass brought."""
+    """Worker -> API: what a pass brought, and now and then what has been done in all."""
 
     events: list[TokenEvent]
+    stats: EngineStats | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -91,6 +95,7 @@ class EngineProcess:
         self.num_restarts = 0
         self._health = EngineHealth(state="loading", reason="the model is loading")
         self._info: EngineInfo | None = None
+        self._stats = EngineStats()
         self._in_flight: set[str] = set()
         self._queue: asyncio.Queue[list[TokenEvent] | None] = asyncio.Queue()
         self._link: _Link | None = None
@@ -108,6 +113,10 @@ class EngineProcess:
     def health(self) -> EngineHealth:
         """See protocol.Engine."""
         return self._health
+
+    def stats(self) -> EngineStats:
+        """See protocol.Engine."""
+        return self._stats
 
     @property
     def pid(self) -> int | None:
@@ -175,6 +184,7 @@ class EngineProcess:
                     self._info = message.info
                     self._health = EngineHealth(state="ready")
                 elif isinstance(message, Events):
+                    self._stats = message.stats or self._stats
                     self._deliver(message.events)
                 else:
                     last_words = message.reason
@@ -321,6 +331,7 @@ def _serve(options: EngineOptions, requests: "zmq.Socket[bytes]", events: "zmq.S
     encoder = msgspec.msgpack.Encoder()
     decoder = msgspec.msgpack.Decoder(Submit | Abort)
     events.send(encoder.encode(Ready(engine.info)))
+    next_stats = 0.0
     while True:
         while requests.poll(0 if engine.has_work else None):
             message = decoder.decode(requests.recv())
@@ -328,8 +339,13 @@ def _serve(options: EngineOptions, requests: "zmq.Socket[bytes]", events: "zmq.S
                 engine.add(message.request)
             else:
                 engine.abort(message.request_id)
-        if new := engine.step():
-            events.send(encoder.encode(Events(new)))
+        new = engine.step()
+        # Idle counts must arrive too: the last pass of a burst always sends them.
+        due = not engine.has_work or monotonic() >= next_stats
+        if due:
+            next_stats = monotonic() + STATS_SECONDS
+        if new or due:
+            events.send(encoder.encode(Events(new, engine.stats if due else None)))
 
 
 def _leave_with_parent() -> None:

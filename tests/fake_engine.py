@@ -7,6 +7,7 @@ from model.protocol import (
     EngineHealth,
     EngineInfo,
     EngineState,
+    EngineStats,
     EngineUnavailableError,
     GenerationRequest,
     SequenceStats,
@@ -38,6 +39,7 @@ class FakeEngine:
         self.tokens_per_event = tokens_per_event
         self.delay = delay
         self.state: EngineState = "ready"
+        self.num_restarts = 0
         self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -51,6 +53,9 @@ class FakeEngine:
 
     def health(self) -> EngineHealth:
         return EngineHealth(state=self.state)
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
 
     def submit(self, request: GenerationRequest) -> None:
         if self.state != "ready":
