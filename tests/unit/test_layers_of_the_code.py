@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Modules of the engine from the bottom up; one may import itself and what stands before it.
 ORDER = [
     {"model.config", "model.protocol", "model.cache", "model.wave"},
-    {"model.families", "model.layers", "model.sequence", "model.checkpoint"},
+    {"model.families", "model.layers", "model.sequence", "model.checkpoint", "model.grammar"},
     {"model.looped", "model.sampling", "model.scheduler", "model.packed"},
     {"model.attention", "model.loader"},
     {"model.runner"},
