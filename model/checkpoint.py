@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from model.hub import INDEX_FILE, SINGLE_FILE
+
 # Pages of a mapped file count as the process's memory until it is unmapped, so a file is opened anew
 # after so many bytes: loading then needs the weights and this, not the weights twice.
 BYTES_PER_MAPPING = 64 * 2**20

@@ -20,16 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from model.checkpoint import (
-    SINGLE_FILE,
-    CheckpointError,
-    StoredTensor,
-    read_json,
-    read_tensors,
-    stored_tensors,
-)
+from model.checkpoint import CheckpointError, StoredTensor, read_json, read_tensors, stored_tensors
 from model.config import LoopedConfig
 from model.families import Family, Place, families_of, family_of, nanbeige
+from model.hub import SINGLE_FILE
 from model.looped import LoopedTransformer
 
 __all__ = ["CheckpointError", "LoadedModel", "load_config", "load_model", "save_checkpoint"]

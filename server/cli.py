@@ -7,12 +7,12 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NoReturn
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from model.hub import HubError, model_folder
 from server.settings import ENV_PREFIX, Settings
 
 USAGE_ERROR = 2
@@ -68,18 +68,26 @@ def read_settings(args: argparse.Namespace) -> Settings:
         raise UsageError(f"{_origin(name, given[name])} is not valid: {message}") from None
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raises UsageError unless `folder` looks like a model."""
-    if not folder.is_dir():
-        raise UsageError(f"--model: there is no folder {str(folder)!r}")
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise UsageError(f"--model: the folder {str(folder)!r} has no {name}")
+def local_model(settings: Settings) -> Settings:
+    """The settings with the model's folder, downloaded if need be, and its names as the user wrote them.
+
+    Raises UsageError if there is no such model.
+    """
+    try:
+        folder = model_folder(settings.model, settings.revision)
+    except HubError as error:
+        raise UsageError(f"--model: {error}") from None
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--model: the folder {str(folder)!r} has no config.json")
+    return settings.model_copy(update={"model": str(folder), "served_model_name": settings.model_names})
 
 
 def _serve(args: argparse.Namespace) -> int:
-    settings = read_settings(args)
-    check_model_folder(settings.model)
+    if args.checkpoint is not None:
+        if args.model is not None:
+            raise UsageError(f"the model is given twice: {args.checkpoint} and --model {args.model}")
+        args.model = args.checkpoint
+    settings = local_model(read_settings(args))
     # Here, lest `speed --help` wait a second for the web framework.
     from server.serve import serve  # noqa: PLC0415
 
@@ -101,6 +109,9 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", nargs="?", metavar="MODEL", help="the same as --model: a folder or a Hugging Face id"
+    )
     add_settings(parser)
     parser.set_defaults(run=_serve)
 

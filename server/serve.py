@@ -9,6 +9,7 @@ import logging
 import socket
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -69,7 +70,7 @@ class EngineServer(DrainingServer):
 def engine_options(settings: Settings) -> EngineOptions:
     """The part of the settings that is the engine's."""
     return EngineOptions(
-        model_path=str(settings.model),
+        model_path=settings.model,
         device=settings.device,
         dtype=settings.dtype,
         draft_depths=settings.draft_depths,
@@ -86,7 +87,7 @@ def serve(settings: Settings) -> int:
     """Serves until a signal arrives; returns the exit status."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(name)s: %(message)s")
     engine = EngineProcess(engine_options(settings))
-    app = create_app(engine, TextCodec.from_folder(settings.model), settings)
+    app = create_app(engine, TextCodec.from_folder(Path(settings.model)), settings)
     config = uvicorn_config(app, settings)
     server = EngineServer(config, app.state.server.batcher, settings.shutdown_timeout, engine)
     server.run()

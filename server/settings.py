@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.config import JsonDict
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from model.hub import is_hub_id
+
 ENV_PREFIX = "SPEED_"
 
 
@@ -49,16 +51,23 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True)
 
-    model: Path = Field(
-        default_factory=embedded_model,
-        description="folder with config.json, tokenizer.json, *.safetensors; default: the embedded model",
+    model: str = Field(
+        default_factory=lambda: str(embedded_model()),
+        description="a folder with config.json, *.safetensors and (for text) tokenizer.json, or a Hugging "
+        "Face id ORG/NAME; default: the embedded model",
         json_schema_extra=MODEL,
+    )
+    revision: str | None = Field(
+        None,
+        json_schema_extra=MODEL,
+        description="branch, tag or commit of a Hugging Face id; default: its main branch",
+        min_length=1,
     )
     served_model_name: Annotated[Names | None, NoDecode, CommaList] = Field(
         None,
         json_schema_extra=MODEL,
         description="comma separated names clients may use, the first one being the main name; "
-        'default: "default" for the embedded model, else the name of the folder',
+        'default: "default" for the embedded model, the id of one from the hub, else the name of the folder',
     )
     device: str = Field(
         "auto",
@@ -136,4 +145,6 @@ class Settings(BaseSettings):
         """The names under which the model is served; the first is the main one."""
         if self.served_model_name is not None:
             return self.served_model_name
-        return ["default"] if self.model == embedded_model() else [self.model.resolve().name]
+        if self.model == str(embedded_model()):
+            return ["default"]
+        return [self.model if is_hub_id(self.model) else Path(self.model).resolve().name]

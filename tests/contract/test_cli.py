@@ -1,5 +1,6 @@
 """The command line: one source of options, one clear line for each mistake."""
 
+import os
 import subprocess
 import sys
 
@@ -29,6 +30,7 @@ def test_flag_over_environment_over_default(monkeypatch):
 def test_names_of_the_model():
     assert settings_of().model_names == ["default"]
     assert settings_of("--model", "/models/raven").model_names == ["raven"]
+    assert settings_of("--model", "ByteDance/Ouro-1.4B").model_names == ["ByteDance/Ouro-1.4B"]
     assert settings_of("--served-model-name", "x,y").model_names == ["x", "y"]
 
 
@@ -44,6 +46,9 @@ def test_names_of_the_model():
         (["--served-model-name", "a,,b"], ["--served-model-name"]),
         (["--max-num-seqs", "0"], ["--max-num-seqs", "0", "1"]),
         (["--model", "/no/such/folder"], ["--model", "/no/such/folder"]),
+        (["/no/such/folder"], ["/no/such/folder"]),
+        (["one", "--model", "another"], ["twice", "one", "another"]),
+        (["--model", ".", "--revision", "v1"], ["revision", "v1"]),
     ],
 )
 def test_mistake_is_one_line_and_status_2(capsys, argv, parts):
@@ -77,3 +82,25 @@ def test_help_names_every_option_and_imports_no_framework():
     for name in Settings.model_fields:
         assert "--" + name.replace("_", "-") in result.stdout
         assert f"SPEED_{name.upper()}" in result.stdout
+
+
+def test_a_hub_id_is_served_from_the_cache_under_its_own_name(tmp_path):
+    """The layout of huggingface_hub's cache, without a network; in a process of its own for its variables."""
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    refs = tmp_path / "hub" / "models--org--name" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).write_bytes(b"{}")
+    code = (
+        "from server.cli import build_parser, local_model, read_settings\n"
+        "command = ['serve', '--model', 'org/name']\n"
+        "settings = local_model(read_settings(build_parser(command).parse_args(command)))\n"
+        "print(settings.model, *settings.model_names)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.stdout.split() == [str(snapshot), "org/name"]

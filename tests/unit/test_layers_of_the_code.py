@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Modules of the engine from the bottom up; one may import itself and what stands before it.
 ORDER = [
-    {"model.config", "model.protocol", "model.cache", "model.wave"},
+    {"model.config", "model.protocol", "model.cache", "model.wave", "model.hub"},
     {"model.families", "model.layers", "model.sequence", "model.checkpoint", "model.grammar"},
     {"model.looped", "model.sampling", "model.scheduler", "model.packed"},
     {"model.attention", "model.loader"},
@@ -17,7 +17,10 @@ ORDER = [
     {"model.worker", "model.training"},
     {"model.serving"},
 ]
-PURE = ("model.wave", "model.scheduler", "model.cache", "model.sequence", "model.protocol", "model.config")
+PURE = (
+    *("model.wave", "model.scheduler", "model.cache", "model.sequence", "model.protocol", "model.config"),
+    *("model.hub",),
+)
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> Iterator[str]:
