@@ -1,4 +1,4 @@
-"""A folder of safetensors files: which tensor lies in which file, and reading them one at a time.
+"""A folder of safetensors files: which tensor lies in which file, and reading them piece by piece.
 
 Knows nothing about models. Invariant: nothing is unpickled, and a damaged or incomplete folder is one
 CheckpointError that names the file.
@@ -16,7 +16,8 @@ from torch import Tensor
 from model.hub import INDEX_FILE, SINGLE_FILE
 
 # Pages of a mapped file count as the process's memory until it is unmapped, so a file is opened anew
-# after so many bytes: loading then needs the weights and this, not the weights twice.
+# after so many bytes, in the middle of a large tensor too: loading then needs the weights and this, not
+# the weights twice.
 BYTES_PER_MAPPING = 64 * 2**20
 
 
@@ -68,33 +69,60 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """The given tensors one after the other, each mapped from its file and valid until the next one."""
+class Piece(NamedTuple):
+    """Rows of a stored tensor from `start` on (all of it, if it has no dimensions)."""
+
+    name: str
+    start: int
+    rows: Tensor
+
+
+def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[Piece]:
+    """The given tensors piece by piece, each mapped from its file and valid until the next one.
+
+    Raises CheckpointError for a file that cannot be read.
+    """
     for file in sorted({tensor.file for tensor in tensors.values()}):
-        for names in _batches({n: t for n, t in tensors.items() if t.file == file}):
-            yield from _read_mapped(file, names)
+        for group in _groups({n: t for n, t in tensors.items() if t.file == file}):
+            yield from _read_mapped(file, group)
 
 
-def _read_mapped(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _read_mapped(file: Path, group: list[tuple[str, int, int | None]]) -> Iterator[Piece]:
     try:
         with safe_open(file, framework="pt", device="cpu") as mapped:
-            for name in names:
-                yield name, mapped.get_tensor(name)
+            for name, start, stop in group:
+                whole = stop is None
+                yield Piece(
+                    name, start, mapped.get_tensor(name) if whole else mapped.get_slice(name)[start:stop]
+                )
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
-def _batches(tensors: dict[str, StoredTensor]) -> Iterator[list[str]]:
-    """The names in groups of at most BYTES_PER_MAPPING, or one tensor if that is larger."""
-    group: list[str] = []
+def _groups(tensors: dict[str, StoredTensor]) -> Iterator[list[tuple[str, int, int | None]]]:
+    """(name, first row, row behind the last or None for all) in groups of at most BYTES_PER_MAPPING."""
+    group: list[tuple[str, int, int | None]] = []
     size = 0
     for name, tensor in tensors.items():
-        if group and size + tensor.num_bytes > BYTES_PER_MAPPING:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += tensor.num_bytes
+        for start, stop, num_bytes in _spans(tensor):
+            if group and size + num_bytes > BYTES_PER_MAPPING:
+                yield group
+                group, size = [], 0
+            group.append((name, start, stop))
+            size += num_bytes
     yield group
+
+
+def _spans(tensor: StoredTensor) -> Iterator[tuple[int, int | None, int]]:
+    """First row, row behind the last, and bytes: all rows at once (None) unless they are too many."""
+    if tensor.num_bytes <= BYTES_PER_MAPPING or not tensor.shape:
+        yield 0, None, tensor.num_bytes
+        return
+    num_rows = tensor.shape[0]
+    step = max(1, BYTES_PER_MAPPING * num_rows // tensor.num_bytes)
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        yield start, stop, tensor.num_bytes * (stop - start) // num_rows
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:

@@ -8,10 +8,11 @@ accounted for.
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ __all__ = ["CheckpointError", "LoadedModel", "load_config", "load_model", "save_
 CONFIG_FILE = "config.json"
 HEAD = "head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SECONDS_BETWEEN_LINES = 5.0  # of progress, in a log
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -110,7 +112,7 @@ def load_model(
 ) -> LoadedModel:
     """Loads a checkpoint folder onto a device; "auto" is float32 on the CPU and bfloat16 elsewhere.
 
-    Tensors are read one at a time straight into their place, so that memory peaks at little more than
+    Tensors are read piece by piece straight into their place, so that memory peaks at little more than
     the weights. Raises CheckpointError (with every missing, unexpected and misshapen name), ConfigError
     or ValueError; all are ValueError.
     """
@@ -193,6 +195,13 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def _progress(num_bytes: int) -> "tqdm[NoReturn]":
+    """A bar on stderr; where that is no terminal, a line now and then if loading takes long."""
+    pause = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
+    return tqdm(desc="loading", total=num_bytes, mininterval=pause, delay=pause, **options)
+
+
 def _is_tied_head(config: LoopedConfig, place: Place) -> bool:
     return config.tie_embeddings and place.parameter == HEAD
 
@@ -242,14 +251,18 @@ def _fill(
     parameters = model.state_dict()
     tied = {name: tensor for name, tensor in stored.items() if _is_tied_head(checkpoint.config, places[name])}
     own = {name: tensor for name, tensor in stored.items() if name not in tied}
-    # disable=None: no bar where stderr is not a terminal
-    for name, tensor in tqdm(
-        read_tensors(own), "loading", len(own), disable=None, unit="tensor", leave=False
-    ):
-        rows = parameters[places[name].parameter][places[name].rows(checkpoint.config)]
-        rows.copy_(tensor.view(rows.shape))
-    for name, tensor in read_tensors(tied):
-        if not torch.equal(tensor.to(model.device, model.dtype), parameters[HEAD]):
+    with _progress(sum(tensor.num_bytes for tensor in own.values())) as progress:
+        for name, start, rows in read_tensors(own):
+            target = parameters[places[name].parameter][places[name].rows(checkpoint.config)]
+            _rows_of(target.view(own[name].shape), start, rows).copy_(rows)
+            progress.update(rows.nbytes)
+    for name, start, rows in read_tensors(tied):
+        if not torch.equal(rows.to(model.device, model.dtype), _rows_of(parameters[HEAD], start, rows)):
             raise CheckpointError(
                 f"{tied[name].file}: {name} differs from the embedding that the config ties it to"
             )
+
+
+def _rows_of(target: Tensor, start: int, rows: Tensor) -> Tensor:
+    """The part of a tensor that a piece from row `start` on covers; all of one without dimensions."""
+    return target[start : start + len(rows)] if rows.dim() else target

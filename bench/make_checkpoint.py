@@ -1,0 +1,146 @@
+"""Checkpoints with random weights in the layout of the real ones: `python -m bench.make_checkpoint`.
+
+For measuring what only depends on sizes (loading, memory, the time of a pass) where the real weights are
+not at hand. Names and shapes come from the families' own tables, so whatever can be served can be made.
+Weights are normal with standard deviation 0.02, norms are 1; drafts are mostly wrong, as they must be.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.config import LoopedConfig
+from model.families import Family, Place, families_of
+from model.hub import INDEX_FILE
+from model.loader import DTYPES
+from model.looped import LoopedTransformer
+
+OURO = {
+    "architectures": ["OuroForCausalLM"],
+    "model_type": "ouro",
+    "vocab_size": 49152,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_hidden_layers": 24,
+    "total_ut_steps": 4,
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+NANBEIGE = {
+    "architectures": ["NanbeigeForCausalLM"],
+    "model_type": "nanbeige",
+    "vocab_size": 166144,
+    "hidden_size": 2560,
+    "intermediate_size": 10496,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_hidden_layers": 22,
+    "num_loops": 2,
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 70000000.0,
+}
+HUGINN = {
+    "architectures": ["RavenForCausalLM"],
+    "model_type": "huginn_raven",
+    "vocab_size": 65536,
+    "n_embd": 5280,
+    "intermediate_size": 17920,
+    "n_heads": 55,
+    "num_key_value_heads": 55,
+    "n_layers_in_prelude": 2,
+    "n_layers_in_recurrent_block": 4,
+    "n_layers_in_coda": 2,
+    "mean_recurrence": 32,
+    "block_size": 4096,
+    "rope_base": 50000,
+    "qk_bias": True,
+    "tie_embeddings": True,
+}
+PRESETS: dict[str, dict[str, Any]] = {"ouro-1.4b": OURO, "nanbeige-3b": NANBEIGE, "huginn-3.5b": HUGINN}
+SHARD_BYTES = 2**30
+
+
+def write(folder: Path, raw: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> int:
+    """Writes config.json and shards of about a gigabyte; the number of weights. Raises ConfigError."""
+    family = families_of(raw)[0]
+    config = family.read_config(raw)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: dict[str, str] = {}
+    total = 0
+    torch.manual_seed(seed)
+    for number, tensors in enumerate(_shards(family, config, dtype)):
+        file = f"model-{number:05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        shards |= dict.fromkeys(tensors, file)
+        total += sum(tensor.numel() for tensor in tensors.values())
+    _write_json(
+        folder / INDEX_FILE, {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": shards}
+    )
+    _write_json(folder / "config.json", {**raw, "torch_dtype": str(dtype).removeprefix("torch.")})
+    return total
+
+
+def _shards(family: Family, config: LoopedConfig, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """The tensors in groups that fit a file each; no more than one group is ever in memory."""
+    with torch.device("meta"):
+        parameters = LoopedTransformer(config).state_dict()
+    group: dict[str, Tensor] = {}
+    for name, place in family.places(config):
+        if place is None or place.parameter not in parameters:
+            continue
+        if config.tie_embeddings and place.parameter == "head.weight":
+            continue
+        group[name] = _random(parameters[place.parameter], place, config, dtype)
+        if sum(tensor.nbytes for tensor in group.values()) >= SHARD_BYTES:
+            yield group
+            group = {}
+    if group:
+        yield group
+
+
+def _random(parameter: Tensor, place: Place, config: LoopedConfig, dtype: torch.dtype) -> Tensor:
+    shape = place.shape(config) if place.shape else parameter[place.rows(config)].shape
+    if "norm" in place.parameter:
+        return torch.ones(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype).normal_(std=0.02)
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Writes a checkpoint with random weights.")
+    parser.add_argument("output", type=Path, help="folder to write to")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="ouro-1.4b")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=JSON",
+        help="changes a field of config.json, e.g. --set num_hidden_layers=4",
+    )
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    changes = {field: json.loads(value) for field, _, value in (item.partition("=") for item in args.set)}
+    count = write(args.output, {**PRESETS[args.preset], **changes}, DTYPES[args.dtype], args.seed)
+    print(f"{args.output}: {count / 1e9:.3f} billion weights in {args.dtype}")
+
+
+if __name__ == "__main__":
+    main()
