@@ -194,7 +194,7 @@ def _max_model_len(model: LoopedTransformer, config: EngineConfig) -> int:
 def _draft_depths(model: LoopedTransformer, config: EngineConfig) -> tuple[int, ...]:
     loops = model.config.num_loops
     if config.draft_depths is None:
-        return (1,) if loops > 1 else ()
+        return model.config.default_draft_depths
     for depth in config.draft_depths:
         if not 1 <= depth < loops:
             raise EngineConfigError(f"draft depth {depth} is outside 1..{loops - 1} (num_loops - 1)")

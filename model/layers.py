@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
 def rotary_frequencies(rope: RopeConfig, rotary_dim: int, max_positions: int) -> tuple[Tensor, float]:
     """Inverse frequencies, fp32 (rotary_dim / 2,), and the factor that scales cos and sin.
 
-    The formulas of transformers' `modeling_rope_utils` for default, linear, llama3 and yarn; raises
+    The formulas of transformers' `modeling_rope_utils` for default, linear, llama3, longrope and yarn;
     ConfigError for any other kind. Always on the CPU: a model built on the meta device needs them too.
     """
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
@@ -67,7 +67,11 @@ def rotary_frequencies(rope: RopeConfig, rotary_dim: int, max_positions: int) ->
         return _llama3_frequencies(rope, base, max_positions), 1.0
     if rope.kind == "yarn":
         return _yarn_frequencies(rope, base, rotary_dim, max_positions)
-    raise ConfigError(f"rope kind {rope.kind!r} is not supported; default, linear, llama3, yarn are")
+    if rope.kind == "longrope":
+        return base / torch.tensor(rope.divisors, device="cpu"), rope.attention_factor or 1.0
+    raise ConfigError(
+        f"rope kind {rope.kind!r} is not supported; default, linear, llama3, longrope, yarn are"
+    )
 
 
 def _llama3_frequencies(rope: RopeConfig, base: Tensor, max_positions: int) -> Tensor:
@@ -171,6 +175,9 @@ class Attention(nn.Module):
         if c.qk_bias:
             self.qk_bias = nn.Parameter(torch.zeros(c.num_heads + c.num_kv_heads, c.head_dim))
         self.has_qk_norm, self.has_qk_bias = c.qk_norm, c.qk_bias
+        if c.first_loop_gate:
+            self.gate_weight = nn.Parameter(torch.zeros(c.num_heads, c.head_dim))
+            self.gate_bias = nn.Parameter(torch.zeros(c.num_heads))
 
     def forward(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Attention of x (..., hidden) for the layer with this index; same shape out."""
@@ -186,6 +193,13 @@ class Attention(nn.Module):
         out = attend(layer, qk[..., : self.num_heads, :], qk[..., self.num_heads :, :], v)
         projected: Tensor = self.o_proj(out.flatten(-2))
         return projected
+
+    def first_loop_share(self, q: Tensor) -> Tensor:
+        """How much each head of a rotated q (..., heads, head_dim) takes of the first loop's K/V, 0..1.
+
+        (..., heads, 1), in q's dtype; only for a model with `first_loop_gate`.
+        """
+        return torch.sigmoid((q * self.gate_weight).sum(-1) + self.gate_bias)[..., None]
 
     def _normalised(self, qkv: Tensor) -> Tensor:
         split = self.num_heads * self.head_dim
@@ -237,8 +251,19 @@ class Layer(nn.Module):
         return out
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention over whole sequences: q (batch, tokens, heads, head_dim), grouped k and v."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """Causal attention over whole sequences: q (batch, tokens, heads, head_dim), grouped k and v.
+
+    With a `window` a token sees so many tokens, itself and those before it.
+    """
     grouped = q.shape[-2] != k.shape[-2]
     q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(-2, -3)
+    mask = None if window is None else _band(q.shape[-2], window, q.device)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.transpose(-2, -3)
+
+
+def _band(tokens: int, window: int, device: torch.device) -> Tensor:
+    """(tokens, tokens): whether the row's token sees the column's."""
+    everything = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+    return everything.tril() & everything.triu(1 - window)

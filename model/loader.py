@@ -51,8 +51,8 @@ class LoadedModel:
     ) -> Tensor:
         """Logits (tokens, vocab) in fp32 after `num_loops` loops (1..R; None is R), without a cache.
 
-        `initial_state` (at least tokens, hidden) replaces the zeros that a model with input injection
-        starts from. Raises ValueError, with the limits, for anything out of range.
+        `initial_state` (at least tokens, hidden) replaces the zeros, or the input, that a model with
+        input injection starts from. Raises ValueError, with the limits, for anything out of range.
         """
         loops = self.config.num_loops if num_loops is None else num_loops
         given = None if initial_state is None else torch.as_tensor(initial_state)
@@ -85,8 +85,8 @@ class LoadedModel:
             raise ValueError(f"num_loops is {num_loops}; this model runs 1 to {config.num_loops}")
         if initial_state is None:
             return
-        if not config.input_injection:
-            raise ValueError(f"a {config.family} model starts from its input and takes no initial_state")
+        if not config.input_injection or self.model.skips_first_adapter:
+            raise ValueError(f"this {config.family} model starts from its input and takes no initial_state")
         if (
             initial_state.dim() != 2
             or initial_state.shape[0] < size

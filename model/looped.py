@@ -2,16 +2,19 @@
 
 Knows nothing about requests, caches or sampling: whoever calls it brings an `Attend` that stores and
 reads K and V. Invariant: `loop` is one function of (state, injected input) whatever the depth of a
-row, so rows at different depths run in one batch.
+row (but for one flag), so rows at different depths run in one batch.
 """
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from model.config import LoopedConfig
+from model.config import InitialState, LoopedConfig
 from model.layers import Attend, Layer, RMSNorm, Rotary, causal_attention
 
 Angles = tuple[Tensor, Tensor]
+Stored = dict[int, tuple[Tensor, Tensor]]  # layer -> K and V of whole sequences
 
 
 class LoopedTransformer(nn.Module):
@@ -59,13 +62,20 @@ class LoopedTransformer(nn.Module):
         return self._run(self.config.prelude, h, angles, attend)
 
     def initial_state(self, entered: Tensor) -> Tensor:
-        """State before the first loop: zeros where the input is injected, else the input itself."""
-        return torch.zeros_like(entered) if self.config.input_injection else entered
+        """State before the first loop: zeros where it would be noise of scale 0, else the input itself."""
+        return torch.zeros_like(entered) if self.config.has_noisy_start else entered
 
-    def loop(self, state: Tensor, entered: Tensor, angles: Angles, attend: Attend) -> Tensor:
-        """One loop of the block over a state (..., hidden); `entered` is what `enter` gave the rows."""
+    def loop(
+        self, state: Tensor, entered: Tensor, angles: Angles, attend: Attend, first: Tensor | None = None
+    ) -> Tensor:
+        """One loop of the block over a state (..., hidden); `entered` is what `enter` gave the rows.
+
+        `first` (..., 1), bool: which rows run their first loop. Only a model that leaves the adapter
+        out of it (`skips_first_adapter`) needs to know.
+        """
         if self.config.input_injection:
-            state = self.adapter(torch.cat((state, entered), -1))
+            mixed = self.adapter(torch.cat((state, entered), -1))
+            state = mixed if first is None else torch.where(first, entered, mixed)
         state = self._run(self.config.block, state, angles, attend)
         return self.norm(state) if self.config.norm_after_loop else state
 
@@ -81,6 +91,26 @@ class LoopedTransformer(nn.Module):
         logits: Tensor = self.head(self.finish(state, angles, attend))
         return logits
 
+    @property
+    def skips_first_adapter(self) -> bool:
+        """Whether `loop` must be told which rows run their first loop."""
+        return self.config.input_injection and self.config.initial_state is InitialState.INPUT_ALONE
+
+    def gated(self, own: Attend, first: Attend) -> Attend:
+        """The `Attend` of a model with `first_loop_gate`: both branches, mixed head by head.
+
+        `own` attends over the K/V of the row's own loop, in its window; `first` over all that the
+        first loop stored, and stores nothing. For a row in its first loop they are one and the same,
+        and so is their mixture.
+        """
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            local, everything = own(layer, q, k, v), first(layer, q, k, v)
+            attention = cast(Layer, self.layers[layer]).attn
+            return torch.lerp(local, everything, attention.first_loop_share(q))
+
+        return attend
+
     def depths(
         self, token_ids: Tensor, num_loops: int | None = None, initial_state: Tensor | None = None
     ) -> list[Tensor]:
@@ -90,24 +120,35 @@ class LoopedTransformer(nn.Module):
         tokens, hidden). Training and the reference logits use it.
         """
         angles = self.angles(torch.arange(token_ids.shape[-1], device=token_ids.device))
-        entered = self.enter(token_ids, angles, _attend_whole)
+        stored: Stored = {}
+        entered = self.enter(token_ids, angles, self._attend_whole(0, stored))
         state = self.initial_state(entered) if initial_state is None else initial_state.expand_as(entered)
         states = []
-        for _ in range(num_loops or self.config.num_loops):
-            state = self.loop(state, entered, angles, _attend_whole)
+        for loop in range(num_loops or self.config.num_loops):
+            first = torch.tensor([loop == 0], device=state.device) if self.skips_first_adapter else None
+            state = self.loop(state, entered, angles, self._attend_whole(loop, stored), first)
             states.append(state)
         return states
 
     def whole_readout(self, state: Tensor) -> Tensor:
         """Logits (batch, tokens, vocab) of one of the states that `depths` returned."""
         angles = self.angles(torch.arange(state.shape[-2], device=state.device))
-        return self.readout(state, angles, _attend_whole)
+        return self.readout(state, angles, self._attend_whole(0, {}))
+
+    def _attend_whole(self, loop: int, stored: Stored) -> Attend:
+        """Attention over whole sequences in this loop (0..R-1); the first one fills `stored`."""
+
+        def own(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if loop == 0:
+                stored[layer] = k, v
+            return causal_attention(q, k, v, self.config.window(layer, loop))
+
+        def first(layer: int, q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
+            return causal_attention(q, *stored[layer])
+
+        return self.gated(own, first) if self.config.first_loop_gate and loop > 0 else own
 
     def _run(self, layers: range, h: Tensor, angles: Angles, attend: Attend) -> Tensor:
         for index in layers:
             h = self.layers[index](index, h, angles, attend)
         return h
-
-
-def _attend_whole(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return causal_attention(q, k, v)

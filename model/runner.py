@@ -69,10 +69,10 @@ class Runner:
         """One loop for all rows; their new states (rows, hidden), also kept for their next pass."""
         slots = self._slots(batch)
         angles = self.model.angles(self._positions(batch))
-        attend = self.attention.bind([_row_run(item, item.loop) for item in batch])
+        attend = self._bind_looped(batch)
         state = self._states.index_select(0, slots)
         entered = state if self._entered is self._states else self._entered.index_select(0, slots)
-        state = self.model.loop(state, entered, angles, attend)
+        state = self.model.loop(state, entered, angles, attend, self._first_rows(batch))
         self._states.index_copy_(0, slots, state)
         return state
 
@@ -93,6 +93,22 @@ class Runner:
         angles = self.model.angles(self._positions(due))
         hidden = self.model.finish(state[self._rows_of(batch, due)], angles, self._bind_unlooped(due))
         return hidden[self._last_rows(due)]
+
+    def _bind_looped(self, batch: SequenceOf[ScheduledRun]) -> Attend:
+        runs = [_row_run(item, item.loop) for item in batch]
+        attend = self.attention.bind(runs)
+        if not self.model.config.first_loop_gate:
+            return attend
+        # What a row reads there is stored: its own position and those before it have done loop 1.
+        first = self.attention.bind([run._replace(loop=0) for run in runs], write=False)
+        return self.model.gated(attend, first)
+
+    def _first_rows(self, batch: SequenceOf[ScheduledRun]) -> Tensor | None:
+        """Which rows run their first loop, (rows, 1), for a model that does something else there."""
+        if not self.model.skips_first_adapter:
+            return None
+        rows = [item.loop == 0 for item in batch for _ in range(item.num_rows)]
+        return to_device(rows, torch.bool, self.store.device)[:, None]
 
     def _bind_unlooped(self, batch: SequenceOf[ScheduledRun]) -> Attend:
         return self.attention.bind([_row_run(item, 0) for item in batch])

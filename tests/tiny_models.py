@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from model.config import LoopedConfig, NormPlacement
+from model.config import InitialState, LoopedConfig, NormPlacement
 from model.looped import LoopedTransformer
 
 
@@ -49,5 +49,21 @@ SHAPES: dict[str, dict[str, object]] = {
         "norm_placement": NormPlacement.POST_ADD,
         "num_loops": 4,
     },
+    "sliding_windows": {
+        "norm_placement": NormPlacement.SANDWICH,
+        "norm_after_loop": True,
+        "sliding_window": 6,
+        "sliding_layers": (1,),
+    },
+    "first_loop_gate": {"num_loops": 4, "sliding_window": 5, "first_loop_gate": True},
+    "skipped_adapter": {
+        "num_prelude_layers": 1,
+        "num_coda_layers": 1,
+        "input_injection": True,
+        "initial_state": InitialState.INPUT_ALONE,
+        "norm_placement": NormPlacement.OUTPUT,
+        "qk_norm": True,
+    },
+    "started_from_the_input": {"input_injection": True, "initial_state": InitialState.INPUT},
     "output_norm": {"norm_placement": NormPlacement.OUTPUT, "num_prelude_layers": 1, "num_coda_layers": 1},
 }

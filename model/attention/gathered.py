@@ -20,7 +20,7 @@ class GatheredAttention:
     def __init__(self, store: KVStore) -> None:
         self.store = store
 
-    def bind(self, runs: SequenceOf[RowRun]) -> Attend:
+    def bind(self, runs: SequenceOf[RowRun], write: bool = True) -> Attend:
         """See PagedAttention."""
         entries = self.store.entries(runs)
         firsts, total = [], 0
@@ -36,7 +36,8 @@ class GatheredAttention:
         ]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.store.write(layer, entries, k, v)
+            if write:
+                self.store.write(layer, entries, k, v)
             out = torch.empty_like(q)
             for group in groups:
                 group.attend(layer, q, out)
@@ -58,7 +59,12 @@ class _Group:
         step = torch.arange(width, device=device)
         self.rows = first + torch.minimum(step, count - 1)  # (runs, width); padding repeats the last row
         seen = torch.arange(context, device=device)
-        self.mask = (seen <= (start + torch.minimum(step, count - 1))[:, :, None])[:, None]
+        last = (start + torch.minimum(step, count - 1))[:, :, None]  # (runs, width, 1)
+        self.masks = [(seen <= last)[:, None]]  # of layers that see all, and of windowed ones
+        if any(store.windowed):
+            windows = [store.config.window_of_loop(run.loop) or context for run in runs]
+            window = to_device(windows, torch.int64, device)[:, None, None]
+            self.masks.append(self.masks[0] & (seen > last - window)[:, None])
         self.entries = loop * store.num_tokens + self._token_slots(runs, seen)  # (runs, context)
 
     def _token_slots(self, runs: list[RowRun], seen: Tensor) -> Tensor:
@@ -73,6 +79,6 @@ class _Group:
         keys = self.store.keys[layer].flatten(0, 1)[self.entries].transpose(1, 2)
         values = self.store.values[layer].flatten(0, 1)[self.entries].transpose(1, 2)
         queries = q[self.rows].transpose(1, 2)  # (runs, heads, width, head_dim)
-        grouped = self.store.group > 1
-        got = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.mask, enable_gqa=grouped)
+        grouped, mask = self.store.group > 1, self.masks[self.store.windowed[layer]]
+        got = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
         out[self.rows] = got.transpose(1, 2)  # a repeated row is written twice with one value

@@ -2,7 +2,8 @@
 
 Layout: one K and one V tensor for each layer with weights, (loops, token slots, kv_heads, head_dim);
 the loops of a layer are its slots. The K/V of a sequence's position p at loop r is [r, table.slot(p)].
-Invariant: rows of one pass never write the same entry, and a row reads no position behind its own.
+Invariant: rows of one pass never write the same entry, and a row reads no position behind its own, nor
+one that has slid out of its layer's window.
 """
 
 import math
@@ -37,6 +38,8 @@ class KVStore:
     def __init__(
         self, config: LoopedConfig, num_tokens: int, device: torch.device, dtype: torch.dtype
     ) -> None:
+        self.config = config
+        self.windowed = [config.is_windowed(layer) for layer in range(config.num_layers)]
         self.num_tokens = num_tokens
         self.device = device
         self.dtype = dtype
@@ -56,6 +59,14 @@ class KVStore:
             flat.extend(offset + slot for slot in run.table.slots(run.start, run.num_rows))
         return to_device(flat, torch.int64, self.device)
 
+    def first_seen(self, windowed: bool, loop: int, position: int) -> int:
+        """The first position that the row at `position` sees in a layer that is windowed, or isn't.
+
+        All layers of one of these two kinds see the same, so a pass needs one mask for each.
+        """
+        window = self.config.window_of_loop(loop) if windowed else None
+        return 0 if window is None else max(0, position - window + 1)
+
     def write(self, layer: int, entries: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores k and v (rows, kv_heads, head_dim) of the rows at `entries`."""
         self.keys[layer].flatten(0, 1).index_copy_(0, entries, k)
@@ -73,5 +84,9 @@ def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> T
 class PagedAttention(Protocol):
     """Writes a batch's K and V into the cache and attends over what is there."""
 
-    def bind(self, runs: SequenceOf[RowRun]) -> Attend:
-        """An `Attend` for the rows of these runs, in this order; good for one pass."""
+    def bind(self, runs: SequenceOf[RowRun], write: bool = True) -> Attend:
+        """An `Attend` for the rows of these runs, in this order; good for one pass.
+
+        Without `write` it only reads: the entries of the runs' loop must be there, and k and v count
+        for nothing.
+        """

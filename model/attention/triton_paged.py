@@ -25,25 +25,32 @@ class TritonAttention:
     def __init__(self, store: KVStore) -> None:
         self.store = store
 
-    def bind(self, runs: SequenceOf[RowRun]) -> Attend:
+    def bind(self, runs: SequenceOf[RowRun], write: bool = True) -> Attend:
         """See PagedAttention."""
         entries = self.store.entries(runs)
-        rows = [
-            [index, run.start + step, run.loop]
-            for index, run in enumerate(runs)
-            for step in range(run.num_rows)
-        ]
+        kinds = sorted(set(self.store.windowed))
+        row_facts = {windowed: self._row_facts(runs, windowed) for windowed in kinds}
         width = max(len(run.table.pages) for run in runs)
         pages = [[*run.table.pages, *[0] * (width - len(run.table.pages))] for run in runs]
-        row_facts = to_device(rows, torch.int64, self.store.device)  # (rows, 3)
         page_table = to_device(pages, torch.int64, self.store.device)  # (runs, pages)
         page_size = runs[0].table.page_size
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.store.write(layer, entries, k, v)
-            return self._launch(layer, q.contiguous(), row_facts, page_table, page_size)
+            if write:
+                self.store.write(layer, entries, k, v)
+            facts = row_facts[self.store.windowed[layer]]
+            return self._launch(layer, q.contiguous(), facts, page_table, page_size)
 
         return attend
+
+    def _row_facts(self, runs: SequenceOf[RowRun], windowed: bool) -> Tensor:
+        """Run, position, loop and first position seen of every row, (rows, 4)."""
+        rows = [
+            [index, position, run.loop, self.store.first_seen(windowed, run.loop, position)]
+            for index, run in enumerate(runs)
+            for position in range(run.start, run.start + run.num_rows)
+        ]
+        return to_device(rows, torch.int64, self.store.device)
 
     def _launch(self, layer: int, q: Tensor, rows: Tensor, pages: Tensor, page_size: int) -> Tensor:
         num_rows, heads, head_dim = q.shape
@@ -91,9 +98,10 @@ def _attend_rows(
 ):
     """One row (program 0) and one K/V head (program 1) with the query heads that share it."""
     row, kv_head = tl.program_id(0), tl.program_id(1)
-    run = tl.load(rows + row * 3)
-    position = tl.load(rows + row * 3 + 1)
-    loop = tl.load(rows + row * 3 + 2)
+    run = tl.load(rows + row * 4)
+    position = tl.load(rows + row * 4 + 1)
+    loop = tl.load(rows + row * 4 + 2)
+    first = tl.load(rows + row * 4 + 3)
     heads, dims = tl.arange(0, GROUP_PAD), tl.arange(0, HEAD_PAD)
     q_at = ((row * KV_HEADS + kv_head) * GROUP + heads[:, None]) * HEAD_DIM + dims[None, :]
     q_mask = (heads[:, None] < GROUP) & (dims[None, :] < HEAD_DIM)
@@ -101,9 +109,9 @@ def _attend_rows(
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     mixed = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
-    for start in range(0, position + 1, BLOCK):
+    for start in range(first // BLOCK * BLOCK, position + 1, BLOCK):
         seen = start + tl.arange(0, BLOCK)
-        inside = seen <= position
+        inside = (seen >= first) & (seen <= position)
         page = tl.load(pages + run * max_pages + seen // PAGE, mask=inside, other=0)
         entry = loop * num_tokens + page * PAGE + seen % PAGE
         at = (entry[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]

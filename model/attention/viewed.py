@@ -5,6 +5,7 @@ positions, head_dim) serves them all in one call. Scattered pages are gathered, 
 """
 
 from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ class ViewedAttention:
     def __init__(self, store: KVStore) -> None:
         self.store = store
 
-    def bind(self, runs: SequenceOf[RowRun]) -> Attend:
+    def bind(self, runs: SequenceOf[RowRun], write: bool = True) -> Attend:
         """See PagedAttention."""
         store = self.store
         entries = store.entries(runs)
@@ -31,13 +32,15 @@ class ViewedAttention:
             only = calls[0]
 
             def attend_one(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                store.write(layer, entries, k, v)
+                if write:
+                    store.write(layer, entries, k, v)
                 return only.attend(layer, q)
 
             return attend_one
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            store.write(layer, entries, k, v)
+            if write:
+                store.write(layer, entries, k, v)
             return torch.cat([call.attend(layer, q[call.rows]) for call in calls])
 
         return attend
@@ -62,11 +65,19 @@ def _continues(before: RowRun, run: RowRun) -> bool:
     return single and before.table is run.table and run.loop == before.loop + 1
 
 
+class _Span(NamedTuple):
+    """The first position that any row sees, and the mask from there on."""
+
+    first: int
+    mask: Tensor | None
+
+
 class _Call:
     """Attention of one group: rows of one sequence, all at one loop or one row a loop."""
 
     def __init__(self, store: KVStore, runs: list[RowRun], first: int) -> None:
         self.store = store
+        self.runs = runs
         self.table: PageTable = runs[0].table
         self.context = max(run.start + run.num_rows for run in runs)
         self.loops = slice(runs[0].loop, runs[-1].loop + 1)
@@ -74,42 +85,54 @@ class _Call:
         self.num_rows = runs[0].num_rows
         self.rows = slice(first, first + sum(run.num_rows for run in runs))
         self.index = None if self.table.base is not None else self._slots()
-        self.mask = self._mask([run.start for run in runs])
+        self.spans = {windowed: self._span(windowed) for windowed in set(store.windowed)}
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Output (rows, heads, head_dim) of the group's queries q, of the same shape."""
-        keys = self._context_of(self.store.keys[layer])
-        values = self._context_of(self.store.values[layer])
+        first, mask = self.spans[self.store.windowed[layer]]
+        keys = self._context_of(self.store.keys[layer], first)
+        values = self._context_of(self.store.values[layer], first)
         # Query heads that share a K/V head stand in the place of tokens: no head is repeated.
         rows, heads, head_dim = q.shape
         grouped = q.view(self.num_loops, self.num_rows, heads // self.store.group, self.store.group, head_dim)
         if self.num_rows == 1:
-            out = F.scaled_dot_product_attention(grouped[:, 0], keys, values, attn_mask=self.mask)
+            out = F.scaled_dot_product_attention(grouped[:, 0], keys, values, attn_mask=mask)
             return out.reshape(rows, heads, head_dim)
         queries = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (1, kv_heads, group * num_rows, head_dim)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.mask)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         out = out.view(1, out.shape[1], self.store.group, self.num_rows, head_dim)
         return out.permute(0, 3, 1, 2, 4).reshape(rows, heads, head_dim)
 
-    def _context_of(self, cache: Tensor) -> Tensor:
-        """(loops of the group, kv_heads, context, head_dim), a view unless pages are scattered."""
+    def _context_of(self, cache: Tensor, first: int) -> Tensor:
+        """(loops of the group, kv_heads, context from `first`, head_dim); a view, but of scattered pages."""
         part = cache[self.loops]
         if self.index is not None:
-            part = part.index_select(1, self.index)
+            part = part.index_select(1, self.index[first:])
         else:
-            part = part.narrow(1, self.table.base or 0, self.context)
+            part = part.narrow(1, (self.table.base or 0) + first, self.context - first)
         return part.transpose(1, 2)
 
     def _slots(self) -> Tensor:
         return torch.tensor(list(self.table.slots(0, self.context)))
 
-    def _mask(self, starts: list[int]) -> Tensor | None:
-        """0 where a query may look, -inf elsewhere; None when every query sees the whole context."""
-        if min(starts) + 1 == self.context:
-            return None
-        mask = np.zeros((self.num_loops, 1, self.num_rows, self.context), np.float32)
-        for loop, start in enumerate(starts):
-            for row in range(self.num_rows):
-                mask[loop, 0, row, start + row + 1 :] = -np.inf
+    def _span(self, windowed: bool) -> _Span:
+        """What the rows see in layers of one kind: a part of the context, and a mask over it.
+
+        The mask is 0 where a query may look, -inf elsewhere; None when every query sees the whole part.
+        """
+        seen = [
+            [
+                (self.store.first_seen(windowed, run.loop, p), p + 1)
+                for p in range(run.start, run.start + run.num_rows)
+            ]
+            for run in self.runs
+        ]
+        first = min(low for rows in seen for low, _ in rows)
+        if all(bounds == (first, self.context) for rows in seen for bounds in rows):
+            return _Span(first, None)
+        mask = np.full((self.num_loops, 1, self.num_rows, self.context - first), -np.inf, np.float32)
+        for loop, rows in enumerate(seen):
+            for row, (low, end) in enumerate(rows):
+                mask[loop, 0, row, low - first : end - first] = 0
         tensor = torch.from_numpy(mask).to(self.store.dtype)
-        return tensor.repeat(1, 1, self.store.group, 1) if self.num_rows > 1 else tensor
+        return _Span(first, tensor.repeat(1, 1, self.store.group, 1) if self.num_rows > 1 else tensor)

@@ -8,12 +8,20 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from model.config import ConfigError
-from model.families import llama, nanbeige, ouro, raven
+from model.families import iquest, llama, nanbeige, ouro, raven
 from model.families.family import Family, Part, Place, WeightTable
 
 __all__ = ["FAMILIES", "Family", "Part", "Place", "WeightTable", "families_of", "family_of"]
 
-FAMILIES = (llama.FAMILY, nanbeige.FAMILY, ouro.FAMILY, raven.HUGINN, raven.LLAMA, raven.OLMO)
+FAMILIES = (
+    llama.FAMILY,
+    nanbeige.FAMILY,
+    ouro.FAMILY,
+    iquest.FAMILY,
+    raven.HUGINN,
+    raven.LLAMA,
+    raven.OLMO,
+)
 
 
 def families_of(raw: Mapping[str, Any]) -> tuple[Family, ...]:

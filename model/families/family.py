@@ -129,6 +129,10 @@ class Fields:
             raise self.wrong(key, "it must be at least 1 and fit 31 bits")
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """A whole number, at least 0."""
+        return 0 if self.raw.get(key) == 0 and type(self.raw[key]) is int else self.integer(key, default)
+
     def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
         """A finite number greater than `above`; raises when it is absent and there is no default."""
         value = self._required(key, default)
@@ -162,6 +166,10 @@ class Fields:
         if not isinstance(value, dict):
             raise self.wrong(key, "an object is wanted")
         return Fields(value, f"{self.prefix}{key}.")
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers greater than 0; empty when absent."""
+        return tuple(Fields({key: value}, self.prefix).number(key) for value in self.items(key))
 
     def items(self, key: str) -> list[Any]:
         """A list; empty when absent."""

@@ -55,7 +55,9 @@ class Heads(NamedTuple):
 
 def read_config(raw: Mapping[str, Any]) -> LoopedConfig:
     """LoopedConfig of a Llama config.json; raises ConfigError naming the field."""
-    return read_shape(Fields(raw), "llama")
+    fields = Fields(raw)
+    refuse_windows(fields)
+    return read_shape(fields, "llama")
 
 
 def read_shape(fields: Fields, family: str) -> LoopedConfig:
@@ -97,13 +99,17 @@ def read_heads(fields: Fields) -> Heads:
     return Heads(hidden, heads, kv_heads, fields.integer("head_dim", max(1, hidden // heads)))
 
 
-def refuse_what_changes_attention(fields: Fields) -> None:
-    """Raises ConfigError for quantised weights, sliding windows and other kinds of layers."""
-    fields.refuse("quantization_config", "per_layer_config")
+def refuse_windows(fields: Fields) -> None:
+    """Raises ConfigError for a sliding window that is on: the classes of these families have none."""
     if fields.has("sliding_window") and fields.flag("use_sliding_window", True):
-        raise fields.wrong("sliding_window", "attention over a sliding window is not supported")
+        raise fields.wrong("sliding_window", "a window is not supported in this family")
     if any(kind != "full_attention" for kind in fields.items("layer_types")):
-        raise fields.wrong("layer_types", "only full_attention is supported")
+        raise fields.wrong("layer_types", "only full_attention is supported in this family")
+
+
+def refuse_what_changes_attention(fields: Fields) -> None:
+    """Raises ConfigError for quantised weights and other kinds of layers."""
+    fields.refuse("quantization_config", "per_layer_config")
     if not fields.flag("is_causal", True):
         raise fields.wrong("is_causal", "only causal attention is supported")
 

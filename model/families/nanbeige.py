@@ -11,7 +11,7 @@ from typing import Any
 
 from model.config import LoopedConfig, RopeConfig
 from model.families.family import Family, Fields
-from model.families.llama import BIASES, LAYER_WEIGHTS, PRE_NORMS, read_shape
+from model.families.llama import BIASES, LAYER_WEIGHTS, PRE_NORMS, read_shape, refuse_windows
 
 _REFUSED = (
     "qk_layernorm",
@@ -32,6 +32,7 @@ def read_config(raw: Mapping[str, Any]) -> LoopedConfig:
     """LoopedConfig of a Nanbeige config.json; raises ConfigError naming the field."""
     fields = Fields(raw)
     fields.refuse(*_REFUSED)
+    refuse_windows(fields)
     shape = read_shape(fields, "nanbeige")
     if fields.integer("pretraining_tp", 1) > 1 and (shape.qkv_bias or shape.mlp_bias):
         raise fields.wrong("pretraining_tp", "above 1 the reference drops the biases that this config has")

@@ -39,12 +39,33 @@ def read_config(raw: Mapping[str, Any]) -> LoopedConfig:
         raise fields.wrong("early_exit_threshold", "only 1, every loop for every token, is supported")
     if fields.has("early_exit_step"):
         raise fields.wrong("early_exit_step", "only every loop for every token is supported")
+    shape = read_shape(fields, "ouro")
+    sliding_layers = _sliding_layers(fields, shape.num_block_layers)
     return replace(
-        read_shape(fields, "ouro"),
+        shape,
+        sliding_window=fields.integer("sliding_window", 4096) if sliding_layers else None,
+        sliding_layers=sliding_layers,
         num_loops=fields.integer("total_ut_steps", 4),
         norm_placement=NormPlacement.SANDWICH,
         exit_gate=True,
     )
+
+
+def _sliding_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
+    """layer_types decides; without it the layers from max_window_layers on, if windows are in use."""
+    in_use = fields.flag("use_sliding_window", False) and fields.raw.get("sliding_window", 0) is not None
+    kinds = fields.items("layer_types")
+    if not kinds:
+        first = fields.count("max_window_layers", 28) if in_use else num_layers
+        return tuple(range(first, num_layers))
+    if len(kinds) != num_layers or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
+        raise fields.wrong(
+            "layer_types", f"full_attention or sliding_attention is wanted for each of {num_layers} layers"
+        )
+    sliding = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+    if sliding and not in_use:
+        raise fields.wrong("layer_types", "it names sliding layers, but use_sliding_window is off")
+    return sliding
 
 
 FAMILY = Family(

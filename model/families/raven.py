@@ -3,7 +3,7 @@
 Knows nothing about tensors. Follows `RavenConfig` of the recurrent-pretraining and
 retrofitting-recurrence repositories. config.json is the same for all three, so the names of the tensors
 tell them apart. Prelude, looped core and coda; every loop mixes the prelude's output into the state.
-Invariant: the state starts from zeros unless the caller gives one; modes that start otherwise are refused.
+Invariant: an option that names code which the published class of that block doesn't have is refused.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from model.config import ConfigError, LoopedConfig, NormPlacement, RopeConfig
+from model.config import ConfigError, InitialState, LoopedConfig, NormPlacement, RopeConfig
 from model.families.family import Family, Fields, Place, Section, WeightTable
 from model.families.rope import read_rope
 
@@ -57,13 +57,18 @@ _FIXED = {
     "mlp_class_name": "GatedMLP",
     "nonlin_name": "SiLU",
     "injection_type": "linear",
-    "initial_state_mode": "random",
+}
+_STARTS = {
+    "random": InitialState.NOISE,
+    "embed-init": InitialState.INPUT,
+    "skip-adapter": InitialState.INPUT_ALONE,
 }
 
 
 def read_huginn(raw: Mapping[str, Any]) -> LoopedConfig:
     """LoopedConfig of Huginn's config.json; raises ConfigError naming the field."""
     fields = Fields(raw)
+    _refuse_other_starts(fields)
     shape = _read_shape(fields)
     qk_bias = fields.flag("qk_bias", True)
     if qk_bias and shape.num_kv_heads != shape.num_heads:
@@ -80,12 +85,19 @@ def read_huginn(raw: Mapping[str, Any]) -> LoopedConfig:
 
 def read_llama(raw: Mapping[str, Any]) -> LoopedConfig:
     """LoopedConfig of a retrofitted Llama's config.json; raises ConfigError naming the field."""
-    return _read_retrofit(Fields(raw), NormPlacement.PRE)
+    fields = Fields(raw)
+    _refuse_other_starts(fields)
+    return _read_retrofit(fields, NormPlacement.PRE)
 
 
 def read_olmo(raw: Mapping[str, Any]) -> LoopedConfig:
     """LoopedConfig of a retrofitted OLMo-2's config.json; raises ConfigError naming the field."""
-    return replace(_read_retrofit(Fields(raw), NormPlacement.OUTPUT), qk_norm=True)
+    fields = Fields(raw)
+    mode = fields.text("initial_state_mode", "random")
+    if mode not in _STARTS:
+        raise fields.wrong("initial_state_mode", f"only {', '.join(_STARTS)} are supported")
+    retrofit = _read_retrofit(fields, NormPlacement.OUTPUT)
+    return replace(retrofit, qk_norm=True, initial_state=_STARTS[mode])
 
 
 def _read_retrofit(fields: Fields, placement: NormPlacement) -> LoopedConfig:
@@ -99,6 +111,7 @@ def _read_retrofit(fields: Fields, placement: NormPlacement) -> LoopedConfig:
 def _read_shape(fields: Fields) -> LoopedConfig:
     """What the three have in common."""
     _refuse_what_changes_the_loop(fields)
+    init = fields.section("init_values")
     hidden, heads = fields.integer("n_embd"), fields.integer("n_heads")
     kv_heads = fields.integer("num_key_value_heads", heads)
     if hidden % heads or heads % kv_heads:
@@ -107,6 +120,7 @@ def _read_shape(fields: Fields) -> LoopedConfig:
         )
     if fields.integer("head_dim", hidden // heads) != hidden // heads:
         raise fields.wrong("head_dim", f"n_embd / n_heads, {hidden // heads}, is wanted")
+    scale, default_std = init.number("embed_scale", math.sqrt(hidden)), math.sqrt(2 / (5 * hidden))
     return LoopedConfig(
         family="raven",
         vocab_size=fields.integer("padded_vocab_size", fields.integer("vocab_size")),
@@ -122,11 +136,17 @@ def _read_shape(fields: Fields) -> LoopedConfig:
         max_positions=1,
         norm_eps=fields.number("norm_eps", 1e-6),
         input_injection=True,
-        embedding_scale=fields.section("init_values").number("embed_scale", math.sqrt(hidden)),
+        initial_state_std=init.number("std", default_std) * scale,
+        embedding_scale=scale,
         tie_embeddings=fields.flag("tie_embeddings", True),
         bos_token_id=next(iter(fields.token_ids("bos_token_id", None)), None),
         eos_token_ids=fields.token_ids("eos_token_id", None),
     )
+
+
+def _refuse_other_starts(fields: Fields) -> None:
+    if fields.text("initial_state_mode", "random") != "random":
+        raise fields.wrong("initial_state_mode", "with these blocks only random is supported")
 
 
 def _refuse_what_changes_the_loop(fields: Fields) -> None:

@@ -4,16 +4,18 @@ Knows nothing about the formulas (see `layers.rotary_frequencies`) or the rest o
 Invariant: a field or kind that would change a frequency is either read or refused.
 """
 
+import math
 from typing import Any
 
 from model.config import ConfigError, RopeConfig
 from model.families.family import Fields
 
-_KINDS = ("default", "dynamic", "linear", "llama3", "yarn")
+_KINDS = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 _KEYS = {
     *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
     *("partial_rotary_factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    *("short_factor", "long_factor"),
 }
 
 
@@ -31,6 +33,11 @@ def read_rope(fields: Fields) -> tuple[int, RopeConfig]:
         # on the length of the whole text, so a cached key would go stale: serve it up to there.
         scaling.number("factor")
         return min(longest, original), RopeConfig(theta=theta)
+    if kind == "longrope":
+        # The same holds here: beyond the original context the reference turns to long_factor for all.
+        scaling.numbers("long_factor")
+        rope = RopeConfig(theta=theta, kind=kind, **_longrope(scaling, longest, original))
+        return min(longest, original), rope
     return longest, RopeConfig(theta=theta, kind=kind, **_options(kind, scaling, longest, original))
 
 
@@ -40,7 +47,7 @@ def _scaling(fields: Fields) -> Fields:
     scaling = scaling if scaling.raw else fields.section("rope_parameters")
     for place in (fields, scaling):
         if place.number("partial_rotary_factor", 1.0) != 1.0:
-            raise place.wrong("partial_rotary_factor", "only whole heads are rotated")
+            raise place.wrong("partial_rotary_factor", "the classes of these families rotate whole heads")
     return scaling
 
 
@@ -71,6 +78,16 @@ def _llama3(scaling: Fields) -> dict[str, float]:
     if high <= low:
         raise scaling.wrong("high_freq_factor", f"it must be greater than low_freq_factor, {low:g}")
     return {"factor": scaling.number("factor"), "low_freq_factor": low, "high_freq_factor": high}
+
+
+def _longrope(scaling: Fields, longest: int, original: int) -> dict[str, Any]:
+    """Frequencies divided one by one, and the attention factor of LongRoPE (arXiv 2402.13753)."""
+    factor = scaling.number("factor", longest / original)
+    implied = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
+    return {
+        "divisors": scaling.numbers("short_factor"),
+        "attention_factor": scaling.number("attention_factor", implied),
+    }
 
 
 def _yarn(scaling: Fields) -> dict[str, Any]:

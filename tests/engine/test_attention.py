@@ -8,11 +8,19 @@ from hypothesis import strategies as st
 from model.attention import GatheredAttention, KVStore, ViewedAttention
 from model.attention.store import RowRun
 from model.cache import PagePool, PageTable
+from model.config import LoopedConfig
 from model.layers import causal_attention
 from tests.tiny_models import tiny_config
 
 LENGTH, PAGE = 40, 4
-CONFIG = tiny_config(num_loops=4, num_block_layers=1)
+WINDOWS: dict[str, dict[str, object]] = {
+    "none": {},
+    "sliding": {"sliding_window": 5, "sliding_layers": (0,)},
+    "sliding, one token": {"sliding_window": 1, "sliding_layers": (0,)},
+    "from the second loop on": {"sliding_window": 33, "first_loop_gate": True},
+}
+CONFIGS = {name: tiny_config(num_loops=4, num_block_layers=1, **window) for name, window in WINDOWS.items()}
+CONFIG = CONFIGS["none"]
 HEADS, KV_HEADS, DIM = CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim
 
 
@@ -27,20 +35,21 @@ def two_tables(scattered: bool) -> tuple[PagePool, list[PageTable]]:
 
 
 def cache_and_truth(
-    scattered: bool, seed: int
+    scattered: bool, seed: int, config: LoopedConfig = CONFIG
 ) -> tuple[KVStore, list[PageTable], torch.Tensor, torch.Tensor]:
     """Two sequences' random q, k, v at every loop, K/V stored; truth is (sequences, loops, tokens, ...)."""
     generator = torch.Generator().manual_seed(seed)
     pool, tables = two_tables(scattered)
     assert all((table.base is None) == scattered for table in tables)
-    store = KVStore(CONFIG, pool.num_tokens, torch.device("cpu"), torch.float32)
+    store = KVStore(config, pool.num_tokens, torch.device("cpu"), torch.float32)
     q = torch.randn(2, 4, LENGTH, HEADS, DIM, generator=generator)
     k, v = torch.randn(2, 2, 4, LENGTH, KV_HEADS, DIM, generator=generator)
     for sequence, table in enumerate(tables):
         for loop in range(4):
             slots = store.entries([RowRun(table, 0, LENGTH, loop)])
             store.write(0, slots, k[sequence, loop], v[sequence, loop])
-    truth = causal_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (2, 4))
+    loops = [causal_attention(q[:, r], k[:, r], v[:, r], config.window(0, r)) for r in range(4)]
+    truth = torch.stack(loops, 1)
     return store, tables, q, truth
 
 
@@ -66,11 +75,12 @@ def implementations() -> list[type]:
     width_one=st.booleans(),
     scattered=st.booleans(),
     seed=st.integers(0, 3),
+    window=st.sampled_from(sorted(WINDOWS)),
 )
-@settings(max_examples=60, deadline=None)
-def test_ragged_rows_equal_plain_causal_attention(number, first, second, width_one, scattered, seed):
-    """Waves, prompt chunks, any loops, any pages. The rows' K/V are written again, as in a pass."""
-    store, tables, q, truth = cache_and_truth(scattered, seed)
+@settings(max_examples=50, deadline=None)
+def test_ragged_rows_equal_plain_causal_attention(number, first, second, width_one, scattered, seed, window):
+    """Waves, prompt chunks, any loops, pages, windows. The rows' K/V are written again, as in a pass."""
+    store, tables, q, truth = cache_and_truth(scattered, seed, CONFIGS[window])
     rows = [
         (sequence, RowRun(tables[sequence], start, 1 if width_one else count, loop))
         for sequence, runs in enumerate((first, second))
@@ -83,6 +93,33 @@ def test_ragged_rows_equal_plain_causal_attention(number, first, second, width_o
     keys, values = store.keys[0].flatten(0, 1)[entries], store.values[0].flatten(0, 1)[entries]
     got = implementations()[number](store).bind(batch)(0, queries, keys, values)
     assert torch.allclose(got, torch.cat([truth[place] for place in places]), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 40, 99])
+def test_a_window_of_so_many_tokens_counts_the_token_itself(window: int) -> None:
+    """Against a softmax written out token by token: off by one is the usual mistake."""
+    q, k, v = torch.randn(3, 40, 1, DIM, generator=torch.Generator().manual_seed(3))
+    got = causal_attention(q, k, v, window)
+    for token in range(40):
+        seen = range(max(0, token - window + 1), token + 1)
+        weights = torch.stack([q[token, 0] @ k[p, 0] / DIM**0.5 for p in seen]).softmax(0)
+        wanted = sum(weight * v[p, 0] for weight, p in zip(weights, seen, strict=True))
+        assert torch.allclose(got[token, 0], wanted, atol=1e-5)
+
+
+def test_a_binding_that_only_reads_leaves_the_cache_as_it_is() -> None:
+    """IQuest's later loops read what the first one stored; k and v are not the first loop's."""
+    store, tables, q, truth = cache_and_truth(
+        scattered=False, seed=2, config=CONFIGS["from the second loop on"]
+    )
+    run = RowRun(tables[0], 21, 3, 0)
+    before = store.keys[0].clone(), store.values[0].clone()
+    junk = torch.full((3, KV_HEADS, DIM), 1e3)
+    for implementation in implementations():
+        got = implementation(store).bind([run], write=False)(0, q[0, 0, 21:24], junk, junk)
+        assert torch.allclose(got, truth[0, 0, 21:24], atol=1e-5)
+    assert torch.equal(store.keys[0], before[0])
+    assert torch.equal(store.values[0], before[1])
 
 
 def test_a_row_does_not_see_what_stands_behind_it() -> None:
