@@ -10,6 +10,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model.config import ConfigError, LoopedConfig, RopeConfig
+from model.families.family import Fields
+from model.families.rope import read_rope
 from model.layers import Rotary, rotary_frequencies
 
 torch.set_num_threads(1)
@@ -83,8 +85,26 @@ def test_yarn_attention_factor(factor, mscale, mscale_all_dim, given_factor):
 
 
 def test_unknown_kind_is_an_error():
-    with pytest.raises(ConfigError, match="longrope"):
-        rotary_frequencies(RopeConfig(kind="longrope"), 8, 64)
+    with pytest.raises(ConfigError, match="proportional"):
+        rotary_frequencies(RopeConfig(kind="proportional"), 8, 64)
+
+
+@given(st.lists(factors, min_size=1, max_size=32), thetas, lengths, factors, st.none() | st.floats(0.5, 2.0))
+@settings(deadline=None)
+def test_longrope(divisors, theta, original, factor, attention_factor):
+    """Read from a config.json: the factor of cos and sin is worked out there."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "short_factor": divisors,
+        "long_factor": [2.0] * len(divisors),
+        "original_max_position_embeddings": original,
+        "factor": factor,
+        "attention_factor": attention_factor,
+    }
+    longest, read = read_rope(Fields({"max_position_embeddings": 2 * original, "rope_parameters": rope}))
+    assert longest == original
+    assert_equal_to_transformers(len(divisors), longest, read, rope)
 
 
 def rotary(**rope):
