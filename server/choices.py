@@ -1,46 +1,86 @@
 """A completion while it grows: from the engine's events to what a client sees of one choice.
 
-Knows nothing about JSON or HTTP. Invariant: exactly one delta of a choice has a finish reason, its last;
-streamed or not, the text is the same, because both are made of these deltas.
+Knows nothing about JSON or HTTP. Invariants: exactly one delta of a choice has a finish reason, its last;
+streamed or not, text, tokens and log-probabilities are the same, because both are made of these deltas; a
+token comes with the delta that shows its text.
 """
 
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
-from model.protocol import GenerationRequest, SequenceStats, TokenEvent
-from server.batcher import EventStream
+from model.protocol import GenerationRequest, SequenceStats, TokenEvent, TokenLogprobs
+from server.batcher import EventStream, RequestBatcher
 from server.errors import EngineFailureError
 from server.planning import Plan
-from server.schemas.completions import CompletionRequest
+from server.prompts import EncodedPrompt
+from server.schemas.sampling import SamplingFields
 from server.text import CompletionText, Detokenizer, StopChecker, StopPattern
 from server.tokenizer import TextCodec
 
 CONTEXT_TOKENS = 8  # of the prompt, for decoders whose text depends on what came before
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class ShownToken(NamedTuple):
+    """A token of a choice: where in the choice's text it begins, and its log-probabilities if wanted.
+
+    `logprobs` is None for the first token of a prompt as well: nothing predicts it.
+    """
+
+    token_id: int
+    start: int
+    logprobs: TokenLogprobs | None
 
 
 class ChoiceDelta(NamedTuple):
-    """What an event adds to a choice."""
+    """What an event adds to a choice; `echoed` are tokens of the prompt, if those are shown one by one."""
 
     choice_index: int
     text: str
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort"] | None = None
+    tokens: list[ShownToken]
+    echoed: list[ShownToken]
+    finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a client that asked for no tokens can see a difference."""
+        return bool(self.text or self.finish_reason or self.echoed)
+
+
+def join_deltas(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
+    """One delta that says what all of a choice said."""
+    return deltas[-1]._replace(
+        text="".join(delta.text for delta in deltas),
+        tokens=[token for delta in deltas for token in delta.tokens],
+        echoed=[token for delta in deltas for token in delta.echoed],
+    )
 
 
 class Choice:
     """One completion: its text, its count of tokens, and in the end what it cost."""
 
-    def __init__(self, index: int, request: GenerationRequest, text: CompletionText, echo: str) -> None:
+    def __init__(
+        self, index: int, request: GenerationRequest, text: CompletionText, echo: EncodedPrompt
+    ) -> None:
         self.index = index
         self.request = request
         self.stats = SequenceStats()
         self.num_tokens = 0
         self.finished = False
+        self._sum_logprobs = 0.0
         self._text = text
-        self._echo = echo  # text before the first token, not yet shown
+        self._echo = echo
+        self._pending_echo = echo.text  # not yet shown
+        self._waiting: deque[tuple[int, TokenLogprobs | None]] = deque()  # tokens whose text is held back
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, at the last depth; 0 if there are none or it wasn't asked for."""
+        return self._sum_logprobs / max(self.num_tokens, 1)
 
     def add(self, event: TokenEvent, *, include_stop: bool) -> ChoiceDelta:
         """The delta of an event. Raises EngineFailureError if the event says so."""
@@ -48,51 +88,76 @@ class Choice:
             raise EngineFailureError
         self.stats = event.stats or self.stats
         if self.finished:  # a stop string ended it; the engine ran on until it saw the abort
-            return ChoiceDelta(self.index, "", [])
-        hide_last = event.stop_token_id is not None and not include_stop
-        delta = self._text.push(event.token_ids[:-1] if hide_last else event.token_ids)
+            return ChoiceDelta(self.index, "", [], [])
+        echoed = self._echoed(event)
+        hidden = event.token_ids[-1:] if event.stop_token_id is not None and not include_stop else []
+        delta = self._text.push(event.token_ids[: len(event.token_ids) - len(hidden)])
         if delta.stop is not None:
-            return self._finish(delta.text, event.token_ids[: delta.num_tokens], "stop", delta.stop)
+            self._count(event, delta.num_tokens)
+            return self._delta(delta.text, delta.starts, echoed, "stop", delta.stop)
+        self._count(event, len(event.token_ids))
         if event.finish_reason is None:
-            return self._grow(delta.text, event.token_ids)
-        text = delta.text + self._text.flush()
-        return self._finish(text, event.token_ids, event.finish_reason, self._stop_reason(event))
+            return self._delta(delta.text, delta.starts, echoed)
+        rest = self._text.flush()
+        starts = [*delta.starts, *rest.starts, *(self._text.length for _ in hidden)]
+        return self._delta(
+            delta.text + rest.text, starts, echoed, event.finish_reason, self._stop_reason(event)
+        )
 
     def finish_empty(self) -> ChoiceDelta:
         """The only delta of a choice without tokens."""
-        return self._finish("", [], "length", None)
+        return self._delta("", [], [], "length")
+
+    def _count(self, event: TokenEvent, num_tokens: int) -> None:
+        """Takes the first tokens of an event as the choice's own."""
+        asked = self.request.logprobs is not None
+        logprobs: Sequence[TokenLogprobs | None] = event.logprobs if asked else [None] * len(event.token_ids)
+        self._waiting.extend(zip(event.token_ids[:num_tokens], logprobs[:num_tokens], strict=True))
+        self._sum_logprobs += sum(entry.logprob for entry in event.logprobs[:num_tokens])
+        self.num_tokens += num_tokens
+
+    def _echoed(self, event: TokenEvent) -> list[ShownToken]:
+        """The prompt's tokens, with the event that brings their log-probabilities."""
+        if event.prompt_logprobs is None:
+            return []
+        length = len(self._echo.text)
+        tokens = zip(self._echo.token_ids, self._echo.starts, event.prompt_logprobs, strict=True)
+        return [ShownToken(token_id, min(start, length), logprobs) for token_id, start, logprobs in tokens]
 
     def _stop_reason(self, event: TokenEvent) -> int | None:
         """The id of a token that the client asked to stop at; the model's own end has none, as in vLLM."""
         return event.stop_token_id if event.stop_token_id in self.request.stop_token_ids else None
 
-    def _grow(self, text: str, token_ids: list[int]) -> ChoiceDelta:
-        self.num_tokens += len(token_ids)
-        echo, self._echo = self._echo, ""
-        return ChoiceDelta(self.index, echo + text, token_ids)
-
-    def _finish(
+    def _delta(
         self,
         text: str,
-        token_ids: list[int],
-        reason: Literal["stop", "length", "abort"],
-        stop_reason: str | int | None,
+        starts: Sequence[int],
+        echoed: list[ShownToken],
+        finish_reason: FinishReason | None = None,
+        stop_reason: str | int | None = None,
     ) -> ChoiceDelta:
-        self.finished = True
-        return self._grow(text, token_ids)._replace(finish_reason=reason, stop_reason=stop_reason)
+        """`starts` are the tokens that are shown now, the first of those that wait."""
+        self.finished = finish_reason is not None
+        echo, self._pending_echo = self._pending_echo, ""
+        offset = len(self._echo.text)
+        tokens = []
+        for start in starts:
+            token_id, logprobs = self._waiting.popleft()
+            tokens.append(ShownToken(token_id, offset + start, logprobs))
+        return ChoiceDelta(self.index, echo + text, tokens, echoed, finish_reason, stop_reason)
 
 
-def make_choices(body: CompletionRequest, plan: Plan, codec: TextCodec) -> list[Choice]:
-    """The choices of a plan, without text yet."""
-    patterns = [StopPattern(stop) for stop in body.stop_strings]
-    decode = partial(codec.decode, skip_special_tokens=body.skip_special_tokens)
+def make_choices(fields: SamplingFields, plan: Plan, codec: TextCodec) -> list[Choice]:
+    """The choices of a plan, candidates that may be dropped included, without text yet."""
+    patterns = [StopPattern(stop) for stop in fields.stop_strings]
+    decode = partial(codec.decode, skip_special_tokens=fields.skip_special_tokens)
 
     def make_choice(index: int, request: GenerationRequest) -> Choice:
-        prompt = plan.prompts[index // body.n]
+        prompt = plan.prompts[index // fields.num_candidates]
         detokenizer = Detokenizer(decode, prompt.token_ids[-CONTEXT_TOKENS:])
-        checker = StopChecker(patterns, include_stop=body.include_stop_str_in_output)
-        text = CompletionText(detokenizer, checker, body.min_tokens)
-        return Choice(index, request, text, prompt.text if body.echo else "")
+        checker = StopChecker(patterns, include_stop=fields.include_stop_str_in_output)
+        text = CompletionText(detokenizer, checker, fields.min_tokens)
+        return Choice(index, request, text, prompt if fields.echoes else EncodedPrompt([]))
 
     return [make_choice(index, request) for index, request in enumerate(plan.requests)]
 
@@ -104,10 +169,19 @@ class Generation:
     `close` must be called, also if `deltas` was never read.
     """
 
-    body: CompletionRequest
+    fields: SamplingFields
     plan: Plan
     choices: Sequence[Choice]
     stream: EventStream
+
+    @classmethod
+    def start(
+        cls, fields: SamplingFields, plan: Plan, codec: TextCodec, batcher: RequestBatcher
+    ) -> "Generation":
+        """Submits a plan; raises QueueFullError or UnavailableError."""
+        # A prompt that is only echoed needs no model.
+        requests = [request for request in plan.requests if _needs_engine(request)]
+        return cls(fields, plan, make_choices(fields, plan, codec), batcher.open(requests))
 
     def close(self) -> None:
         """Aborts whatever still runs. May be called twice."""
@@ -115,16 +189,31 @@ class Generation:
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
         """All deltas of all choices, interleaved as they come. Raises EngineFailureError."""
-        if self.body.max_tokens == 0:
-            for choice in self.choices:
+        for choice in self.choices:
+            if not _needs_engine(choice.request):
                 yield choice.finish_empty()
         choices = {choice.request.request_id: choice for choice in self.choices}
         async for event in self.stream:
             choice = choices[event.request_id]
             was_finished = choice.finished
-            delta = choice.add(event, include_stop=self.body.include_stop_str_in_output)
+            delta = choice.add(event, include_stop=self.fields.include_stop_str_in_output)
             if was_finished:
                 continue
             if choice.finished:
                 self.stream.abort(event.request_id)
             yield delta
+
+    def best(self) -> list[Choice]:
+        """The choices to return: of each prompt the `n` of highest mean log-probability, best first."""
+        num_candidates, n = self.fields.num_candidates, self.fields.n
+        if num_candidates == n:
+            return list(self.choices)
+        best: list[Choice] = []
+        for start in range(0, len(self.choices), num_candidates):
+            candidates = self.choices[start : start + num_candidates]
+            best += sorted(candidates, key=lambda choice: -choice.mean_logprob)[:n]
+        return best
+
+
+def _needs_engine(request: GenerationRequest) -> bool:
+    return request.max_tokens > 0 or request.prompt_logprobs is not None

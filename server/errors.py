@@ -92,11 +92,17 @@ class ContextLengthError(InvalidRequestError):
 
     code = "context_length_exceeded"
 
-    def __init__(self, num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self, num_prompt_tokens: int, max_tokens: int | None, max_model_len: int, *, prompt_param: str
+    ) -> None:
+        completion, where = (1, "at least to be generated")
+        if max_tokens is not None:
+            completion, where = max_tokens, "in max_tokens"
+        at_fault = max_tokens is None or num_prompt_tokens > max_model_len
         super().__init__(
-            f"the model's context is {max_model_len} tokens, but {num_prompt_tokens + max_tokens} were asked "
-            f"for: {num_prompt_tokens} in the prompt and {max_tokens} in max_tokens",
-            param="prompt" if num_prompt_tokens > max_model_len else "max_tokens",
+            f"the model's context is {max_model_len} tokens, but {num_prompt_tokens + completion} were asked "
+            f"for: {num_prompt_tokens} in the prompt and {completion} {where}",
+            param=prompt_param if at_fault else "max_tokens",
         )
 
 
@@ -174,9 +180,9 @@ def _invalid_request(error: Mapping[str, Any]) -> InvalidRequestError:
     param = _param(error["loc"])
     if param is None:
         return InvalidRequestError("the body must be a JSON object")
-    if error["type"] == "missing":
-        return InvalidRequestError(f"{param} is required", param=param)
     path = ".".join(str(part)[:MAX_QUOTE] for part in error["loc"] if part != "body")
+    if error["type"] == "missing":
+        return InvalidRequestError(f"{path} is required", param=param)
     message = error["msg"].removeprefix("Value error, ")
     return InvalidRequestError(f"{path}: {message} (got {quote(error['input'])})", param=param)
 

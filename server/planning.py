@@ -1,81 +1,133 @@
-"""From a valid `CompletionRequest` to the engine's requests: all that must be known before the first token.
+"""From a valid body to the engine's requests: all that must be known before the first token.
 
-Checks what depends on the model: vocabulary, context length, number of loops. Invariant: a plan that
-was made can be run; every refusal happens here or in `RequestBatcher.open`, before anything is sent.
+Checks what depends on the model: vocabulary, context length, number of loops, grammar. Invariant: a plan
+that was made can be run; every refusal happens here or in `RequestBatcher.open`, before anything is sent.
 """
 
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import anyio.to_thread
+import msgspec
 
+from model.grammar import GrammarError, check_grammar
 from model.protocol import EngineInfo, GenerationRequest, SamplingParams
+from server.chat_template import ChatTemplate
 from server.errors import ContextLengthError, InvalidRequestError, quote
+from server.prompts import EncodedPrompt, check_vocabulary, encode_chat, encode_completion
+from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.sampling import SamplingFields
 from server.tokenizer import TextCodec
 
 
-class EncodedPrompt(NamedTuple):
-    """A prompt as the model reads it and as a client that asks for an echo sees it."""
-
-    token_ids: list[int]
-    text: str
-
-
 class Plan(NamedTuple):
-    """The prompts, and the engine's requests in the order of the choices."""
+    """The prompts, and the engine's requests: prompt by prompt its candidates."""
 
     id: str
     prompts: list[EncodedPrompt]
     requests: list[GenerationRequest]
 
 
-async def make_plan(body: CompletionRequest, codec: TextCodec, info: EngineInfo, max_sequences: int) -> Plan:
+async def plan_completion(
+    body: CompletionRequest, codec: TextCodec, info: EngineInfo, max_sequences: int
+) -> Plan:
     """Encodes and checks; raises InvalidRequestError."""
-    num_sequences = len(body.prompts) * body.n
+    num_sequences = len(body.prompts) * body.num_candidates
     if num_sequences > max_sequences:
+        each = "n" if body.best_of is None else "best_of"
         raise InvalidRequestError(
-            f"{len(body.prompts)} prompts with n = {body.n} are {num_sequences} sequences; "
-            f"one request may have {max_sequences}",
-            param="prompt" if len(body.prompts) > max_sequences else "n",
+            f"{len(body.prompts)} prompts with {each} = {body.num_candidates} are {num_sequences} "
+            f"sequences; one request may have {max_sequences}",
+            param="prompt" if len(body.prompts) > max_sequences else each,
         )
     check_against_model(body, info)
-    # A long prompt takes a while: not in the event loop.
-    prompts = await anyio.to_thread.run_sync(_encode_prompts, body, codec, info)
-    for prompt in prompts:
-        if len(prompt.token_ids) + body.max_tokens > info.max_model_len:
-            raise ContextLengthError(len(prompt.token_ids), body.max_tokens, info.max_model_len)
-    return _plan(body, prompts)
+    return await _plan("cmpl", "prompt", body, info, lambda: encode_completion(body, codec, info))
 
 
-def _plan(body: CompletionRequest, prompts: list[EncodedPrompt]) -> Plan:
-    plan_id = f"cmpl-{uuid.uuid4().hex}"
+async def plan_chat(
+    body: ChatRequest,
+    codec: TextCodec,
+    template: ChatTemplate | None,
+    info: EngineInfo,
+    max_sequences: int,
+) -> Plan:
+    """Renders, encodes and checks; raises InvalidRequestError."""
+    if body.n > max_sequences:
+        raise InvalidRequestError(f"n is {body.n}; one request may have {max_sequences}", param="n")
+    check_against_model(body, info)
+    return await _plan("chatcmpl", "messages", body, info, lambda: encode_chat(body, codec, template, info))
+
+
+async def _plan(
+    prefix: str,
+    prompt_param: str,
+    body: SamplingFields,
+    info: EngineInfo,
+    encode: Callable[[], list[EncodedPrompt]],
+) -> Plan:
+    def prepare() -> list[EncodedPrompt]:
+        _check_grammar(body)
+        return encode()
+
+    # A long prompt or a large schema takes a while: not in the event loop.
+    prompts = await anyio.to_thread.run_sync(prepare)
+    limits = [_token_limit(body, len(prompt.token_ids), info, prompt_param) for prompt in prompts]
+    plan_id = f"{prefix}-{uuid.uuid4().hex}"
+    return Plan(plan_id, prompts, _requests(plan_id, body, prompts, limits))
+
+
+def _token_limit(body: SamplingFields, num_prompt_tokens: int, info: EngineInfo, prompt_param: str) -> int:
+    """How many tokens may be generated; raises ContextLengthError if they don't fit behind the prompt."""
+    room = info.max_model_len - num_prompt_tokens
+    # Where no number was given, there must be room for one token.
+    if room < (1 if body.token_limit is None else body.token_limit):
+        raise ContextLengthError(
+            num_prompt_tokens, body.token_limit, info.max_model_len, prompt_param=prompt_param
+        )
+    return room if body.token_limit is None else body.token_limit
+
+
+def _requests(
+    plan_id: str, body: SamplingFields, prompts: list[EncodedPrompt], limits: list[int]
+) -> list[GenerationRequest]:
     seed = secrets.randbits(63) if body.seed is None else body.seed
-    sampling = [sampling_params(body, choice_seed(seed, i)) for i in range(body.n)]
-    requests = [
-        _generation_request(body, f"{plan_id}-{index}", prompts[index // body.n], sampling[index % body.n])
-        for index in range(len(prompts) * body.n)
+    sampling = [sampling_params(body, choice_seed(seed, i)) for i in range(body.num_candidates)]
+    common = _common_request(body)
+    return [
+        msgspec.structs.replace(
+            common,
+            request_id=f"{plan_id}-{p * body.num_candidates + i}",
+            prompt_token_ids=prompt.token_ids,
+            max_tokens=limit,
+            sampling=params,
+        )
+        for p, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+        for i, params in enumerate(sampling)
     ]
-    return Plan(plan_id, prompts, requests)
 
 
-def _generation_request(
-    body: CompletionRequest, request_id: str, prompt: EncodedPrompt, sampling: SamplingParams
-) -> GenerationRequest:
+def _common_request(body: SamplingFields) -> GenerationRequest:
+    """What all sequences of a request share; the rest is filled in for each."""
+    ranked = body.num_candidates > body.n  # by the log-probabilities of their tokens
     return GenerationRequest(
-        request_id=request_id,
-        prompt_token_ids=prompt.token_ids,
-        max_tokens=body.max_tokens,
-        sampling=sampling,
+        request_id="",
+        prompt_token_ids=[],
+        max_tokens=0,
+        sampling=SamplingParams(),
         stop_token_ids=body.stop_token_ids,
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
         speculation=body.speculation,
         num_loops=body.num_loops,
         priority=body.priority,
+        logprobs=0 if ranked and body.num_logprobs is None else body.num_logprobs,
+        prompt_logprobs=body.num_logprobs if body.echoes else None,
+        grammar=body.grammar,
+        cache_salt=body.cache_salt or "",
+        draft_policy=body.draft_policy,
     )
 
 
@@ -104,10 +156,21 @@ def sampling_params(fields: SamplingFields, seed: int) -> SamplingParams:
 
 
 def check_against_model(fields: SamplingFields, info: EngineInfo) -> None:
-    """Raises InvalidRequestError for a loop or token that the model doesn't have."""
+    """Raises InvalidRequestError for a loop, a token, a policy or a length that the model doesn't have."""
     if fields.num_loops is not None and fields.num_loops > info.num_loops:
         raise InvalidRequestError(
             f"num_loops is {fields.num_loops}, but the model has {info.num_loops} loops", param="num_loops"
+        )
+    if fields.draft_policy is not None and fields.draft_policy not in info.draft_policies:
+        known = ", ".join(info.draft_policies)
+        raise InvalidRequestError(
+            f"draft_policy {quote(fields.draft_policy)} is none of {known}", param="draft_policy"
+        )
+    if (fields.truncate_prompt_tokens or 0) > info.max_model_len:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens is {fields.truncate_prompt_tokens}, "
+            f"but the model's context is {info.max_model_len} tokens",
+            param="truncate_prompt_tokens",
         )
     for key in fields.logit_bias:
         if not _is_token_id(key, info.vocab_size):
@@ -115,7 +178,7 @@ def check_against_model(fields: SamplingFields, info: EngineInfo) -> None:
                 f"logit_bias: {quote(key)} is no token id; ids are 0 to {info.vocab_size - 1}",
                 param="logit_bias",
             )
-    _check_vocabulary("stop_token_ids", fields.stop_token_ids, info.vocab_size)
+    check_vocabulary("stop_token_ids", fields.stop_token_ids, info.vocab_size)
 
 
 def _is_token_id(key: str, vocab_size: int) -> bool:
@@ -123,27 +186,13 @@ def _is_token_id(key: str, vocab_size: int) -> bool:
     return key.isascii() and key.isdigit() and len(key) < 20 and int(key) < vocab_size
 
 
-def _check_vocabulary(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
-    largest = max(token_ids, default=0)
-    if largest >= vocab_size:
-        raise InvalidRequestError(
-            f"{param}: {largest} is no token id; ids are 0 to {vocab_size - 1}", param=param
-        )
-
-
-def _encode_prompts(body: CompletionRequest, codec: TextCodec, info: EngineInfo) -> list[EncodedPrompt]:
-    if not body.prompts:
-        raise InvalidRequestError("prompt is empty", param="prompt")
-    return [_encode_prompt(prompt, body, codec, info) for prompt in body.prompts]
-
-
-def _encode_prompt(
-    prompt: str | list[int], body: CompletionRequest, codec: TextCodec, info: EngineInfo
-) -> EncodedPrompt:
-    if not prompt:
-        raise InvalidRequestError("prompt is empty: the model needs at least one token", param="prompt")
-    if isinstance(prompt, str):
-        return EncodedPrompt(codec.encode(prompt), prompt)
-    _check_vocabulary("prompt", prompt, info.vocab_size)
-    text = codec.decode(prompt, skip_special_tokens=body.skip_special_tokens) if body.echo else ""
-    return EncodedPrompt(prompt, text)
+def _check_grammar(fields: SamplingFields) -> None:
+    """Raises InvalidRequestError for a grammar that the engine could not follow."""
+    grammar = fields.grammar
+    if grammar is None:
+        return
+    param = "response_format" if fields.structured_outputs is None else "structured_outputs"
+    try:
+        check_grammar(grammar)
+    except GrammarError as error:
+        raise InvalidRequestError(f"{param}: {quote(str(error))}", param=param) from None

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from model.worker import EngineOptions, EngineProcess
 from server.app import create_app
 from server.batcher import RequestBatcher
+from server.chat_template import ChatTemplateError, load_chat_template
 from server.settings import Settings
 from server.tokenizer import TextCodec
 
@@ -86,8 +87,13 @@ def engine_options(settings: Settings) -> EngineOptions:
 def serve(settings: Settings) -> int:
     """Serves until a signal arrives; returns the exit status."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(name)s: %(message)s")
+    try:
+        template = load_chat_template(Path(settings.model), settings.chat_template)
+    except (OSError, ChatTemplateError) as error:
+        print(f"speed: error: the chat template cannot be used: {error}", file=sys.stderr)
+        return LOAD_FAILED
     engine = EngineProcess(engine_options(settings))
-    app = create_app(engine, TextCodec.from_folder(Path(settings.model)), settings)
+    app = create_app(engine, TextCodec.from_folder(Path(settings.model)), settings, template)
     config = uvicorn_config(app, settings)
     server = EngineServer(config, app.state.server.batcher, settings.shutdown_timeout, engine)
     server.run()

@@ -69,6 +69,11 @@ class Settings(BaseSettings):
         description="comma separated names clients may use, the first one being the main name; "
         'default: "default" for the embedded model, the id of one from the hub, else the name of the folder',
     )
+    chat_template: Path | None = Field(
+        None,
+        json_schema_extra=MODEL,
+        description="file with the Jinja template that makes a prompt of messages; default: the model's",
+    )
     device: str = Field(
         "auto",
         json_schema_extra=MODEL,

@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from server.batcher import RequestBatcher
+from server.chat_template import ChatTemplate
 from server.errors import ModelNotFoundError, UnsupportedMediaTypeError, quote
 from server.settings import Settings
 from server.tokenizer import TextCodec
@@ -17,6 +18,7 @@ class ServerState:
 
     batcher: RequestBatcher
     codec: TextCodec
+    chat_template: ChatTemplate | None
     settings: Settings
     created: int
 

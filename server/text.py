@@ -1,13 +1,15 @@
 """From token ids to text, one token at a time: pure state machines without tokenizer, engine or clock.
 
 Invariants: the deltas of a sequence joined are its text; no delta holds a U+FFFD that a later token
-would have turned into a character; no delta holds a beginning of a stop string that may still match.
+would have turned into a character; no delta holds a beginning of a stop string that may still match; a
+token is reported with the delta that shows the last of its text, never before.
 
 `tokenizers.decoders.DecodeStream` is not used: it cannot be flushed at the end, raises when bytes
 before an error were already shown ("Invalid prefix"), and decodes an endless run of incomplete bytes
 anew at every token (8000 tokens of 0xC3: 4 seconds).
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -40,6 +42,11 @@ class Detokenizer:
         if text.endswith(REPLACEMENT) and self._num_held < MAX_HELD_TOKENS:
             return ""
         return self._take(text)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the last token left a character incomplete."""
+        return self._num_held > 0
 
     def flush(self) -> str:
         """What is still held back, incomplete characters as U+FFFD. Call once, at the end."""
@@ -121,11 +128,52 @@ class StopChecker:
 
 
 class TextDelta(NamedTuple):
-    """What tokens add: text to show, how many of them belong to it, the stop string that matched."""
+    """What tokens add to a completion.
+
+    `starts` are the tokens whose text is out with this delta, in order, each by the character of the
+    completion at which it begins; earlier deltas may have left some of them waiting. `num_tokens` says
+    how many of the pushed tokens belong to the completion; `stop` is the stop string that ended it.
+    """
 
     text: str
+    starts: list[int]
     num_tokens: int
-    stop: str | None
+    stop: str | None = None
+
+
+class TokenBorders:
+    """Where tokens begin in a text, and which of them have been shown.
+
+    A token is out once every character that it has a part in is: one whose character is incomplete, or
+    whose text may be the beginning of a stop string, waits.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0  # characters of the text so far
+        self._whole: deque[tuple[int, int]] = deque()  # begin and end of tokens that are not out
+        self._partial: list[int] = []  # begins of the tokens since the last complete character
+
+    def add(self, num_characters: int, *, whole: bool) -> None:
+        """One more token, which completes so many characters; `whole`: none of its bytes is left over."""
+        self._partial.append(self.length)
+        self.length += num_characters
+        if whole:
+            self._whole.extend((start, self.length) for start in self._partial)
+            self._partial.clear()
+
+    def take(self, num_shown: int) -> list[int]:
+        """Begins of the tokens that are out now that so many characters of the text are."""
+        starts = []
+        while self._whole and self._whole[0][1] <= num_shown:
+            starts.append(self._whole.popleft()[0])
+        return starts
+
+    def take_all(self) -> list[int]:
+        """Begins of all tokens that were not out."""
+        starts = [*(start for start, _ in self._whole), *self._partial]
+        self._whole.clear()
+        self._partial.clear()
+        return starts
 
 
 class CompletionText:
@@ -136,22 +184,43 @@ class CompletionText:
         self._checker = checker
         self._min_tokens = min_tokens
         self._num_tokens = 0
+        self._num_shown = 0
+        self._borders = TokenBorders()
+
+    @property
+    def length(self) -> int:
+        """Characters of the text so far, those that are held back included."""
+        return self._borders.length
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Adds tokens; those after the one that completes a stop string don't count."""
         texts = []
         for num_tokens, token_id in enumerate(token_ids, 1):
-            text, stop = self._check(self._detokenizer.push(token_id))
+            text, stop = self._push(token_id)
             texts.append(text)
             if stop is not None:
-                return TextDelta("".join(texts), num_tokens, stop)
-        return TextDelta("".join(texts), len(token_ids), None)
+                return TextDelta("".join(texts), self._borders.take_all(), num_tokens, stop)
+        return TextDelta("".join(texts), self._borders.take(self._num_shown), len(token_ids))
 
-    def flush(self) -> str:
+    def flush(self) -> TextDelta:
         """The rest of a completion that no stop string ended. Call once, at the end."""
         match = self._checker.push(self._detokenizer.flush())
-        return match.text if match.stop is not None else match.text + self._checker.flush()
+        text = match.text if match.stop is not None else match.text + self._checker.flush()
+        return TextDelta(text, self._borders.take_all(), 0, match.stop)
 
-    def _check(self, text: str) -> StopMatch:
+    def _push(self, token_id: int) -> StopMatch:
+        text = self._detokenizer.push(token_id)
+        self._borders.add(len(text), whole=not self._detokenizer.is_waiting)
         self._num_tokens += 1
-        return StopMatch(text, None) if self._num_tokens < self._min_tokens else self._checker.push(text)
+        match = StopMatch(text, None) if self._num_tokens < self._min_tokens else self._checker.push(text)
+        self._num_shown += len(match.text)
+        return match
+
+
+def token_starts(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int]) -> list[int]:
+    """The character of the decoded text at which each token begins."""
+    detokenizer, starts, length = Detokenizer(decode), [], 0
+    for token_id in token_ids:
+        starts.append(length)
+        length += len(detokenizer.push(token_id))
+    return starts

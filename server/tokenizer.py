@@ -1,33 +1,132 @@
-"""Text to token ids and back, by the model's tokenizer.json.
+"""Text to token ids and back, by the model's tokenizer.json; knows nothing about models or requests.
 
 Not `transformers.AutoTokenizer`: that imports torch, and the API process never does.
 """
 
+import json
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+TOKENS_REMEMBERED = 2**16  # whose bytes are kept: those beside a chosen token are often the same ones
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+# Special tokens for filling in the middle: before the prefix, before the suffix, before the middle.
+FILL_IN_THE_MIDDLE = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma, StableCode
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek
+)
+
+
+class FillTokens(NamedTuple):
+    """Ids of the tokens that stand before a prefix, a suffix and the middle to be generated."""
+
+    prefix: int
+    suffix: int
+    middle: int
+
 
 class TextCodec:
-    """A tokenizer as the server needs it. Stateless after construction: threads may share it."""
+    """A tokenizer as the server needs it. Never changed after construction: threads may share it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         tokenizer.no_truncation()  # a prompt that is too long is an error, never cut in silence
         tokenizer.no_padding()
+        self._byte_of_character = _byte_of_character() if _is_byte_level(tokenizer) else {}
+        self._anchor = self._find_anchor()
+        self.token_bytes = lru_cache(TOKENS_REMEMBERED)(self._token_bytes)
+        self.fill_tokens = self._find_fill_tokens()
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TextCodec":
         """The tokenizer of the model in `folder`; raises OSError or ValueError if it is unreadable."""
         return cls(Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes()))
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with the special tokens that tokenizer.json's post-processor adds."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`, with the special tokens that tokenizer.json's post-processor adds if wanted."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of ids, bytes that are no UTF-8 as U+FFFD."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def piece(self, token_id: int) -> str:
+        """The token as the vocabulary writes it; empty for ids that only pad the model's vocabulary."""
+        piece: str | None = self._tokenizer.id_to_token(token_id)
+        return piece or ""
+
+    def fill_in_the_middle(self, prefix: Sequence[int], suffix: str) -> list[int]:
+        """Ids that ask for the text between `prefix` (without special tokens) and `suffix`.
+
+        Call only if `fill_tokens` is not None.
+        """
+        assert self.fill_tokens is not None
+        before, between, after = self.fill_tokens
+        behind = self.encode(suffix, add_special_tokens=False)
+        return [*self._leading_special_tokens(), before, *prefix, between, *behind, after]
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        """What the token alone adds to a text, incomplete characters and special tokens included."""
+        piece = self.piece(token_id)
+        if match := _BYTE_PIECE.fullmatch(piece):
+            return bytes.fromhex(match[1])
+        if piece and all(character in self._byte_of_character for character in piece):
+            return bytes(self._byte_of_character[character] for character in piece)
+        # Behind another token: a SentencePiece decoder drops the leading space of whatever comes first.
+        before = self.decode(self._anchor, skip_special_tokens=False)
+        text = self.decode([*self._anchor, token_id], skip_special_tokens=False)
+        return text.removeprefix(before).encode()
+
+    def _find_anchor(self) -> list[int]:
+        """A token with a visible text."""
+        for token_id in range(self._tokenizer.get_vocab_size()):
+            text = self.decode([token_id], skip_special_tokens=True)
+            if text.isascii() and text.isalnum():
+                return [token_id]
+        return []
+
+    def _leading_special_tokens(self) -> list[int]:
+        encoding = self._tokenizer.encode("a")
+        text_begins = encoding.special_tokens_mask.index(0)
+        ids: list[int] = encoding.ids[:text_begins]
+        return ids
+
+    def _find_fill_tokens(self) -> FillTokens | None:
+        for pieces in FILL_IN_THE_MIDDLE:
+            ids = [i for i in map(self._tokenizer.token_to_id, pieces) if i is not None]
+            if len(ids) == len(pieces):
+                return FillTokens(*ids)
+        return None
+
+
+def printable(token: bytes) -> str:
+    """A token's bytes as text; one that holds half a character as `bytes:\\xe4\\xb8`, OpenAI's way."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    if tokenizer.decoder is None:
+        return False
+    decoder = json.loads(tokenizer.decoder.__getstate__())
+    return any(part["type"] == "ByteLevel" for part in decoder.get("decoders", [decoder]))
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The byte behind each character of a byte-level vocabulary (the table of GPT-2's encoder.py)."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}

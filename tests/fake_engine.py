@@ -12,6 +12,7 @@ from model.protocol import (
     GenerationRequest,
     SequenceStats,
     TokenEvent,
+    TokenLogprobs,
 )
 
 EOS = 256
@@ -21,6 +22,7 @@ INFO = EngineInfo(
     max_model_len=200,
     num_loops=4,
     draft_depths=[1, 2],
+    draft_policies=["single", "earliest"],
     eos_token_ids=[EOS],
     device="cpu",
     dtype="float32",
@@ -29,6 +31,15 @@ INFO = EngineInfo(
 )
 STATS = SequenceStats(passes=3, rows=9, accepted_drafts=2, rejected_drafts=1, cached_prompt_tokens=1)
 Script = Callable[[GenerationRequest], list[int]]
+
+
+def logprobs_of(token_id: int, position: int, num_top: int) -> TokenLogprobs:
+    """Made up, but a function of token and position: the token comes second at even positions."""
+    others = [(token_id + 1 + 5 * i) % INFO.vocab_size for i in range(num_top + 1)]
+    order = [others[0], token_id, *others[1:]] if position % 2 == 0 else [token_id, *others]
+    ranked = [(other, -0.25 * (rank + 1) - position / 64) for rank, other in enumerate(order)]
+    rank = order.index(token_id)
+    return TokenLogprobs(token_id=token_id, logprob=ranked[rank][1], rank=rank + 1, top=ranked[:num_top])
 
 
 class FakeEngine:
@@ -97,6 +108,9 @@ class FakeEngine:
         self.break_off(None)
 
     async def _run(self, request: GenerationRequest) -> None:
+        if request.prompt_logprobs is not None:
+            await asyncio.sleep(self.delay)
+            self._events.put_nowait(self._prompt_event(request))
         ids = self.script(request)[: request.max_tokens]
         for start in range(0, len(ids), self.tokens_per_event):
             await asyncio.sleep(self.delay)
@@ -104,13 +118,33 @@ class FakeEngine:
             self._events.put_nowait(self._event(request, chunk, start + len(chunk)))
         self._running.pop(request.request_id, None)
 
+    def _prompt_event(self, request: GenerationRequest) -> TokenEvent:
+        assert request.prompt_logprobs is not None
+        entries = [
+            logprobs_of(token_id, position, request.prompt_logprobs) if position else None
+            for position, token_id in enumerate(request.prompt_token_ids)
+        ]
+        finished = request.max_tokens == 0
+        return TokenEvent(
+            request_id=request.request_id,
+            prompt_logprobs=entries,
+            finish_reason="length" if finished else None,
+            stats=STATS if finished else None,
+        )
+
     def _event(self, request: GenerationRequest, chunk: list[int], num_tokens: int) -> TokenEvent:
         stopped = chunk[-1] in {EOS, *request.stop_token_ids}
         finished = stopped or num_tokens == min(request.max_tokens, len(self.script(request)))
         return TokenEvent(
             request_id=request.request_id,
             token_ids=chunk,
+            logprobs=[] if request.logprobs is None else self._logprobs(request, chunk, num_tokens),
             finish_reason=("stop" if stopped else "length") if finished else None,
             stop_token_id=chunk[-1] if stopped else None,
             stats=STATS if finished else None,
         )
+
+    def _logprobs(self, request: GenerationRequest, chunk: list[int], end: int) -> list[TokenLogprobs]:
+        assert request.logprobs is not None
+        start = len(request.prompt_token_ids) + end - len(chunk)
+        return [logprobs_of(token_id, start + i, request.logprobs) for i, token_id in enumerate(chunk)]

@@ -33,5 +33,6 @@ def _card(name: str, state: ServerState) -> ModelCard:
             "max_model_len": info.max_model_len,
             "num_loops": info.num_loops,
             "draft_depths": info.draft_depths,
+            "draft_policy": info.draft_policy,
         }
     )

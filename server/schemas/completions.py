@@ -13,7 +13,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequestError
-from server.schemas.sampling import SamplingFields, StreamOptions, Text, TokenId
+from server.schemas.base import Text, TokenId
+from server.schemas.sampling import MAX_LOGPROBS, SamplingFields
+from server.schemas.usage import Usage
 
 
 def _one_message(value: object, handler: ValidatorFunctionWrapHandler) -> object:
@@ -35,19 +37,28 @@ class CompletionRequest(SamplingFields):
 
     prompt: Prompt
     max_tokens: int = Field(16, ge=0)
+    best_of: int | None = Field(None, ge=1, le=128, description="by mean log-probability of the tokens")
     echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    suffix: Text | None = Field(None, description="text behind the completion; empty: none")
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequestError(
-                "stream_options is only allowed with stream: true", param="stream_options"
-            )
         if self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens ({self.min_tokens}) is greater than max_tokens ({self.max_tokens})",
                 param="min_tokens",
             )
+        if self.num_candidates < self.n:
+            raise InvalidRequestError(f"best_of ({self.best_of}) is less than n ({self.n})", param="best_of")
+        if self.stream and self.num_candidates > self.n:
+            raise InvalidRequestError(
+                f"best_of ({self.best_of}) greater than n ({self.n}) cannot be streamed: which completions "
+                "are the best is known at their ends",
+                param="best_of",
+            )
+        if self.echo and self.suffix:
+            raise InvalidRequestError("echo is not allowed with suffix", param="echo")
         return self
 
     @property
@@ -58,38 +69,34 @@ class CompletionRequest(SamplingFields):
         token_ids = [part for part in self.prompt if isinstance(part, int)]
         return [token_ids] if token_ids else [part for part in self.prompt if not isinstance(part, int)]
 
-    def is_neutral(self, name: str, value: object) -> bool:
-        """`best_of` equal to `n` ranks nothing."""
-        best_of_all = name == "best_of" and type(value) is int and value == self.n
-        return best_of_all or super().is_neutral(name, value)
+    @property
+    def token_limit(self) -> int:
+        """The default is OpenAI's: 16."""
+        return self.max_tokens
 
-    def reject_extra_fields(self, *, allow_unknown: bool) -> None:
-        """Also those of `stream_options`."""
-        super().reject_extra_fields(allow_unknown=allow_unknown)
-        (self.stream_options or StreamOptions()).reject_extra_fields(allow_unknown=allow_unknown)
+    @property
+    def num_candidates(self) -> int:
+        """`best_of`, as many as `n` by default."""
+        return self.n if self.best_of is None else self.best_of
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """As many as `logprobs` says."""
+        return self.logprobs
 
-class PromptTokensDetails(BaseModel):
-    """How much of the prompts was found in the prefix cache."""
-
-    cached_tokens: int
-
-
-class CompletionTokensDetails(BaseModel):
-    """Drafted tokens that the full depth confirmed and contradicted."""
-
-    accepted_prediction_tokens: int
-    rejected_prediction_tokens: int
+    @property
+    def echoes(self) -> bool:
+        """If asked."""
+        return self.echo
 
 
-class Usage(BaseModel):
-    """What a request cost, all its choices together; a prompt counts once, however large `n` is."""
+class CompletionLogprobs(BaseModel):
+    """Four lists of equal length. `text_offset` counts characters of the choice's text, echo included."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
 
 
 class CompletionChoice(BaseModel):
@@ -97,7 +104,7 @@ class CompletionChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: Literal["stop", "length", "abort"] | None
     stop_reason: str | int | None
     token_ids: list[int] | None = None

@@ -11,6 +11,7 @@ import pytest
 from starlette.types import Message
 
 from server.app import create_app
+from server.chat_template import ChatTemplate
 from server.settings import Settings
 from tests.fake_engine import FakeEngine
 from tests.text_tools import byte_codec, ids_of
@@ -21,22 +22,27 @@ TEXT = "Grüße, 世界! 🙂 The end.\nAnd more."
 class Served:
     """A running application with its engine and a client."""
 
-    def __init__(self, engine: FakeEngine, settings: Settings) -> None:
+    def __init__(
+        self, engine: FakeEngine, settings: Settings, chat_template: ChatTemplate | None = None
+    ) -> None:
         self.engine = engine
-        self.app = create_app(engine, byte_codec(), settings)
+        self.app = create_app(engine, byte_codec(), settings, chat_template)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=10)
 
-    async def post(self, **fields: Any) -> httpx.Response:
+    async def post(self, path: str = "/v1/completions", **fields: Any) -> httpx.Response:
+        """A field that is `...` is left out."""
         body = {"model": "default", "prompt": "hi", "max_tokens": 100} | fields
         # json.dumps, not httpx's json=: the tests send NaN.
-        return await self.client.post(
-            "/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"}
-        )
+        content = json.dumps({name: value for name, value in body.items() if value is not ...})
+        return await self.client.post(path, content=content, headers={"content-type": "application/json"})
 
     async def chunks(self, **fields: Any) -> list[Any]:
-        """The frames of a streamed answer, [DONE] included, parsed."""
-        response = await self.post(stream=True, **fields)
+        """The frames of a streamed completion."""
+        return self.frames(await self.post(stream=True, **fields))
+
+    def frames(self, response: httpx.Response) -> list[Any]:
+        """The frames of a stream, checked for their form and parsed; without [DONE]."""
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
         assert "\r" not in response.text
@@ -111,8 +117,11 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @asynccontextmanager
-async def serving(engine: FakeEngine | None = None, **options: Any) -> AsyncIterator[Served]:
-    served = Served(engine or FakeEngine(lambda _: ids_of(TEXT)), Settings(**options))
+async def serving(
+    engine: FakeEngine | None = None, *, chat_template: ChatTemplate | None = None, **options: Any
+) -> AsyncIterator[Served]:
+    engine = engine or FakeEngine(lambda _: ids_of(TEXT))
+    served = Served(engine, Settings(**options), chat_template)
     async with served.app.router.lifespan_context(served.app), served.client:
         yield served
 

@@ -27,13 +27,21 @@ def varied(request: GenerationRequest) -> list[int]:
     return ids_of((letters[start:] + letters) * 2)
 
 
+def joined_logprobs(first: dict | None, second: dict | None) -> dict | None:
+    if first is None or second is None:
+        return second
+    return {name: first[name] + second[name] for name in first}
+
+
 def joined(chunks: list[dict]) -> dict[int, dict]:
     """Choices of a stream by index: text, token ids, finish and stop reason."""
     choices: dict[int, dict] = {}
     for chunk in chunks:
         for part in chunk["choices"]:
-            choice = choices.setdefault(part["index"], {"text": "", "token_ids": [], "finish_reason": None})
+            empty = {"text": "", "token_ids": [], "finish_reason": None, "logprobs": None}
+            choice = choices.setdefault(part["index"], empty)
             assert choice["finish_reason"] is None, "nothing follows a finish reason"
+            choice["logprobs"] = joined_logprobs(choice["logprobs"], part["logprobs"])
             choice["text"] += part["text"]
             choice["token_ids"] += part.get("token_ids", [])
             choice["finish_reason"] = part["finish_reason"]
@@ -79,6 +87,9 @@ async def test_every_field_reaches_the_engine(served):
         "speculation": False,
         "num_loops": 2,
         "priority": 4,
+        "logprobs": 3,
+        "cache_salt": "mine",
+        "draft_policy": "earliest",
     }
     response = await served.post(top_k=-1, logit_bias={"65": 1.5}, **sampling, **others)
     assert response.status_code == 200
@@ -132,6 +143,12 @@ VARIANTS = [
     {"max_tokens": 0, "echo": True, "n": 2},
     {"max_tokens": 0},
     {"stop": ["a"], "min_tokens": 5},
+    {"logprobs": 0},
+    {"logprobs": 3, "n": 2, "stop": ["世🙂", "zzz"]},
+    {"logprobs": 2, "echo": True, "stop": "op\na", "n": 2},
+    {"logprobs": 1, "echo": True, "max_tokens": 0},
+    {"logprobs": 1, "stop_token_ids": [0xE4]},
+    {"logprobs": 1, "max_tokens": 2},
 ]
 
 

@@ -20,6 +20,7 @@ async def test_models_lists_every_name():
             "max_model_len": 200,
             "num_loops": 4,
             "draft_depths": [1, 2],
+            "draft_policy": "single",
         }
         for name in ("main", "org/alias"):
             assert (await served.post(model=name)).json()["model"] == name

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from server.text import MAX_HELD_TOKENS, REPLACEMENT, CompletionText, Detokenizer, StopChecker, StopPattern
+from server.text import (
+    MAX_HELD_TOKENS,
+    REPLACEMENT,
+    CompletionText,
+    Detokenizer,
+    StopChecker,
+    StopPattern,
+    token_starts,
+)
 from server.tokenizer import TextCodec
 from tests.text_tools import byte_codec, ids_of
 
@@ -173,24 +181,49 @@ def completion(stops: list[str], min_tokens: int = 0) -> CompletionText:
 
 
 def test_tokens_after_the_stop_string_do_not_count():
-    assert completion(["cd"]).push(ids_of("abcdef")) == ("ab", 4, "cd")
+    assert completion(["cd"]).push(ids_of("abcdef")) == ("ab", [0, 1, 2, 3], 4, "cd")
 
 
 def test_stop_strings_sleep_until_min_tokens():
     text = completion(["a"], min_tokens=4)
-    assert text.push(ids_of("aabbba")) == ("aabbb", 6, "a")
+    assert text.push(ids_of("aabbba")) == ("aabbb", [0, 1, 2, 3, 4, 5], 6, "a")
 
 
 def test_held_text_is_shown_if_the_completion_ends():
     text = completion(["xyz"])
-    assert text.push(ids_of("abxy")) == ("ab", 4, None)
-    assert text.flush() == "xy"
+    assert text.push(ids_of("abxy")) == ("ab", [0, 1], 4, None)
+    assert text.flush() == ("xy", [2, 3], 0, None)
 
 
 def test_stop_string_completed_by_the_flushed_character():
     text = completion([REPLACEMENT])
     assert text.push([*ids_of("a"), 0xC3]).text == "a"
-    assert text.flush() == ""
+    assert text.flush().text == ""
+
+
+@given(st.text("ab€🙂", max_size=20), stop_lists, st.integers(0, 6))
+def test_a_token_is_out_with_its_text_and_not_before(text, stops, min_tokens):
+    """Every token once, in order; what is out is all text before the first token that waits."""
+    one, ids = completion(stops, min_tokens), ids_of(text)
+    shown, starts = "", []
+    for pushed, token_id in enumerate(ids, 1):
+        delta = one.push([token_id])
+        shown, starts = shown + delta.text, starts + delta.starts
+        if delta.stop is not None:
+            assert len(starts) == pushed
+            break
+        whole = bytes(ids[: len(starts)]).decode()  # never half a character
+        assert shown == whole
+    else:
+        assert len(starts + one.flush().starts) == len(ids)
+    expected_starts = [len(bytes(ids[:i]).decode(errors="ignore")) for i in range(len(starts))]
+    assert starts == expected_starts
+
+
+@given(st.text("aé🙂", max_size=12))
+def test_token_starts_point_into_the_text(text):
+    ids = ids_of(text)
+    assert token_starts(decode, ids) == [len(bytes(ids[:i]).decode(errors="ignore")) for i in range(len(ids))]
 
 
 def test_special_token_is_text_only_if_not_skipped():

@@ -1,0 +1,117 @@
+"""From a running generation to an HTTP answer, whole or streamed, whatever its format.
+
+Invariant: a generation is closed however its answer ends.
+"""
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from typing import Protocol, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from server.choices import Choice, ChoiceDelta, Generation, join_deltas
+from server.schemas.sampling import StreamOptions
+from server.schemas.usage import CompletionTokensDetails, PromptTokensDetails, Usage
+from server.sse import ClientDisconnectedError, stream_response, unless_disconnected
+
+# Longer than the server's own grace period, after which it ends streams properly.
+STREAM_GRACE_MARGIN = 5.0
+CLIENT_CLOSED_REQUEST = 499  # nginx's status; nobody receives it, but access logs show it
+
+Part = TypeVar("Part")
+
+
+class Format(Protocol[Part]):
+    """How an endpoint writes choices."""
+
+    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> BaseModel:
+        """The answer; `choices` are those to return, in order."""
+
+    def parts(self, delta: ChoiceDelta, *, first: bool) -> list[Part]:
+        """What each chunk for a delta adds to its choice; `first`: nothing was sent of it yet."""
+
+    def chunk(self, parts: list[Part], **usage: Usage | None) -> BaseModel:
+        """A chunk of a stream; without `usage` the chunk has no such field."""
+
+
+async def answer(
+    request: Request, generation: Generation, form: Format[Part], shutdown_timeout: float
+) -> Response:
+    """The whole answer or the beginning of a stream; takes over the generation."""
+    try:
+        if generation.fields.stream:
+            grace = shutdown_timeout + STREAM_GRACE_MARGIN
+            return await stream_response(request, _chunks(generation, form), generation.close, grace)
+        whole = await unless_disconnected(request, _whole(generation, form))
+    except ClientDisconnectedError:
+        generation.close()
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    except BaseException:
+        generation.close()
+        raise
+    generation.close()
+    return Response(_json(whole), media_type="application/json")
+
+
+async def _whole(generation: Generation, form: Format[Part]) -> BaseModel:
+    deltas: list[list[ChoiceDelta]] = [[] for _ in generation.choices]
+    async with aclosing(generation.deltas()) as stream:
+        async for delta in stream:
+            deltas[delta.choice_index].append(delta)
+    best = [join_deltas(deltas[choice.index]) for choice in generation.best()]
+    return form.whole(best, usage_of(generation))
+
+
+async def _chunks(generation: Generation, form: Format[Part]) -> AsyncGenerator[str, None]:
+    """The JSON of a stream's chunks. Deltas without anything to see are left out."""
+    fields = generation.fields
+    options = fields.stream_options or StreamOptions()
+    shows_tokens = fields.return_token_ids or fields.num_logprobs is not None
+    begun: set[int] = set()
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            if not (delta.has_news or (shows_tokens and delta.tokens)):
+                continue
+            parts = form.parts(delta, first=delta.choice_index not in begun)
+            begun.add(delta.choice_index)
+            for part in parts:
+                if options.continuous_usage_stats:
+                    yield _json(form.chunk([part], usage=usage_of(generation)))
+                elif options.include_usage:
+                    yield _json(form.chunk([part], usage=None))
+                else:
+                    yield _json(form.chunk([part]))
+    if options.include_usage:
+        yield _json(form.chunk([], usage=usage_of(generation)))
+
+
+def _json(response: BaseModel) -> str:
+    return response.model_dump_json(exclude_unset=True)
+
+
+def usage_of(generation: Generation) -> Usage:
+    """What the request has cost so far, candidates that were dropped included."""
+    num_prompt_tokens = sum(len(prompt.token_ids) for prompt in generation.plan.prompts)
+    num_tokens = sum(choice.num_tokens for choice in generation.choices)
+    return Usage(
+        prompt_tokens=num_prompt_tokens,
+        completion_tokens=num_tokens,
+        total_tokens=num_prompt_tokens + num_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=_cached_tokens(generation)),
+        completion_tokens_details=_prediction_details(generation.choices),
+    )
+
+
+def _cached_tokens(generation: Generation) -> int:
+    """A prompt counts once: its first choice decides, the others find what that one left."""
+    firsts = generation.choices[:: generation.fields.num_candidates]
+    return sum(choice.stats.cached_prompt_tokens for choice in firsts)
+
+
+def _prediction_details(choices: Iterable[Choice]) -> CompletionTokensDetails:
+    return CompletionTokensDetails(
+        accepted_prediction_tokens=sum(choice.stats.accepted_drafts for choice in choices),
+        rejected_prediction_tokens=sum(choice.stats.rejected_drafts for choice in choices),
+    )

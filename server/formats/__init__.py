@@ -1,0 +1,1 @@
+"""How the choices of an answer look in JSON: one module per endpoint, nothing about time or transport."""

@@ -1,0 +1,112 @@
+"""Answers of /v1/chat/completions: the whole one, and the chunks that say the same."""
+
+import time
+from collections.abc import Sequence
+
+from server.choices import ChoiceDelta, Generation, ShownToken
+from server.formats.completions import clamp
+from server.schemas.chat import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatLogprobs,
+    ChatRequest,
+    ChatResponse,
+    Delta,
+    TokenLogprob,
+    TopLogprob,
+)
+from server.schemas.usage import Usage
+from server.tokenizer import TextCodec
+
+
+class ChatFormat:
+    """The format of one answer."""
+
+    def __init__(self, body: ChatRequest, generation: Generation, codec: TextCodec) -> None:
+        self._body = body
+        self._generation = generation
+        self._codec = codec
+        self._created = int(time.time())
+        self._prompt_ids_due = body.return_token_ids
+
+    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> ChatResponse:
+        """The answer; `choices` are those to return, in order."""
+        response = ChatResponse(
+            id=self._generation.plan.id,
+            object="chat.completion",
+            created=self._created,
+            model=self._body.model,
+            choices=[self._choice(index, delta) for index, delta in enumerate(choices)],
+            usage=usage,
+        )
+        if self._body.return_token_ids:
+            response.prompt_token_ids = self._prompt_ids
+        return response
+
+    def parts(self, delta: ChoiceDelta, *, first: bool) -> list[ChatChunkChoice]:
+        """What each chunk for a delta adds to its choice; the role comes first, alone."""
+        index = delta.choice_index
+        part = ChatChunkChoice(
+            index=index,
+            delta=Delta(content=delta.text) if delta.text else Delta(),
+            logprobs=self._logprobs(delta.tokens),
+            finish_reason=delta.finish_reason,
+        )
+        if delta.finish_reason is not None:
+            part.stop_reason = delta.stop_reason
+        if self._body.return_token_ids:
+            part.token_ids = [token.token_id for token in delta.tokens]
+        opening = Delta(role="assistant", content="")
+        begin = ChatChunkChoice(index=index, delta=opening, logprobs=None, finish_reason=None)
+        return [begin, part] if first else [part]
+
+    def chunk(self, parts: list[ChatChunkChoice], **usage: Usage | None) -> ChatChunk:
+        """A chunk of a stream."""
+        chunk = ChatChunk(
+            id=self._generation.plan.id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._body.model,
+            choices=parts,
+        )
+        if "usage" in usage:
+            chunk.usage = usage["usage"]
+        if self._prompt_ids_due:
+            chunk.prompt_token_ids, self._prompt_ids_due = self._prompt_ids, False
+        return chunk
+
+    @property
+    def _prompt_ids(self) -> list[int]:
+        return self._generation.plan.prompts[0].token_ids
+
+    def _choice(self, index: int, delta: ChoiceDelta) -> ChatChoice:
+        assert delta.finish_reason is not None
+        choice = ChatChoice(
+            index=index,
+            message=AssistantMessage(role="assistant", content=delta.text, refusal=None),
+            logprobs=self._logprobs(delta.tokens),
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+        )
+        if self._body.return_token_ids:
+            choice.token_ids = [token.token_id for token in delta.tokens]
+        return choice
+
+    def _logprobs(self, tokens: Sequence[ShownToken]) -> ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        return ChatLogprobs(content=[self._token(token) for token in tokens], refusal=None)
+
+    def _token(self, token: ShownToken) -> TokenLogprob:
+        assert token.logprobs is not None
+        chosen = self._top(token.token_id, token.logprobs.logprob)
+        likeliest = [self._top(token_id, logprob) for token_id, logprob in token.logprobs.top]
+        return TokenLogprob(
+            token=chosen.token, logprob=chosen.logprob, bytes=chosen.bytes, top_logprobs=likeliest
+        )
+
+    def _top(self, token_id: int, logprob: float) -> TopLogprob:
+        token = self._codec.token_bytes(token_id)
+        return TopLogprob(token=token.decode(errors="replace"), logprob=clamp(logprob), bytes=list(token))

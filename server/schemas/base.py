@@ -1,0 +1,73 @@
+"""What all request bodies have in common: strict types, and the rule for fields that aren't served.
+
+Invariant: no field is dropped in silence. One that is unknown stays in `model_extra`, where
+`reject_extra_fields` finds it.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from server.errors import UnknownFieldError, UnsupportedFieldError
+
+INT64_MAX = 2**63 - 1
+
+
+def _check_unicode(text: str) -> str:
+    text.encode()  # UnicodeEncodeError is a ValueError
+    return text
+
+
+# JSON can carry lone surrogates, and pydantic lets them through in a union.
+Text = Annotated[str, AfterValidator(_check_unicode)]
+NonEmpty = Annotated[Text, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
+
+
+class RequestModel(BaseModel):
+    """Strict types, finite numbers; null is the same as absent, as in OpenAI's schema."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+
+    # Fields of the API that are not served, with the values that ask for nothing.
+    unserved: ClassVar[dict[str, tuple[object, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        aliases = {field.alias for field in cls.model_fields.values()}
+        return {
+            name: value
+            for name, value in data.items()
+            if value is not None or not (name in cls.model_fields or name in aliases)
+        }
+
+    def parts(self) -> Iterator["RequestModel"]:
+        """The bodies within this one."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, RequestModel):
+                    yield part
+
+    def reject_extra_fields(self, *, allow_unknown: bool) -> None:
+        """Raises for a field that isn't served, here or in a part.
+
+        One of OpenAI's is let through if it asks for nothing, an unknown one if `allow_unknown`.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if name not in self.unserved:
+                if not allow_unknown:
+                    raise UnknownFieldError(name)
+            elif not self._is_neutral(name, value):
+                raise UnsupportedFieldError(name)
+        for part in self.parts():
+            part.reject_extra_fields(allow_unknown=allow_unknown)
+
+    def _is_neutral(self, name: str, value: object) -> bool:
+        """Whether the value of an unserved field changes nothing."""
+        # The types too, lest 0 pass for False.
+        return any(type(value) is type(neutral) and value == neutral for neutral in self.unserved[name])

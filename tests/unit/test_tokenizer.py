@@ -1,0 +1,83 @@
+"""Tokens as bytes, and prompts that ask for what stands between two texts."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, processors
+
+from server.settings import embedded_model
+from server.tokenizer import TextCodec, printable
+from tests.text_tools import byte_codec, byte_tokenizer, ids_of
+from tests.unit.test_text import sentencepiece_codec
+
+EMBEDDED = TextCodec.from_folder(embedded_model())
+
+
+@given(st.text())
+def test_bytes_of_tokens_make_the_text(text):
+    for codec in (byte_codec(), EMBEDDED):
+        assert b"".join(map(codec.token_bytes, codec.encode(text))).decode() == text
+
+
+def test_bytes_of_sentencepiece_tokens():
+    """The decoder drops a leading space, but the token has one."""
+    codec = sentencepiece_codec()
+    assert [codec.token_bytes(i) for i in (256, 257, 258, 0xC3, 259)] == [
+        b" Hello",
+        b" world",
+        b"!",
+        b"\xc3",
+        b"<s>",
+    ]
+
+
+def test_tokens_in_print():
+    assert [printable(b) for b in (b"a", "é".encode(), b"\xe4\xb8")] == ["a", "é", "bytes:\\xe4\\xb8"]
+
+
+def test_ids_beyond_the_tokenizer_are_empty():
+    """Models pad their vocabulary."""
+    assert (byte_codec().piece(5000), byte_codec().token_bytes(5000)) == ("", b"")
+
+
+def fim_codec(names: list[str], *, bos: bool = False) -> TextCodec:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([*names, "<s>"])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    return TextCodec(tokenizer)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
+        ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"],
+        ["▁<PRE>", "▁<SUF>", "▁<MID>"],
+    ],
+)
+def test_filling_in_the_middle(names, bos):
+    codec = fim_codec(names, bos=bos)
+    before, between, after = 257, 258, 259
+    ids = codec.fill_in_the_middle(ids_of("def"), "end")
+    assert ids == [*([260] if bos else []), before, *ids_of("def"), between, *ids_of("end"), after]
+
+
+def test_most_tokenizers_cannot_fill_in_the_middle():
+    assert byte_codec().fill_tokens is None
+    assert EMBEDDED.fill_tokens is None
+    assert fim_codec(["<fim_prefix>", "<fim_suffix>"]).fill_tokens is None
+
+
+def test_special_tokens_only_if_wanted():
+    codec = fim_codec([], bos=True)
+    assert codec.encode("a") == [257, 97]
+    assert codec.encode("a", add_special_tokens=False) == [97]
+
+
+def test_a_tokenizer_without_decoder():
+    codec = TextCodec(Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    assert codec.token_bytes(1).strip() == b"b"
