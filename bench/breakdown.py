@@ -72,7 +72,7 @@ def _timed(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, fl
     model, sampler, watch = engine.model, engine.runner.sampler, _Stopwatch()
     wrapped = {name: watch.around(getattr(model, name)) for name in TENSOR_WORK}
     vars(model).update(wrapped)  # found before the class's methods and nn.Module's children
-    vars(sampler)["choose"] = watch.around(sampler.choose)
+    vars(sampler)["sample"] = watch.around(sampler.sample)
     passes = 0
     try:
         for request in requests:
@@ -85,7 +85,7 @@ def _timed(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, fl
     finally:
         for name in wrapped:
             del vars(model)[name]
-        del vars(sampler)["choose"]
+        del vars(sampler)["sample"]
     return wall / passes * 1e6, (wall - watch.seconds) / passes * 1e6
 
 

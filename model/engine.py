@@ -93,7 +93,7 @@ class Engine:
         problem = self._problem(request)
         if problem:
             self._answer(request, error=problem)
-        elif request.max_tokens == 0:
+        elif request.max_tokens == 0 and request.prompt_logprobs is None:
             self._answer(request)
         else:
             self.scheduler.add(self._sequence(request))

@@ -15,8 +15,9 @@ from model.attention.store import RowRun, zeros
 from model.config import LoopedConfig
 from model.layers import Attend
 from model.looped import LoopedTransformer
+from model.readout import PromptReadout, Reader
 from model.sampling import Readout, Sampler, to_device
-from model.sequence import ScheduledRun
+from model.sequence import ScheduledRun, Sequence
 
 
 class Runner:
@@ -28,6 +29,7 @@ class Runner:
         self.store = KVStore(config, num_tokens, model.device, model.dtype)
         self.attention: PagedAttention = attention_for(self.store)
         self.sampler = Sampler(config.vocab_size, model.device)
+        self._reader = Reader(model, self.sampler)
         shape = (num_tokens, config.hidden_size)
         self._states = zeros(shape, model.device, model.dtype)
         injected = config.input_injection
@@ -37,16 +39,14 @@ class Runner:
     def forward(self, batch: SequenceOf[ScheduledRun]) -> list[int]:
         """Runs one loop for every row; the tokens that the readouts predict, in the batch's order.
 
-        Writes K/V and states of the rows' positions. Waits for the device once if there is a readout.
+        Writes K/V and states of the rows' positions, and the log-probabilities that requests ask for to
+        their sequences. Waits for the device once if there is a readout.
         """
         self._enter([item for item in batch if item.loop == 0])
         state = self._loop(batch)
-        readouts = [item for item in batch if item.readout]
-        hidden = self._finish(batch, state, readouts)
-        if not readouts:
-            return []
-        targets = [Readout(item.sequence, item.start + item.num_rows) for item in readouts]
-        return self.sampler.choose(self.model.head(hidden), targets)
+        prompts = list(filter(None, map(_prompt_readout, batch)))
+        hidden = self._finish(batch, state, prompts)
+        return self._reader.read(hidden, [r for item in batch for r in _readouts(item)], prompts)
 
     def _enter(self, batch: SequenceOf[ScheduledRun]) -> None:
         """Embeds the tokens of rows before their first loop and runs the prelude."""
@@ -77,22 +77,25 @@ class Runner:
         return state
 
     def _finish(
-        self, batch: SequenceOf[ScheduledRun], state: Tensor, readouts: SequenceOf[ScheduledRun]
+        self, batch: SequenceOf[ScheduledRun], state: Tensor, prompts: SequenceOf[PromptReadout]
     ) -> Tensor:
-        """Coda and final norm; the head's inputs (readouts, hidden).
+        """Coda and final norm; the head's inputs (rows, hidden), those of prompt readouts last.
 
         A coda has K/V of its own, so every row that ends its last loop runs it, prompt rows as well;
         a draft readout writes provisional K/V there, which the row's last loop overwrites.
         """
+        due = batch
+        if self.model.config.num_coda_layers:
+            due = [item for item in batch if item.readout or _is_last_loop(item)]
+        rows = _rows_read_out(due, prompts)
         if not self.model.config.num_coda_layers:
-            rows = state if len(readouts) == len(state) else state[self._last_rows(batch)]
-            return self.model.finish(rows, _NO_ANGLES, _no_attention)
-        due = [item for item in batch if item.readout or item.loop + 1 == item.sequence.wave.num_loops]
+            picked = state if len(rows) == len(state) and not prompts else state[self._tensor(rows)]
+            return self.model.finish(picked, _NO_ANGLES, _no_attention)
         if not due:
             return state[:0]
         angles = self.model.angles(self._positions(due))
         hidden = self.model.finish(state[self._rows_of(batch, due)], angles, self._bind_unlooped(due))
-        return hidden[self._last_rows(due)]
+        return hidden[self._tensor(rows)]
 
     def _bind_looped(self, batch: SequenceOf[ScheduledRun]) -> Attend:
         runs = [_row_run(item, item.loop) for item in batch]
@@ -126,15 +129,6 @@ class Runner:
             slots.extend(item.sequence.table.slots(item.start, item.num_rows))
         return self._tensor(slots)
 
-    def _last_rows(self, batch: SequenceOf[ScheduledRun]) -> Tensor:
-        """Index of the last row of every run of the batch that is read out."""
-        rows, total = [], 0
-        for item in batch:
-            total += item.num_rows
-            if item.readout:
-                rows.append(total - 1)
-        return self._tensor(rows)
-
     def _rows_of(self, batch: SequenceOf[ScheduledRun], chosen: SequenceOf[ScheduledRun]) -> Tensor:
         wanted, rows, total = set(map(id, chosen)), list[int](), 0
         for item in batch:
@@ -145,6 +139,40 @@ class Runner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return to_device(values, torch.int64, self.store.device)
+
+
+def _is_last_loop(item: ScheduledRun) -> bool:
+    return item.loop + 1 == item.sequence.wave.num_loops
+
+
+def _readouts(item: ScheduledRun) -> list[Readout]:
+    """The readouts of a run that predict tokens."""
+    if not item.readout:
+        return []
+    return [Readout(item.sequence, item.start + item.num_rows, _is_last_loop(item))]
+
+
+def _prompt_readout(item: ScheduledRun) -> PromptReadout | None:
+    """The rows of a run that score the tokens of their own prompt, if the request asks for it."""
+    if item.sequence.request.prompt_logprobs is None or not _is_last_loop(item):
+        return None
+    num_rows = min(item.num_rows, item.sequence.wave.prompt_length - 1 - item.start)
+    return PromptReadout(item.sequence, item.start, num_rows) if num_rows > 0 else None
+
+
+def _rows_read_out(due: SequenceOf[ScheduledRun], prompts: SequenceOf[PromptReadout]) -> list[int]:
+    """Indices among the rows of `due`: first of the readouts that predict, then of the prompts' rows."""
+    starts, total = dict[tuple[Sequence, int], int](), 0
+    rows: list[int] = []
+    for item in due:
+        starts[item.sequence, item.start] = total
+        total += item.num_rows
+        if item.readout:
+            rows.append(total - 1)
+    for prompt in prompts:
+        start = starts[prompt.sequence, prompt.start]
+        rows.extend(range(start, start + prompt.num_rows))
+    return rows
 
 
 _NO_ANGLES = (torch.empty(0), torch.empty(0))

@@ -30,10 +30,14 @@ _ROUNDS = 10
 
 
 class Readout(NamedTuple):
-    """A row of logits: its sequence and the position of the token that it predicts."""
+    """A row of logits: its sequence, the position of the token that it predicts, whether it is the last word.
+
+    `is_final` is False for a draft: a readout before the sequence's last depth.
+    """
 
     sequence: Sequence
     position: int
+    is_final: bool = True
 
 
 class Sampler:
@@ -59,11 +63,6 @@ class Sampler:
             rows = self._tensor(drawn)
             scores[rows] = self._draw_scores(scores[rows], [readouts[row] for row in drawn])
         return scores.argmax(-1)
-
-    def choose(self, logits: Tensor, readouts: SequenceOf[Readout]) -> list[int]:
-        """What `sample` says, on the host: waits for the device."""
-        tokens: list[int] = self.sample(logits, readouts).tolist()
-        return tokens
 
     def forget(self, request_id: str) -> None:
         """Drops what is kept for a sequence that has ended."""

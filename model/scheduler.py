@@ -12,6 +12,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import count
 
+import msgspec
+
 from model.cache import PagePool
 from model.protocol import FinishReason, TokenEvent
 from model.sequence import ScheduledRun, Sequence
@@ -151,10 +153,9 @@ class Scheduler:
             sequence.rows += sum(run.num_rows for run in runs)
         committed = sequence.wave.update(runs, predictions)
         if not sequence.wave.finished:
-            new = TokenEvent(request_id=sequence.request.request_id, token_ids=committed)
-            return new if committed else None
+            return _event(sequence, committed) if committed else None
         self._release(sequence)
-        stopped = committed[-1] in sequence.wave.ending_tokens
+        stopped = bool(committed) and committed[-1] in sequence.wave.ending_tokens
         return _final_event(sequence, committed, "stop" if stopped else "length")
 
     def _release(self, sequence: Sequence) -> None:
@@ -168,10 +169,18 @@ def _next_is_draft(wave: Wave, num_taken: int) -> bool:
     return num_taken < len(wave.runs) and wave.runs[num_taken].start >= wave.prompt_length
 
 
-def _final_event(sequence: Sequence, committed: list[int], reason: FinishReason) -> TokenEvent:
+def _event(sequence: Sequence, committed: list[int]) -> TokenEvent:
     return TokenEvent(
         request_id=sequence.request.request_id,
         token_ids=committed,
+        logprobs=sequence.take_logprobs(len(committed)),
+        prompt_logprobs=sequence.take_prompt_logprobs(),
+    )
+
+
+def _final_event(sequence: Sequence, committed: list[int], reason: FinishReason) -> TokenEvent:
+    return msgspec.structs.replace(
+        _event(sequence, committed),
         finish_reason=reason,
         stop_token_id=committed[-1] if reason == "stop" else None,
         stats=sequence.stats,

@@ -1,12 +1,13 @@
 """A request on its way through the engine, and the rows of it that one pass runs. Pure Python.
 
-Made by the engine from a `GenerationRequest`, changed by the scheduler alone, read by the runner.
+Made by the engine from a `GenerationRequest`, changed by the scheduler alone (readouts leave their
+log-probabilities here), read by the runner.
 """
 
 from typing import NamedTuple
 
 from model.cache import PageTable
-from model.protocol import GenerationRequest, SequenceStats
+from model.protocol import GenerationRequest, SequenceStats, TokenLogprobs
 from model.wave import Wave
 
 
@@ -19,11 +20,29 @@ class Sequence:
         self.table: PageTable | None = None
         self.passes = 0
         self.rows = 0
+        self.logprobs: dict[int, TokenLogprobs] = {}  # by position, what the last depth said, until taken
+        self.prompt_logprobs: dict[int, TokenLogprobs] = {}  # the same of prompt tokens
+        self._prompt_logprobs_are_due = request.prompt_logprobs is not None
 
     @property
     def num_generated(self) -> int:
         """Tokens committed behind the prompt."""
         return self.wave.num_committed - self.wave.prompt_length
+
+    def take_logprobs(self, count: int) -> list[TokenLogprobs]:
+        """Of the `count` tokens committed last; empty unless the request asks for them."""
+        if self.request.logprobs is None:
+            return []
+        end = self.wave.num_committed
+        return [self.logprobs.pop(position) for position in range(end - count, end)]
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """Of all prompt tokens, None for the first; None when not asked for, not read yet or taken."""
+        if not self._prompt_logprobs_are_due or self.wave.is_reading_prompt:
+            return None
+        self._prompt_logprobs_are_due = False
+        found, self.prompt_logprobs = self.prompt_logprobs, {}
+        return [None, *(found[position] for position in range(1, self.wave.prompt_length))]
 
     @property
     def stats(self) -> SequenceStats:

@@ -86,8 +86,8 @@ class Wave:
     def wants_readout(self, run: Run) -> bool:
         """Whether the pass that `run` takes part in next must read its last position out."""
         depth = run.depth + 1
-        if run.last < self.prompt_length - 1:
-            return False  # the next token is part of the prompt
+        if run.last < self.prompt_length - 1 or self.length_limit == self.prompt_length:
+            return False  # the next token is part of the prompt, or none is wanted
         if depth == self.num_loops:
             return True
         return depth in self.draft_depths and run.last + 2 < self.length_limit
@@ -106,6 +106,8 @@ class Wave:
             if run.last in predictions and not self._holds(run, predictions[run.last], committed):
                 break  # whatever stood behind this run is gone
         self.runs = [run for run in self.runs if run.depth < self.num_loops]
+        if not self.runs and self.length_limit == self.num_entered:
+            self.finished = True  # a prompt to read and nothing to say
         if self.finished:
             self.runs.clear()
         return committed
