@@ -8,6 +8,7 @@ from model.engine import Engine, EngineConfig
 from model.loader import load_model
 from model.packed import pack_linears
 from model.protocol import GenerationRequest, SamplingParams
+from model.quantize import quantize_linears
 from model.scheduler import SchedulerLimits
 from model.worker import EngineOptions
 
@@ -33,6 +34,8 @@ def build_engine(options: EngineOptions) -> Engine:
         kv_cache_tokens=options.kv_cache_tokens,
         limits=limits,
     )
+    if options.quantization == "int8":
+        quantize_linears(loaded.model)
     pack_linears(loaded.model)
     engine = Engine(loaded.model, config)
     _warm_up(engine)

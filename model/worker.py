@@ -47,6 +47,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     device: str = "auto"  # auto, cpu, cuda, cuda:i
     dtype: str = "auto"  # auto, float32, bfloat16, float16
+    quantization: str = "none"  # none, int8
     draft_depths: tuple[int, ...] | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 32

@@ -74,6 +74,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         model_path=settings.model,
         device=settings.device,
         dtype=settings.dtype,
+        quantization=settings.quantization,
         draft_depths=settings.draft_depths,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,

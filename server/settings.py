@@ -85,6 +85,11 @@ class Settings(BaseSettings):
         json_schema_extra=MODEL,
         description="type of weights and cache: auto, float32, bfloat16 or float16",
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        json_schema_extra=MODEL,
+        description="none, or int8: weights of one byte (speed inspect says what it costs in loss)",
+    )
     max_model_len: int | None = Field(
         None,
         json_schema_extra=MODEL,

@@ -11,7 +11,7 @@ ORDER = [
     {"model.config", "model.protocol", "model.cache", "model.wave", "model.hub"},
     {"model.families", "model.layers", "model.sequence", "model.checkpoint", "model.grammar"},
     {"model.looped", "model.sampling", "model.scheduler", "model.packed"},
-    {"model.attention", "model.loader", "model.readout"},
+    {"model.attention", "model.loader", "model.readout", "model.quantize"},
     {"model.runner"},
     {"model.engine"},
     {"model.worker", "model.training"},

@@ -1,0 +1,145 @@
+"""int8 weights: what they stand for, exactness of what is computed with them, and speculation on == off."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from model.engine import Engine, EngineConfig
+from model.packed import pack_linears
+from model.protocol import GenerationRequest, SamplingParams
+from model.quantize import (
+    Int8Linear,
+    IntegerLinear,
+    _integer_products_are_exact,
+    fixed_point,
+    quantize_linears,
+    quantized,
+)
+from tests.tiny_models import SHAPES, tiny_model
+
+integer_products = pytest.mark.skipif(
+    not _integer_products_are_exact(), reason="this CPU's integer products saturate"
+)
+KINDS = [Int8Linear, pytest.param(IntegerLinear, marks=integer_products)]
+
+
+def linear(inputs=96, outputs=64, bias=False, dtype=torch.float32) -> nn.Linear:
+    torch.manual_seed(3)
+    return nn.Linear(inputs, outputs, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+def rows(count, inputs=96, dtype=torch.float32):
+    """Rows of very different sizes, one of them nothing but zeros, each with one large number in it."""
+    x = torch.randn(count, inputs, generator=torch.Generator().manual_seed(count))
+    x = x * torch.logspace(-3, 3, count)[:, None]
+    x[:, 5] *= 50
+    x[count // 2] = 0
+    return x.to(dtype)
+
+
+def test_a_weight_is_off_by_half_a_step_of_its_channel_at_most():
+    weight = torch.randn(40, 70) * torch.logspace(-4, 2, 40)[:, None]
+    weight[7] = 0
+    stored, scales = quantized(weight)
+    assert stored.abs().amax(1).tolist() == [0 if row == 7 else 127 for row in range(40)]
+    assert ((stored * scales[:, None] - weight).abs() <= scales[:, None] * 0.5001).all()
+
+
+def test_activations_keep_sixteen_bits():
+    x = rows(9)
+    units, scales = fixed_point(x)
+    high, low = units.double().chunk(2)
+    assert ((scales * (256 * high + low) - x).abs() <= scales * 0.501).all()
+    assert torch.allclose(scales[:, 0], x.abs().amax(1) / 32512)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("count", [1, 5, 16, 17, 100])
+def test_the_product_is_that_of_the_dequantised_weight(kind, bias, dtype, rounding, count):
+    """Off by half a unit of each activation at most, and the rounding of the output's dtype."""
+    layer = linear(bias=bias, dtype=dtype)
+    stored, scales = quantized(layer.weight)
+    weight = (stored * scales[:, None]).double()
+    x = rows(count, dtype=dtype)
+    wanted = x.double() @ weight.T + (layer.bias.double() if bias else 0)
+    got = kind(layer)(x)
+    assert got.dtype == dtype
+    units = x.double().abs().amax(1, keepdim=True) / 32512
+    sizes = x.double().abs() @ weight.abs().T + 1
+    assert ((got - wanted).abs() <= 0.51 * units * weight.abs().sum(1) + rounding * sizes).all()
+
+
+@integer_products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_never_depends_on_the_rows_beside_it(dtype):
+    """Bit for bit: integers have no order of summation. torch's own products differ here in most sizes."""
+    layer = IntegerLinear(linear(700, 300, bias=True, dtype=dtype))
+    x = rows(100, 700, dtype)
+    alone = torch.cat([layer(row[None]) for row in x])
+    for count in (2, 3, 8, 17, 64, 100):
+        assert torch.equal(layer(x[:count]), alone[:count])
+
+
+def test_every_layer_but_the_gate_is_replaced_and_is_a_quarter_of_its_size():
+    model = tiny_model(exit_gate=True, tie_embeddings=True)
+    embedding = model.embedding.weight.clone()
+    assert quantize_linears(model) == 4 * 2 + 1
+    assert isinstance(model.gate, nn.Linear)
+    assert [m for m in model.modules() if isinstance(m, nn.Linear)] == [model.gate]
+    assert torch.equal(model.embedding.weight, embedding)
+    assert pack_linears(model) == 1  # the gate: the others are not packed a second time
+    assert Int8Linear(linear()).weight.dtype == torch.int8
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_quantised_model_computes_with_the_weights_it_stands_for(shape):
+    model = tiny_model(**SHAPES[shape])
+    ids = torch.arange(1, 41)[None]
+    rounded = copy.deepcopy(model)
+    for layer in rounded.modules():
+        if isinstance(layer, nn.Linear):
+            stored, scales = quantized(layer.weight)
+            layer.weight = nn.Parameter(stored * scales[:, None], requires_grad=False)
+    rounded.embedding.weight = model.embedding.weight
+    quantize_linears(model)
+    wanted = rounded.whole_readout(rounded.depths(ids)[-1])
+    got = model.whole_readout(model.depths(ids)[-1])
+    assert (got - wanted).abs().mean() < 2e-2 * wanted.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_speculation_changes_no_token_of_a_quantised_model(dtype):
+    """Alone, in a batch with other lengths, greedy and sampled."""
+    model = tiny_model(num_loops=4, num_kv_heads=4).to(dtype)
+    quantize_linears(model)
+
+    def requests(speculation: bool) -> list[GenerationRequest]:
+        samplings = [SamplingParams(temperature=0), SamplingParams(temperature=0.8, top_p=0.9, seed=4)]
+        return [
+            GenerationRequest(
+                request_id=f"{length}.{kind}",
+                prompt_token_ids=list(range(1, length)),
+                sampling=sampling,
+                max_tokens=24,
+                ignore_eos=True,
+                speculation=speculation,
+            )
+            for length in (3, 9, 30)
+            for kind, sampling in enumerate(samplings)
+        ]
+
+    def texts(batches) -> list[list[int]]:
+        engine = Engine(model, EngineConfig(draft_depths=(1, 2), kv_cache_tokens=1024))
+        events = [event for batch in batches for events in engine.run(batch).values() for event in events]
+        return [
+            [t for e in events if e.request_id == r.request_id for t in e.token_ids] for r in requests(False)
+        ]
+
+    plain = texts([[request] for request in requests(False)])
+    assert len({tuple(text) for text in plain}) > 3
+    assert texts([[request] for request in requests(True)]) == plain
+    assert texts([requests(True)]) == plain
