@@ -139,6 +139,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     rows_in_flight: int = 0
     row_budget: int = 0
     passes: int = 0
+    rows: int = 0  # of all passes
     pass_rows: dict[int, int] = {}  # passes by their rows, rounded up to a power of two
     prompt_tokens: int = 0  # read, prefix-cache hits included
     generation_tokens: int = 0

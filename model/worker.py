@@ -175,6 +175,7 @@ class EngineProcess:
     async def _run_worker(self) -> bool:
         """One worker from start to end; whether it was ever ready. Leaves the reason in `_health`."""
         self._info = None
+        self._stats = EngineStats()
         self._health = EngineHealth(state="loading", reason="the model is loading")
         self._link = await _Link.open(self.options)
         was_ready, last_words = False, ""

@@ -7,10 +7,13 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from model.protocol import Engine
-from server.batcher import RequestBatcher
+from server.auth import ApiKeyMiddleware, load_api_keys, open_paths
+from server.batcher import AdmissionLimits, RequestBatcher
 from server.chat_template import ChatTemplate
 from server.errors import install_error_handlers
-from server.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from server.logs import AccessLogMiddleware
+from server.metrics import Metrics
+from server.middleware import BodyLimitMiddleware, OriginMiddleware, RequestIdMiddleware, RootPathMiddleware
 from server.routes import chat, completions, models, operations, tokenize
 from server.settings import Settings
 from server.state import ServerState
@@ -31,17 +34,37 @@ def create_app(
     engine: Engine, tokenizer: TextCodec, settings: Settings, chat_template: ChatTemplate | None = None
 ) -> FastAPI:
     """An application that starts and closes `engine` with its lifespan."""
-    app = FastAPI(title="SPEED", version=operations.package_version(), lifespan=_lifespan)
+    app = FastAPI(
+        title="SPEED",
+        version=operations.package_version(),
+        lifespan=_lifespan,
+    )
+    metrics = Metrics(engine, settings.model_names[0])
+    limits = AdmissionLimits(settings.max_queued_requests, settings.max_queued_tokens)
     app.state.server = ServerState(
-        batcher=RequestBatcher(engine, settings.max_queued_requests),
+        batcher=RequestBatcher(engine, limits, metrics),
+        metrics=metrics,
         codec=tokenizer,
         chat_template=chat_template,
         settings=settings,
         created=int(time.time()),
     )
     install_error_handlers(app)
-    app.add_middleware(BodyLimitMiddleware, limit=settings.body_limit)
-    app.add_middleware(RequestIdMiddleware)
+    _add_middleware(app, settings)
     for module in (completions, chat, tokenize, models, operations):
         app.include_router(module.router)
     return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
+    """From the inside out: what is added last sees a request first."""
+    app.add_middleware(BodyLimitMiddleware, limit=settings.body_limit)
+    keys = load_api_keys(settings)
+    if keys:
+        app.add_middleware(ApiKeyMiddleware, keys=keys, open_paths=open_paths(settings))
+    if settings.cors_origins:  # outside of the keys: a browser asks for permission without one
+        app.add_middleware(OriginMiddleware, origins=settings.cors_origins)
+    if settings.access_log != "off":
+        app.add_middleware(AccessLogMiddleware, as_json=settings.access_log == "json")
+    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RootPathMiddleware, root_path=settings.root_path)

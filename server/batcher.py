@@ -9,7 +9,7 @@ reader that is slow finds the deltas merged.
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 import msgspec
 
@@ -22,9 +22,25 @@ from model.protocol import (
     TokenEvent,
 )
 from server.errors import QueueFullError, UnavailableError
+from server.metrics import Metrics, SequenceMeter
 
 logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT = 2.0  # seconds for the last events of a closed engine to arrive
+
+
+class AdmissionLimits(NamedTuple):
+    """What may be in flight: sequences, and tokens that these may grow to, their prompts included."""
+
+    max_requests: int
+    max_tokens: int
+
+
+class _InFlight(NamedTuple):
+    """One sequence that has not ended."""
+
+    stream: "EventStream"
+    meter: SequenceMeter
+    num_tokens: int  # at most
 
 
 def merge_events(first: TokenEvent, second: TokenEvent) -> TokenEvent:
@@ -63,9 +79,9 @@ class EventStream:
         self._news.set()
 
     def abort(self, request_id: str) -> None:
-        """Ends one sequence early; its last event still arrives, with what it cost."""
+        """Ends one sequence whose text is complete; its last event still arrives, with what it cost."""
         if request_id in self._running:
-            self._batcher.abort(request_id)
+            self._batcher.stop(request_id)
 
     def close(self) -> None:
         """Ends everything that still runs, and drops what was not read. May be called twice."""
@@ -96,20 +112,28 @@ class EventStream:
 class RequestBatcher:
     """Gives requests to the engine and its events back to those who wait for them.
 
-    At most `max_queued_requests` sequences are in flight.
+    What is in flight stays within `limits`, but for a request that is alone.
     """
 
-    def __init__(self, engine: Engine, max_queued_requests: int) -> None:
+    def __init__(self, engine: Engine, limits: AdmissionLimits, metrics: Metrics) -> None:
         self._engine = engine
-        self._streams: dict[str, EventStream] = {}
+        self._limits = limits
+        self._metrics = metrics
+        self._in_flight: dict[str, _InFlight] = {}
+        self._num_tokens = 0  # of those
+        self._stopped: set[str] = set()  # those that end at a text of ours, not at a token
         self._reader: asyncio.Task[None] | None = None
         self._draining = False
-        self.max_queued_requests = max_queued_requests
+
+    @property
+    def max_queued_requests(self) -> int:
+        """How many sequences one request may have."""
+        return self._limits.max_requests
 
     @property
     def num_in_flight(self) -> int:
         """Sequences that the engine runs or keeps waiting."""
-        return len(self._streams)
+        return len(self._in_flight)
 
     async def start(self) -> None:
         """Starts the engine and reads its events. Call once, in the event loop that serves requests."""
@@ -131,7 +155,7 @@ class RequestBatcher:
 
     def abort_all(self) -> None:
         """Ends all that runs; the streams get their last events with finish reason "abort"."""
-        for request_id in list(self._streams):
+        for request_id in list(self._in_flight):
             self._engine.abort(request_id)
 
     def check_ready(self) -> None:
@@ -152,46 +176,94 @@ class RequestBatcher:
         except EngineUnavailableError:
             raise UnavailableError("the engine is not ready", "engine_unavailable") from None
 
+    def admit(self) -> EngineInfo:
+        """The same for a request, whose refusal is counted."""
+        try:
+            return self.engine_info()
+        except UnavailableError as error:
+            self._metrics.rejected(str(error.code))
+            raise
+
     def open(self, requests: Sequence[GenerationRequest]) -> EventStream:
         """Submits all of `requests` or none; the stream must be closed by the caller.
 
         Raises QueueFullError or UnavailableError.
         """
-        self.check_ready()
-        if self.num_in_flight + len(requests) > self.max_queued_requests:
-            raise QueueFullError(f"{self.num_in_flight} of at most {self.max_queued_requests} are in flight")
+        self.admit()
+        try:
+            self._check_room(requests)
+        except QueueFullError as error:
+            self._metrics.rejected(error.reason)
+            raise
         stream = EventStream(self, [request.request_id for request in requests])
         try:
             for request in requests:
-                self._engine.submit(request)
-                self._streams[request.request_id] = stream
+                self._submit(request, stream)
         except EngineUnavailableError:
             stream.close()
             raise UnavailableError("the engine is not ready", "engine_unavailable") from None
         return stream
 
-    def abort(self, request_id: str) -> None:
-        """Asks the engine to end a request early."""
+    def stop(self, request_id: str) -> None:
+        """Asks the engine to end a sequence whose text is complete."""
+        self._stopped.add(request_id)
         self._engine.abort(request_id)
 
     def abandon(self, request_id: str) -> None:
         """Ends a request whose events nobody wants any more."""
-        if self._streams.pop(request_id, None) is not None:
+        if request_id in self._in_flight:
+            self._remove(request_id).meter.finished(self._reason(request_id, "abort"), None)
             self._engine.abort(request_id)
 
+    def _check_room(self, requests: Sequence[GenerationRequest]) -> None:
+        limits, num_in_flight = self._limits, self.num_in_flight
+        if num_in_flight + len(requests) > limits.max_requests:
+            raise QueueFullError(
+                f"{num_in_flight} of at most {limits.max_requests} are in flight", "requests"
+            )
+        num_tokens = sum(map(_most_tokens, requests))
+        if num_in_flight and self._num_tokens + num_tokens > limits.max_tokens:
+            raise QueueFullError(
+                f"requests in flight may grow to {self._num_tokens} tokens, this one to {num_tokens}; "
+                f"the limit is {limits.max_tokens} together",
+                "tokens",
+            )
+
+    def _submit(self, request: GenerationRequest, stream: EventStream) -> None:
+        self._engine.submit(request)
+        num_tokens = _most_tokens(request)
+        self._in_flight[request.request_id] = _InFlight(stream, SequenceMeter(self._metrics), num_tokens)
+        self._num_tokens += num_tokens
+
+    def _remove(self, request_id: str) -> _InFlight:
+        sequence = self._in_flight.pop(request_id)
+        self._num_tokens -= sequence.num_tokens
+        return sequence
+
+    def _reason(self, request_id: str, reason: FinishReason) -> FinishReason:
+        """Why a sequence ended, as its client sees it. Call once, when it has ended."""
+        if request_id not in self._stopped:
+            return reason
+        self._stopped.discard(request_id)
+        return "stop"
+
     def _deliver(self, event: TokenEvent) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is None:
+        sequence = self._in_flight.get(event.request_id)
+        if sequence is None:
             return  # abandoned: the engine had not seen the abort yet
+        if event.token_ids:
+            sequence.meter.tokens(len(event.token_ids))
         if event.finish_reason is not None:
-            del self._streams[event.request_id]
+            self._remove(event.request_id)
+            sequence.meter.finished(self._reason(event.request_id, event.finish_reason), event.stats)
         if event.finish_reason == "error":
             logger.error("request %s failed in the engine: %s", event.request_id, event.error)
-        stream.put(event)
+        sequence.stream.put(event)
 
     async def _read_events(self) -> None:
         try:
             async for events in self._engine.events():
+                self._metrics.engine_spoke()
                 for event in events:
                     self._deliver(event)
         except Exception:
@@ -201,5 +273,10 @@ class RequestBatcher:
 
     def _end_all(self, reason: FinishReason) -> None:
         error = "the engine ended" if reason == "error" else None
-        for request_id in list(self._streams):
+        for request_id in list(self._in_flight):
             self._deliver(TokenEvent(request_id=request_id, finish_reason=reason, error=error))
+
+
+def _most_tokens(request: GenerationRequest) -> int:
+    """Tokens that a sequence may grow to."""
+    return len(request.prompt_token_ids) + request.max_tokens

@@ -6,14 +6,14 @@ Invariant: a wrong option, or a model that isn't there, is one line on stderr an
 import argparse
 import os
 import sys
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from model.hub import HubError, model_folder
-from server.settings import ENV_PREFIX, Settings
+from server.settings import ENV_PREFIX, Settings, SettingsError
 
 USAGE_ERROR = 2
 
@@ -22,12 +22,19 @@ class UsageError(Exception):
     """What the user asked for can't be done; the message is one line."""
 
 
+def _extra(name: str) -> Mapping[str, object]:
+    """What the settings say about an option besides its type: group, flag, repeat, secret."""
+    extra = Settings.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return extra
+
+
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return str(_extra(name).get("flag", "--" + name.replace("_", "-")))
 
 
 def _help(name: str, field: FieldInfo) -> str:
-    known = field.default_factory is None and field.default is not None
+    known = field.default_factory is None and field.default not in (None, "")
     default = f"; default: {field.default}" if known else ""
     return f"{field.description}{default} [{ENV_PREFIX}{name.upper()}]".replace("%", "%%")
 
@@ -36,29 +43,35 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """One flag for each field of `Settings`, grouped. Values stay strings: `Settings` judges them."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, field in Settings.model_fields.items():
-        extra = field.json_schema_extra
-        assert isinstance(extra, dict)
-        title = str(extra["group"])
-        group = groups.setdefault(title, parser.add_argument_group(title))
+        title = str(_extra(name)["group"])
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         if field.annotation is bool:
-            group.add_argument(
-                _flag(name), action=argparse.BooleanOptionalAction, default=None, help=_help(name, field)
-            )
+            options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
-            group.add_argument(_flag(name), metavar=name.upper(), help=_help(name, field))
+            repeat = bool(_extra(name).get("repeat"))
+            metavar = _flag(name).removeprefix("--").replace("-", "_").upper()
+            options = {"action": "append" if repeat else "store", "metavar": metavar}
+        groups[title].add_argument(_flag(name), dest=name, default=None, help=_help(name, field), **options)
 
 
 def _origin(name: str, flag: str | None) -> str:
-    """The option and its value as the user wrote them."""
-    if flag is not None:
-        return f"{_flag(name)} {flag}"
+    """The option and its value as the user wrote them; a secret's value is left out."""
     variable = ENV_PREFIX + name.upper()
-    return f"{_flag(name)} {os.environ.get(variable)} (from {variable})"
+    value = os.environ.get(variable) if flag is None else flag
+    shown = _flag(name) if _extra(name).get("secret") else f"{_flag(name)} {value}"
+    return shown if flag is not None else f"{shown} (from {variable})"
+
+
+def _given(args: argparse.Namespace, name: str) -> str | None:
+    """A flag's value as the environment would say it: several are one with commas."""
+    value = getattr(args, name)
+    return ",".join(value) if isinstance(value, list) else value
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
     """Flags over environment over defaults; raises UsageError naming the option, its value and limit."""
-    given = {name: getattr(args, name) for name in Settings.model_fields}
+    given: dict[str, Any] = {name: _given(args, name) for name in Settings.model_fields}
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
@@ -91,7 +104,15 @@ def _serve(args: argparse.Namespace) -> int:
     # Here, lest `speed --help` wait a second for the web framework.
     from server.serve import serve  # noqa: PLC0415
 
-    return serve(settings)
+    try:
+        return serve(settings)
+    except SettingsError as error:
+        raise UsageError(str(error)) from None
+
+
+def _wide(prog: str) -> argparse.HelpFormatter:
+    """Help with room for long options beside their text."""
+    return argparse.HelpFormatter(prog, max_help_position=34)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +142,13 @@ def build_parser(argv: Iterable[str]) -> argparse.ArgumentParser:
     words = [word for word in argv if not word.startswith("-")]
     parser = argparse.ArgumentParser(prog="speed", description="A server for looped language models.")
     commands = parser.add_subparsers(metavar="command", required=True)
-    serve = commands.add_parser("serve", help="serve a model over OpenAI's API")
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over OpenAI's API",
+        usage="%(prog)s [options] [MODEL]",
+        description="Serves a model over OpenAI's API. Each option is an environment variable too: [NAME].",
+        formatter_class=_wide,
+    )
     train = commands.add_parser("train", help="train a looped model")
     bench = commands.add_parser("bench", help="measure")
     benchmarks = bench.add_subparsers(metavar="benchmark", required=True)

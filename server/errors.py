@@ -5,6 +5,8 @@
     │   ├── UnsupportedFieldError   400  unsupported_field: of OpenAI's API, but not served here
     │   ├── UnknownFieldError       400  unknown_field
     │   └── ContextLengthError      400  context_length_exceeded
+    ├── AuthenticationError         401  invalid_api_key, WWW-Authenticate
+    ├── ForbiddenOriginError        403  forbidden_origin: a browser asks for a page that may not call
     ├── ModelNotFoundError          404  model_not_found
     ├── UnsupportedMediaTypeError   415  unsupported_media_type
     ├── QueueFullError              429  queue_full, Retry-After
@@ -17,7 +19,7 @@ at most `MAX_QUOTE` characters of the input, and says nothing about the inside o
 
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -106,6 +108,31 @@ class ContextLengthError(InvalidRequestError):
         )
 
 
+class AuthenticationError(ApiError):
+    """No key, or one that opens nothing. `ask_browser`: the client is one that can ask its user for it."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def __init__(self, *, ask_browser: bool) -> None:
+        super().__init__("a valid API key is needed: send it as 'Authorization: Bearer KEY'")
+        self._ask_browser = ask_browser
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Basic authentication is offered to browsers only: they would ask users of other pages too."""
+        return {"WWW-Authenticate": 'Basic realm="speed"' if self._ask_browser else "Bearer"}
+
+
+class ForbiddenOriginError(ApiError):
+    """A browser asks whether a page of another origin may call, and it may not."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden_origin"
+
+
 class ModelNotFoundError(ApiError):
     """No model of that name is served."""
 
@@ -126,11 +153,15 @@ class UnsupportedMediaTypeError(ApiError):
 
 
 class QueueFullError(ApiError):
-    """Too many requests are in flight."""
+    """Too much is in flight; `reason` says of what."""
 
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+
+    def __init__(self, message: str, reason: Literal["requests", "tokens"]) -> None:
+        super().__init__(message)
+        self.reason = reason
 
     @property
     def headers(self) -> dict[str, str]:
@@ -187,18 +218,19 @@ def _invalid_request(error: Mapping[str, Any]) -> InvalidRequestError:
     return InvalidRequestError(f"{path}: {message} (got {quote(error['input'])})", param=param)
 
 
-def _render(error: ApiError) -> Response:
+def error_response(error: ApiError) -> Response:
+    """The answer that says `error`."""
     return JSONResponse(error.body(), error.status, error.headers)
 
 
 async def _handle_api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _render(error)
+    return error_response(error)
 
 
 async def _handle_validation(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return _render(_invalid_request(error.errors()[0]))
+    return error_response(_invalid_request(error.errors()[0]))
 
 
 async def _handle_http(request: Request, error: Exception) -> Response:

@@ -1,16 +1,36 @@
-"""Pure ASGI middleware. (Starlette's BaseHTTPMiddleware hides a client's disconnect from the routes.)"""
+"""Pure ASGI middleware: root path, request ids, body limit, calls from other origins.
+
+(Starlette's BaseHTTPMiddleware hides a client's disconnect from the routes.)
+"""
 
 import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import error_body
+from server.errors import ForbiddenOriginError, error_body, error_response
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class RootPathMiddleware:
+    """Says under which path a proxy serves the application.
+
+    Unlike uvicorn's own option this lets the proxy cut that path off or not: the routes understand both.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Changes nothing but the scope."""
+        scope["root_path"] = self._root_path
+        await self._app(scope, receive, send)
 
 
 class RequestIdMiddleware:
@@ -68,3 +88,25 @@ class BodyLimitMiddleware:
     @property
     def _message(self) -> str:
         return f"the body is larger than {self._limit} bytes"
+
+
+class OriginMiddleware(CORSMiddleware):
+    """Lets pages of the given origins call the server; cookies are never used, so none are allowed."""
+
+    def __init__(self, app: ASGIApp, origins: list[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The library's answer, a refusal in the shape of all errors."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        refusal = error_response(ForbiddenOriginError(bytes(response.body).decode()))
+        refusal.headers["Vary"] = response.headers["Vary"]
+        return refusal

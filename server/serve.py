@@ -5,8 +5,8 @@ and what is left then ends with finish reason "abort"; at the second signal ever
 """
 
 import asyncio
-import logging
 import socket
+import ssl
 import sys
 import time
 from pathlib import Path
@@ -19,7 +19,8 @@ from model.worker import EngineOptions, EngineProcess
 from server.app import create_app
 from server.batcher import RequestBatcher
 from server.chat_template import ChatTemplateError, load_chat_template
-from server.settings import Settings
+from server.logs import configure_logging
+from server.settings import Settings, SettingsError
 from server.tokenizer import TextCodec
 
 LOAD_FAILED = 2  # exit status, that of any other option that cannot work
@@ -87,7 +88,8 @@ def engine_options(settings: Settings) -> EngineOptions:
 
 def serve(settings: Settings) -> int:
     """Serves until a signal arrives; returns the exit status."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(name)s: %(message)s")
+    configure_logging(settings)
+    check_certificate(settings)
     try:
         template = load_chat_template(Path(settings.model), settings.chat_template)
     except (OSError, ChatTemplateError) as error:
@@ -104,6 +106,22 @@ def serve(settings: Settings) -> int:
     return LOAD_FAILED
 
 
+def check_certificate(settings: Settings) -> None:
+    """Raises SettingsError unless the TLS files, if any are named, can be used together."""
+    if settings.ssl_certfile is None:
+        if settings.ssl_keyfile is not None:
+            raise SettingsError("--ssl-keyfile needs --ssl-certfile")
+        return
+    # An empty password, lest the library ask for one on the terminal.
+    password = settings.ssl_keyfile_password or ""
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, password)
+    except OSError as error:  # SSLError is one
+        files = f"--ssl-certfile {settings.ssl_certfile}, --ssl-keyfile {settings.ssl_keyfile}"
+        raise SettingsError(f"{files}: {error.strerror or error}") from None
+
+
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """How uvicorn runs the application."""
     return uvicorn.Config(
@@ -111,7 +129,11 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level,
+        access_log=False,  # ours has request ids, and no query strings
         ws="none",
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_keyfile_password=settings.ssl_keyfile_password,
         timeout_keep_alive=settings.keep_alive,
         timeout_graceful_shutdown=FINAL_FRAMES_TIMEOUT,
     )

@@ -38,12 +38,26 @@ def _ascending_depths(depths: tuple[int, ...]) -> tuple[int, ...]:
 CommaList = BeforeValidator(_split_commas)
 Depths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(_ascending_depths)]
 Names = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+ApiKey = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[\x21-\x7e]+$")]
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/]+)$")]
 
 
-# Headings of --help.
+class SettingsError(ValueError):
+    """An option that is well-formed but cannot be used; the message is one line that names it."""
+
+
+# Headings of --help. "repeat": the flag may be given several times; "secret": its value is never shown.
 MODEL: JsonDict = {"group": "model"}
 ENGINE: JsonDict = {"group": "engine"}
-HTTP: JsonDict = {"group": "http"}
+NETWORK: JsonDict = {"group": "network"}
+NAMES: JsonDict = {**MODEL, "repeat": True}
+ORIGINS: JsonDict = {"group": "network", "repeat": True}
+TLS: JsonDict = {"group": "TLS"}
+TLS_SECRET: JsonDict = {"group": "TLS", "secret": True}
+ACCESS: JsonDict = {"group": "access"}
+KEYS: JsonDict = {"group": "access", "flag": "--api-key", "repeat": True, "secret": True}
+LIMITS: JsonDict = {"group": "limits"}
+LOGGING: JsonDict = {"group": "logging"}
 
 
 class Settings(BaseSettings):
@@ -65,7 +79,7 @@ class Settings(BaseSettings):
     )
     served_model_name: Annotated[Names | None, NoDecode, CommaList] = Field(
         None,
-        json_schema_extra=MODEL,
+        json_schema_extra=NAMES,
         description="comma separated names clients may use, the first one being the main name; "
         'default: "default" for the embedded model, the id of one from the hub, else the name of the folder',
     )
@@ -121,33 +135,83 @@ class Settings(BaseSettings):
         0, json_schema_extra=ENGINE, description="CPU threads of the engine; 0: one per core", ge=0
     )
 
-    host: str = Field("127.0.0.1", json_schema_extra=HTTP, description="address to listen on")
-    port: int = Field(8000, json_schema_extra=HTTP, description="port to listen on", ge=0, le=65535)
-    max_queued_requests: int = Field(
-        256,
-        json_schema_extra=HTTP,
-        description="sequences in flight, waiting ones included; more are answered with 429",
-        ge=1,
+    host: str = Field("127.0.0.1", json_schema_extra=NETWORK, description="address to listen on")
+    port: int = Field(8000, json_schema_extra=NETWORK, description="port to listen on", ge=0, le=65535)
+    root_path: str = Field(
+        "",
+        json_schema_extra=NETWORK,
+        description="path under which a proxy serves this server, such as /llm",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
     )
-    body_limit: int = Field(
-        8 * 2**20, json_schema_extra=HTTP, description="largest request body in bytes", ge=1
+    cors_origins: Annotated[list[Origin] | None, NoDecode, CommaList] = Field(
+        None,
+        json_schema_extra=ORIGINS,
+        description="comma separated origins whose pages may call this server from a browser, or *; "
+        "default: none",
     )
     keep_alive: int = Field(
-        75, json_schema_extra=HTTP, description="seconds that an idle connection is kept open", ge=0
+        75, json_schema_extra=NETWORK, description="seconds that an idle connection is kept open", ge=0
     )
     shutdown_timeout: float = Field(
         10.0,
-        json_schema_extra=HTTP,
+        json_schema_extra=NETWORK,
         description="seconds that running requests get to finish at shutdown",
         ge=0,
     )
+
+    ssl_certfile: Path | None = Field(
+        None, json_schema_extra=TLS, description="certificate chain (PEM); with it the server speaks HTTPS"
+    )
+    ssl_keyfile: Path | None = Field(
+        None, json_schema_extra=TLS, description="private key (PEM), if the certificate's file has none"
+    )
+    ssl_keyfile_password: str | None = Field(
+        None, json_schema_extra=TLS_SECRET, description="password of the private key", repr=False
+    )
+
+    api_keys: Annotated[list[ApiKey] | None, NoDecode, CommaList] = Field(
+        None,
+        json_schema_extra=KEYS,
+        description="comma separated keys, one of which a client must send; others see a flag in the list "
+        "of processes, so that a file or the environment is the better place; default: no key is asked for",
+        repr=False,
+    )
+    api_key_file: Path | None = Field(
+        None, json_schema_extra=ACCESS, description="file of keys, one a line; # begins a comment"
+    )
+    protect_metrics: bool = Field(
+        False, json_schema_extra=ACCESS, description="ask for a key at /metrics too"
+    )
+
+    max_queued_requests: int = Field(
+        256,
+        json_schema_extra=LIMITS,
+        description="sequences in flight, waiting ones included; more are answered with 429",
+        ge=1,
+    )
+    max_queued_tokens: int = Field(
+        2**20,
+        json_schema_extra=LIMITS,
+        description="tokens that the sequences in flight may grow to, prompts included; more are answered "
+        "with 429, but a request that is alone is always taken",
+        ge=1,
+    )
+    body_limit: int = Field(
+        8 * 2**20, json_schema_extra=LIMITS, description="largest request body in bytes", ge=1
+    )
     allow_unknown_fields: bool = Field(
         False,
-        json_schema_extra=HTTP,
+        json_schema_extra=LIMITS,
         description="ignore unknown fields of requests instead of answering 400",
     )
+
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
-        "info", json_schema_extra=HTTP, description="critical, error, warning, info or debug"
+        "info", json_schema_extra=LOGGING, description="critical, error, warning, info or debug"
+    )
+    access_log: Literal["plain", "json", "off"] = Field(
+        "plain",
+        json_schema_extra=LOGGING,
+        description="a line for each request on standard output, at level info: plain, json or off",
     )
 
     @property

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from server.batcher import RequestBatcher
 from server.chat_template import ChatTemplate
 from server.errors import ModelNotFoundError, UnsupportedMediaTypeError, quote
+from server.metrics import Metrics
 from server.settings import Settings
 from server.tokenizer import TextCodec
 
@@ -17,6 +18,7 @@ class ServerState:
     """The parts of one server. `created` is when it started, in seconds since 1970."""
 
     batcher: RequestBatcher
+    metrics: Metrics
     codec: TextCodec
     chat_template: ChatTemplate | None
     settings: Settings

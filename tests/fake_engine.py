@@ -51,6 +51,7 @@ class FakeEngine:
         self.delay = delay
         self.state: EngineState = "ready"
         self.num_restarts = 0
+        self.counts = EngineStats()
         self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -66,7 +67,7 @@ class FakeEngine:
         return EngineHealth(state=self.state)
 
     def stats(self) -> EngineStats:
-        return EngineStats()
+        return self.counts
 
     def submit(self, request: GenerationRequest) -> None:
         if self.state != "ready":

@@ -1,9 +1,11 @@
-"""What those who run a server ask: /health, /ready, /version."""
+"""What those who run a server ask: /health, /ready, /metrics, /version."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter
+from starlette.responses import PlainTextResponse, Response
 
+from server.metrics import CONTENT_TYPE
 from server.state import State
 
 router = APIRouter(tags=["operations"])
@@ -28,6 +30,12 @@ async def ready(state: State) -> dict[str, str]:
     """Whether a request would be served now; 503 with the reason if not."""
     state.batcher.check_ready()
     return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(state: State) -> Response:
+    """Gauges, counters and histograms in Prometheus' text format."""
+    return Response(state.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
 @router.get("/version")

@@ -18,8 +18,10 @@ BODY = {"model": "default", "prompt": "hi", "max_tokens": 100}
 
 
 @asynccontextmanager
-async def running(engine: FakeEngine, drain_timeout: float) -> AsyncIterator[tuple[DrainingServer, str]]:
-    settings = Settings(port=0, log_level="critical")
+async def running(
+    engine: FakeEngine, drain_timeout: float, **options: object
+) -> AsyncIterator[tuple[DrainingServer, str]]:
+    settings = Settings(port=0, log_level="critical", **options)
     app = create_app(engine, byte_codec(), settings)
     server = DrainingServer(uvicorn_config(app, settings), app.state.server.batcher, drain_timeout)
     task = asyncio.create_task(server.serve())

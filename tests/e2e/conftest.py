@@ -18,9 +18,9 @@ START_SECONDS, STOP_SECONDS = 120, 30
 
 
 class ServerProcess:
-    """`speed serve` with the given flags; use as a context manager."""
+    """`speed serve` with the given flags; use as a context manager. `output` is there when it has ended."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, stdout: int | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -28,8 +28,13 @@ class ServerProcess:
         command = [sys.executable, "-P", "-m", "server.cli", "serve", "--port", str(self.port)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "SPEED_THREADS": "1"}
         self.process = subprocess.Popen(
-            [*command, "--log-level", "warning", *flags], env=environment, stderr=subprocess.PIPE, text=True
+            [*command, "--log-level", "warning", *flags],
+            env=environment,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+        self.output = ("", "")
 
     def __enter__(self) -> "ServerProcess":
         self.wait_ready()
@@ -57,7 +62,7 @@ class ServerProcess:
             *psutil.Process(self.process.pid).children(recursive=True),
         ]
         self.process.send_signal(signal.SIGTERM)
-        self.process.communicate(timeout=STOP_SECONDS)
+        self.output = self.process.communicate(timeout=STOP_SECONDS)
         _, alive = psutil.wait_procs(everyone, timeout=STOP_SECONDS)
         for process in alive:
             process.kill()

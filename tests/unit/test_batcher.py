@@ -5,8 +5,9 @@ import asyncio
 import pytest
 
 from model.protocol import GenerationRequest, SamplingParams, TokenEvent
-from server.batcher import RequestBatcher
+from server.batcher import AdmissionLimits, RequestBatcher
 from server.errors import QueueFullError, UnavailableError
+from server.metrics import Metrics
 from tests.fake_engine import FakeEngine
 
 IDS = list(range(50, 70))
@@ -18,8 +19,8 @@ def request(name: str, max_tokens: int = 20) -> GenerationRequest:
     )
 
 
-async def started(engine: FakeEngine, limit: int = 8) -> RequestBatcher:
-    batcher = RequestBatcher(engine, limit)
+async def started(engine: FakeEngine, limit: int = 8, max_tokens: int = 10**6) -> RequestBatcher:
+    batcher = RequestBatcher(engine, AdmissionLimits(limit, max_tokens), Metrics(engine, "m"))
     await batcher.start()
     return batcher
 
@@ -115,6 +116,23 @@ async def test_admission_is_all_or_nothing():
     assert [r.request_id for r in engine.requests] == ["a", "b"]
     stream.close()
     batcher.open([request("c"), request("d")]).close()
+    await batcher.close()
+
+
+async def test_tokens_in_flight_are_bounded_but_one_request_is_always_taken():
+    engine = FakeEngine(lambda _: IDS, delay=1000)
+    batcher = await started(engine, max_tokens=60)
+    alone = batcher.open([request("large", 100)])
+    with pytest.raises(QueueFullError) as caught:
+        batcher.open([request("small", 1)])
+    assert caught.value.reason == "tokens"
+    alone.close()
+    first = batcher.open([request("a"), request("b")])  # a prompt of 1 token and 20 tokens each
+    with pytest.raises(QueueFullError):
+        batcher.open([request("c", 18)])
+    batcher.open([request("c", 17)]).close()
+    first.close()
+    batcher.open([request("large", 100)]).close()
     await batcher.close()
 
 

@@ -1,0 +1,100 @@
+"""API keys: which requests may pass.
+
+Knows nothing about users or rights: a key opens everything. Invariants: without a valid key nothing
+behind this middleware runs, the reading of the body included; how long a comparison takes says nothing
+about the keys; keys are held as digests only, and appear in no message.
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import AuthenticationError, error_response
+from server.settings import ApiKey, Settings, SettingsError
+
+ALWAYS_OPEN = ("/health", "/ready")  # for those who watch the process: they hold no key
+
+
+def load_api_keys(settings: Settings) -> list[str]:
+    """All keys, of the flags or the environment and of the file; raises SettingsError."""
+    keys = list(settings.api_keys or [])
+    if settings.api_key_file is not None:
+        keys += _keys_of_file(settings.api_key_file)
+    return keys
+
+
+def _keys_of_file(path: Path) -> list[str]:
+    try:
+        lines = path.read_text().splitlines()
+        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        TypeAdapter(list[ApiKey]).validate_python(keys)
+    except OSError as error:
+        raise SettingsError(f"--api-key-file {path}: {error.strerror}") from None
+    except (ValidationError, UnicodeDecodeError):
+        raise SettingsError(
+            f"--api-key-file {path}: a key has 1 to 512 printable ASCII characters and no spaces"
+        ) from None
+    if not keys:  # a server that was meant to be guarded must not start open
+        raise SettingsError(f"--api-key-file {path}: there is no key in it")
+    return keys
+
+
+def open_paths(settings: Settings) -> list[str]:
+    """Paths that need no key."""
+    return [*ALWAYS_OPEN] if settings.protect_metrics else [*ALWAYS_OPEN, "/metrics"]
+
+
+def route_path(scope: Scope) -> str:
+    """The path as the routes see it: behind the root path, whether or not the proxy has cut that off."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
+class ApiKeyMiddleware:
+    """Answers 401 unless a request brings one of `keys` or asks for one of `open_paths`.
+
+    A key is sent as `Authorization: Bearer KEY`, or as the password of basic authentication, which is
+    how a browser that opens the playground or the documentation asks for it.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+        self._open_paths = frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on everything that isn't HTTP."""
+        if scope["type"] != "http" or route_path(scope) in self._open_paths or self._is_allowed(scope):
+            await self._app(scope, receive, send)
+            return
+        is_page = "text/html" in Headers(scope=scope).get("accept", "")
+        await error_response(AuthenticationError(ask_browser=is_page))(scope, receive, send)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        given = _digest(_presented_key(Headers(scope=scope).get("authorization", "")))
+        # All keys are compared, whichever matches.
+        return sum(hmac.compare_digest(given, digest) for digest in self._digests) > 0
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _presented_key(authorization: str) -> bytes:
+    """The key in an Authorization header; empty, which is no key, if there is none."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode()
+    if scheme.lower() != "basic":
+        return b""
+    try:
+        return base64.b64decode(value, validate=True).partition(b":")[2]
+    except (binascii.Error, ValueError):
+        return b""

@@ -1,0 +1,197 @@
+"""/metrics: every name of the contract, and figures that are those of the requests."""
+
+import asyncio
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from model.protocol import EngineStats
+from tests.contract.conftest import Served, serving, until
+from tests.fake_engine import STATS, FakeEngine
+from tests.text_tools import ids_of
+
+# API.md, section Metrics: type and labels of each name, besides the model's.
+CONTRACT = {
+    "speed:num_requests_running": ("gauge", set()),
+    "speed:num_requests_waiting": ("gauge", set()),
+    "speed:kv_cache_usage_perc": ("gauge", set()),
+    "speed:rows_in_flight": ("gauge", set()),
+    "speed:row_budget": ("gauge", set()),
+    "speed:prompt_tokens": ("counter", set()),
+    "speed:generation_tokens": ("counter", set()),
+    "speed:request_success": ("counter", {"finished_reason"}),
+    "speed:prefix_cache_queries": ("counter", set()),
+    "speed:prefix_cache_hits": ("counter", set()),
+    "speed:num_preemptions": ("counter", set()),
+    "speed:admission_rejections": ("counter", {"reason"}),
+    "speed:spec_decode_num_draft_tokens": ("counter", set()),
+    "speed:spec_decode_num_accepted_tokens": ("counter", set()),
+    "speed:spec_decode_flushes": ("counter", {"depth"}),
+    "speed:passes": ("counter", set()),
+    "speed:engine_restarts": ("counter", set()),
+    "speed:time_to_first_token_seconds": ("histogram", set()),
+    "speed:inter_token_latency_seconds": ("histogram", set()),
+    "speed:e2e_request_latency_seconds": ("histogram", set()),
+    "speed:request_queue_time_seconds": ("histogram", set()),
+    "speed:passes_per_token": ("histogram", set()),
+    "speed:pass_rows": ("histogram", set()),
+}
+COUNTS = EngineStats(
+    num_requests_running=3,
+    num_requests_waiting=2,
+    kv_cache_usage=0.25,
+    rows_in_flight=7,
+    row_budget=32,
+    passes=10,
+    rows=31,
+    pass_rows={1: 2, 4: 8},
+    prompt_tokens=100,
+    generation_tokens=50,
+    draft_tokens=40,
+    accepted_tokens=30,
+    flushes={2: 4, 4: 1},
+    prefix_cache_queries=90,
+    prefix_cache_hits=60,
+    preemptions=1,
+)
+
+
+async def scrape(served: Served) -> dict[str, float]:
+    """Samples by name and labels, the model's left out: `name{label=value}`."""
+    response = await served.client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples = {}
+    for family in text_string_to_metric_families(response.text):
+        for sample in family.samples:
+            if sample.name.startswith("speed:"):
+                assert sample.labels.pop("model_name") == "default"
+            labels = ",".join(f"{name}={value}" for name, value in sample.labels.items())
+            samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return samples
+
+
+async def test_every_name_of_the_contract_with_its_type_and_labels():
+    engine = FakeEngine(lambda _: ids_of("abcd"), delay=0.001)
+    engine.counts = COUNTS
+    async with serving(engine, max_queued_requests=1) as served:
+        assert (await served.post()).status_code == 200
+        engine.delay = 1000
+        waiting = asyncio.create_task(served.post())
+        await until(lambda: len(engine.requests) == 2)
+        assert (await served.post()).status_code == 429
+        waiting.cancel()
+        # What Prometheus 2 and 3 send; the names must not depend on it.
+        for accept in ("application/openmetrics-text;version=1.0.0,*/*;q=0.1", "text/plain"):
+            response = await served.client.get("/metrics", headers={"accept": accept})
+            families = {f.name: f for f in text_string_to_metric_families(response.text)}
+            # When a series began: the library adds these, each as a family of its own.
+            ours = {name for name in families if "speed" in name and not name.endswith("_created")}
+            assert ours == set(CONTRACT)
+            for name, (type_, labels) in CONTRACT.items():
+                assert families[name].type == type_, name
+                own = {label for sample in families[name].samples for label in sample.labels}
+                assert own - {"model_name", "le"} == labels, name
+
+
+async def test_the_engines_counts_are_shown_as_they_are():
+    engine = FakeEngine(lambda _: ids_of("abcd"))
+    engine.counts = COUNTS
+    async with serving(engine) as served:
+        samples = await scrape(served)
+    assert samples["speed:kv_cache_usage_perc"] == 0.25
+    assert samples["speed:num_requests_running"] == 3
+    assert samples["speed:generation_tokens_total"] == 50
+    assert samples["speed:spec_decode_num_accepted_tokens_total"] == 30
+    assert samples["speed:spec_decode_flushes_total{depth=2}"] == 4
+    assert samples["speed:pass_rows_bucket{le=1.0}"] == 2
+    assert samples["speed:pass_rows_bucket{le=2.0}"] == 2
+    assert samples["speed:pass_rows_bucket{le=4.0}"] == 10
+    assert samples["speed:pass_rows_count"] == 10
+    assert samples["speed:pass_rows_sum"] == 31
+
+
+async def test_counters_go_on_when_another_engine_takes_over():
+    engine = FakeEngine(lambda _: ids_of("abcd"))
+    async with serving(engine) as served:
+        engine.counts = COUNTS
+        assert (await served.post()).status_code == 200  # no scrape: the counts are noted all the same
+        await until(lambda: served.app.state.server.batcher.num_in_flight == 0)
+        for restarts in (1, 2):
+            engine.num_restarts, engine.counts = restarts, EngineStats()
+            samples = await scrape(served)
+            assert samples["speed:passes_total"] == 10 * restarts
+            assert samples["speed:spec_decode_flushes_total{depth=4}"] == restarts
+            assert samples["speed:pass_rows_count"] == 10 * restarts
+            assert samples["speed:num_requests_running"] == 0
+            engine.counts = COUNTS
+            samples = await scrape(served)
+            assert samples["speed:passes_total"] == 10 * (restarts + 1)
+            assert samples["speed:engine_restarts_total"] == restarts
+            assert samples["speed:num_requests_running"] == 3
+
+
+async def test_histograms_count_requests_and_tokens():
+    engine = FakeEngine(lambda _: ids_of("abcdef"), tokens_per_event=2, delay=0.01)
+    async with serving(engine) as served:
+        assert (await served.post(n=2)).status_code == 200
+        samples = await scrape(served)
+    assert samples["speed:time_to_first_token_seconds_count"] == 2
+    assert 0.02 <= samples["speed:time_to_first_token_seconds_sum"] < 2
+    # The first event's two tokens are the first; each later event shares its time among its two.
+    assert samples["speed:inter_token_latency_seconds_count"] == 8
+    assert 0.04 <= samples["speed:inter_token_latency_seconds_sum"] < 2
+    assert samples["speed:e2e_request_latency_seconds_count"] == 2
+    assert samples["speed:request_queue_time_seconds_count"] == 2
+    assert samples["speed:passes_per_token_count"] == 2
+    assert samples["speed:passes_per_token_sum"] == pytest.approx(2 * STATS.passes / 5)
+
+
+async def test_each_end_is_counted_by_what_the_client_sees():
+    engine = FakeEngine(lambda _: ids_of("abcdef"), delay=0.001)
+    async with serving(engine) as served:
+        await served.post()
+        await served.post(stop="c")  # the engine says "abort" here: the server stopped it
+        call = served.asgi_call(stream=True)
+        await call.first_frame()
+        call.disconnect()
+        await call.finished()
+        engine.delay = 1000
+        task = asyncio.create_task(served.post())
+        await until(lambda: len(engine.requests) == 4)
+        engine.fail()
+        await task
+        samples = await scrape(served)
+    reasons = {
+        reason: samples[f"speed:request_success_total{{finished_reason={reason}}}"]
+        for reason in ("length", "stop", "abort", "error")
+    }
+    assert reasons == {"length": 1, "stop": 1, "abort": 1, "error": 1}
+
+
+async def test_each_refusal_is_counted_by_its_reason():
+    engine = FakeEngine(lambda _: ids_of("abcdef"), delay=1000)
+    async with serving(engine, max_queued_requests=2, max_queued_tokens=100) as served:
+        task = asyncio.create_task(served.post())
+        await until(lambda: engine.requests)
+        assert (await served.post(n=2, max_tokens=1)).status_code == 429
+        assert (await served.post(max_tokens=50)).status_code == 429
+        engine.state = "loading"
+        assert (await served.post()).status_code == 503
+        served.app.state.server.batcher.drain()
+        assert (await served.post()).status_code == 503
+        assert (await served.client.get("/ready")).status_code == 503  # no request was refused here
+        samples = await scrape(served)
+        task.cancel()
+    reasons = {name: value for name, value in samples.items() if "rejections_total" in name}
+    assert reasons == {
+        f"speed:admission_rejections_total{{reason={reason}}}": 1
+        for reason in ("requests", "tokens", "engine_loading", "server_draining")
+    }
+
+
+async def test_two_servers_in_one_process_count_apart():
+    async with serving() as one, serving() as other:
+        await one.post()
+        assert (await scrape(one))["speed:request_success_total{finished_reason=length}"] == 1
+        assert "speed:request_success_total{finished_reason=length}" not in await scrape(other)

@@ -1,0 +1,76 @@
+"""`speed serve` as those see it who run it: signals, logs, counts, clients that leave in crowds."""
+
+import json
+import signal
+import subprocess
+import time
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.e2e.conftest import ServerProcess
+
+SECRET = "swordfish"
+# About half a minute of work.
+ENDLESS = {
+    "model": "default",
+    "prompt": SECRET,
+    "max_tokens": 900,
+    "n": 32,
+    "ignore_eos": True,
+    "stream": True,
+}
+
+
+def gauges(server: ServerProcess) -> dict[str, float]:
+    """Samples of /metrics without labels other than the model's."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("speed:")}
+
+
+def test_a_second_signal_ends_everything_at_once() -> None:
+    server = ServerProcess("--shutdown-timeout", "600")
+    try:
+        server.wait_ready()
+        worker = server.worker
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, timeout=60) as response:
+            lines = response.iter_lines()  # kept: httpx closes the connection with the iterator
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while httpx.get(f"{server.url}/ready").status_code != 503:
+                assert time.monotonic() < deadline
+            assert server.process.poll() is None
+            server.process.send_signal(signal.SIGTERM)
+            server.process.communicate(timeout=8)  # not 600 seconds
+        psutil.wait_procs([worker], timeout=8)
+        assert not worker.is_running()
+    finally:
+        server.process.kill()
+        server.process.communicate()
+
+
+def test_keys_logs_and_metrics_of_a_running_server(tmp_path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("right\n")
+    flags = ("--api-key-file", str(keys), "--access-log", "json", "--log-level", "debug")
+    with ServerProcess(*flags, stdout=subprocess.PIPE) as server:
+        with pytest.raises(openai.AuthenticationError) as caught:
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
+        assert caught.value.code == "invalid_api_key"
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="right")
+        fields = {"model": "default", "prompt": SECRET, "max_tokens": 20, "temperature": 0}
+        text = client.completions.create(**fields).choices[0].text
+        assert "".join(c.choices[0].text for c in client.completions.create(**fields, stream=True)) == text
+        samples = gauges(server)
+        assert samples["speed:request_success_total"] == 2
+        assert samples["speed:time_to_first_token_seconds_count"] == 2
+    stdout, stderr = server.output
+    for said in (SECRET, "right", "wrong", text):
+        assert said not in stdout
+        assert said not in stderr
+    records = [json.loads(line) for line in stdout.splitlines()]
+    assert [r["status"] for r in records if r["method"] == "POST"] == [200, 200]
+    assert all(r["request_id"] and r["completed"] for r in records)
