@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--draft-depths", default=None, help="comma-separated (default: the model's)")
+    parser.add_argument("--deterministic", action="store_true", help="batch-invariant arithmetic")
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128)
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             threads=args.threads,
             draft_depths=depths,
+            deterministic=args.deterministic,
         )
     )
     vocab_size = engine.model.config.vocab_size

@@ -72,6 +72,7 @@ class Engine:
             dtype=str(self.model.dtype).removeprefix("torch."),
             kv_cache_tokens=self.pool.num_tokens,
             max_num_seqs=self.scheduler.limits.max_num_seqs,
+            deterministic=self.model.row_invariant,
         )
 
     @property
@@ -173,7 +174,7 @@ class Engine:
 
     def _tokens_that_fit(self, max_num_seqs: int) -> int:
         """Token slots for `max_num_seqs` full contexts, or fewer if memory is short."""
-        each = bytes_per_token(self.model.config, self.model.dtype)
+        each = bytes_per_token(self.model)
         fit = int(_memory_for_cache(self.model.device) / each)
         if fit < self.max_model_len:
             raise EngineConfigError(

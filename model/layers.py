@@ -150,12 +150,14 @@ class Rotary(nn.Module):
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotates x (..., heads, head_dim) by its position; channels past rotary_dim pass through."""
         turned = x if self.rotary_dim == x.shape[-1] else x[..., : self.rotary_dim]
-        if self.interleaved:
-            swapped = turned.reshape(*turned.shape[:-1], -1, 2).flip(-1).flatten(-2)
-        else:
-            swapped = turned.roll(self.rotary_dim // 2, -1)  # the halves change places
-        turned = torch.addcmul(turned * cos, swapped, sin)
+        turned = torch.addcmul(turned * cos, self.swapped(turned), sin)
         return turned if turned.shape == x.shape else torch.cat((turned, x[..., self.rotary_dim :]), -1)
+
+    def swapped(self, turned: Tensor) -> Tensor:
+        """Each channel (..., rotary_dim) in the place of the one that it is paired with."""
+        if self.interleaved:
+            return turned.reshape(*turned.shape[:-1], -1, 2).flip(-1).flatten(-2)
+        return turned.roll(self.rotary_dim // 2, -1)  # the halves change places
 
 
 class Attention(nn.Module):
@@ -178,6 +180,7 @@ class Attention(nn.Module):
         if c.first_loop_gate:
             self.gate_weight = nn.Parameter(torch.zeros(c.num_heads, c.head_dim))
             self.gate_bias = nn.Parameter(torch.zeros(c.num_heads))
+            self.gate_activation: Callable[[Tensor], Tensor] = torch.sigmoid
 
     def forward(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Attention of x (..., hidden) for the layer with this index; same shape out."""
@@ -199,7 +202,7 @@ class Attention(nn.Module):
 
         (..., heads, 1), in q's dtype; only for a model with `first_loop_gate`.
         """
-        return torch.sigmoid((q * self.gate_weight).sum(-1) + self.gate_bias)[..., None]
+        return self.gate_activation((q * self.gate_weight).sum(-1) + self.gate_bias)[..., None]
 
     def _normalised(self, qkv: Tensor) -> Tensor:
         split = self.num_heads * self.head_dim

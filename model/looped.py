@@ -23,6 +23,7 @@ class LoopedTransformer(nn.Module):
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
         self.config = config
+        self.row_invariant = False  # True once `model.invariant` has rebuilt the model
         self.rotary = Rotary(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, self.rotary) for _ in range(config.num_layers))

@@ -27,12 +27,12 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, in_features) -> (rows, out_features)."""
         extra = padded_rows(x.shape[0]) - x.shape[0] if x.dim() == 2 else 0
-        if not extra:
-            out: Tensor = self._call(x, self._weight, self._bias, "none", [], "")
-            return out
-        padded = F.pad(x, (0, 0, 0, extra))
-        out = self._call(padded, self._weight, self._bias, "none", [], "")
-        return out[: x.shape[0]]
+        return self.product(F.pad(x, (0, 0, 0, extra)))[: x.shape[0]] if extra else self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The same, with exactly these rows: `forward` may add some for the sake of few sizes."""
+        out: Tensor = self._call(x, self._weight, self._bias, "none", [], "")
+        return out
 
 
 def padded_rows(rows: int) -> int:
@@ -53,7 +53,7 @@ def pack_linears(module: nn.Module) -> int:
     Nothing is replaced on another device, in another dtype, or where torch lacks the operators. The
     module can no longer be trained, moved or saved.
     """
-    if not _can_pack(module):
+    if not can_pack(module):
         return 0
     places = [
         (parent, name)
@@ -66,7 +66,8 @@ def pack_linears(module: nn.Module) -> int:
     return len(places)
 
 
-def _can_pack(module: nn.Module) -> bool:
+def can_pack(module: nn.Module) -> bool:
+    """Whether this machine has the operators, for the device and dtype of the module's weights."""
     weight = next(module.parameters())
     if weight.device.type != "cpu" or weight.dtype not in PACKABLE:
         return False

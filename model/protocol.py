@@ -125,6 +125,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     kv_cache_tokens: int
     max_num_seqs: int
+    deterministic: bool = False  # batch-invariant: the same bits alone and in a batch
     draft_policy: str = "single"
     draft_policies: list[str] = []  # those that a request may ask for
     row_budget: int = 0

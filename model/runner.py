@@ -12,11 +12,10 @@ from torch import Tensor
 
 from model.attention import KVStore, PagedAttention, attention_for
 from model.attention.store import RowRun, zeros
-from model.config import LoopedConfig
 from model.layers import Attend
 from model.looped import LoopedTransformer
 from model.readout import PromptReadout, Reader
-from model.sampling import Readout, Sampler, to_device
+from model.sampling import Readout, RowwiseSampler, Sampler, to_device
 from model.sequence import ScheduledRun, Sequence
 
 
@@ -26,9 +25,10 @@ class Runner:
     def __init__(self, model: LoopedTransformer, num_tokens: int) -> None:
         self.model = model
         config = model.config
-        self.store = KVStore(config, num_tokens, model.device, model.dtype)
-        self.attention: PagedAttention = attention_for(self.store)
-        self.sampler = Sampler(config.vocab_size, model.device)
+        self.store = KVStore(config, num_tokens, model.device, cache_dtype(model))
+        self.attention: PagedAttention = attention_for(self.store, model.row_invariant)
+        sampler = RowwiseSampler if model.row_invariant else Sampler
+        self.sampler = sampler(config.vocab_size, model.device)
         self._reader = Reader(model, self.sampler)
         shape = (num_tokens, config.hidden_size)
         self._states = zeros(shape, model.device, model.dtype)
@@ -187,7 +187,13 @@ def _row_run(item: ScheduledRun, loop: int) -> RowRun:
     return RowRun(item.sequence.table, item.start, item.num_rows, loop)
 
 
-def bytes_per_token(config: LoopedConfig, dtype: torch.dtype) -> int:
+def bytes_per_token(model: LoopedTransformer) -> int:
     """Bytes that one token slot takes: K/V of all slots, and the states in flight."""
-    states = 2 if config.input_injection else 1
-    return config.kv_bytes_per_token(dtype.itemsize) + states * config.hidden_size * dtype.itemsize
+    states = 2 if model.config.input_injection else 1
+    kv = model.config.kv_bytes_per_token(cache_dtype(model).itemsize)
+    return kv + states * model.config.hidden_size * model.dtype.itemsize
+
+
+def cache_dtype(model: LoopedTransformer) -> torch.dtype:
+    """The dtype of K and V: the model's own, but batch-invariant attention works in fp32."""
+    return torch.float32 if model.row_invariant else model.dtype

@@ -112,6 +112,21 @@ class Sampler:
         return to_device(values, torch.float32, self.device)[:, None]
 
 
+class RowwiseSampler(Sampler):
+    """Samples one row at a time, for batch-invariant engines.
+
+    A vectorised exp or log rounds otherwise than the scalar one at the end of a tensor, so on several
+    rows at once a row's result can depend on their number. An argmax can't.
+    """
+
+    def sample(self, logits: Tensor, readouts: SequenceOf[Readout]) -> Tensor:
+        """See Sampler."""
+        if len(readouts) == 1 or all(_is_plain_greedy(readout) for readout in readouts):
+            return super().sample(logits, readouts)
+        rows = zip(torch.split(logits, 1), readouts, strict=True)
+        return torch.cat([super(RowwiseSampler, self).sample(row, [readout]) for row, readout in rows])
+
+
 def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of host numbers on `device`; through pinned memory, so that no stream is waited for."""
     if device.type == "cpu":

@@ -5,6 +5,7 @@ import os
 import torch
 
 from model.engine import Engine, EngineConfig
+from model.invariant import make_invariant
 from model.loader import load_model
 from model.packed import pack_linears
 from model.protocol import GenerationRequest, SamplingParams
@@ -36,7 +37,10 @@ def build_engine(options: EngineOptions) -> Engine:
     )
     if options.quantization == "int8":
         quantize_linears(loaded.model)
-    pack_linears(loaded.model)
+    if options.deterministic:
+        make_invariant(loaded.model)
+    else:
+        pack_linears(loaded.model)
     engine = Engine(loaded.model, config)
     _warm_up(engine)
     return engine

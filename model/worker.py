@@ -55,6 +55,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     row_budget: int = 32
     kv_cache_tokens: int | None = None
     threads: int = 0
+    deterministic: bool = False  # batch-invariant arithmetic; CPU, float32 and bfloat16
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

@@ -83,6 +83,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         row_budget=settings.row_budget,
         kv_cache_tokens=settings.kv_cache_tokens,
         threads=settings.threads,
+        deterministic=settings.deterministic,
     )
 
 

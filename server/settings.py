@@ -134,6 +134,12 @@ class Settings(BaseSettings):
     threads: int = Field(
         0, json_schema_extra=ENGINE, description="CPU threads of the engine; 0: one per core", ge=0
     )
+    deterministic: bool = Field(
+        False,
+        json_schema_extra=ENGINE,
+        description="batch-invariant arithmetic: the same bits alone and in a batch, with and without "
+        "speculation; slower, on a CPU only",
+    )
 
     host: str = Field("127.0.0.1", json_schema_extra=NETWORK, description="address to listen on")
     port: int = Field(8000, json_schema_extra=NETWORK, description="port to listen on", ge=0, le=65535)

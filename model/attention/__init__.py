@@ -3,12 +3,18 @@
 from importlib.util import find_spec
 
 from model.attention.gathered import GatheredAttention
+from model.attention.invariant import InvariantAttention
 from model.attention.store import KVStore, PagedAttention
 from model.attention.viewed import ViewedAttention
 
 
-def attention_for(store: KVStore) -> PagedAttention:
-    """The fastest implementation for the device that holds the cache."""
+def attention_for(store: KVStore, row_invariant: bool = False) -> PagedAttention:
+    """The fastest implementation for the device that holds the cache.
+
+    `row_invariant` asks for one whose result for a row depends on that row alone.
+    """
+    if row_invariant:
+        return InvariantAttention(store)
     if store.device.type == "cpu":
         return ViewedAttention(store)
     if find_spec("triton") is None:
@@ -18,4 +24,11 @@ def attention_for(store: KVStore) -> PagedAttention:
     return TritonAttention(store)
 
 
-__all__ = ["GatheredAttention", "KVStore", "PagedAttention", "ViewedAttention", "attention_for"]
+__all__ = [
+    "GatheredAttention",
+    "InvariantAttention",
+    "KVStore",
+    "PagedAttention",
+    "ViewedAttention",
+    "attention_for",
+]

@@ -19,6 +19,8 @@ from model.config import LoopedConfig
 from model.layers import Attend
 from model.sampling import to_device
 
+CACHE_LINE = 64  # bytes
+
 
 class RowRun(NamedTuple):
     """Consecutive rows of a batch: positions start .. start + num_rows - 1 of one sequence at one loop.
@@ -77,8 +79,10 @@ def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> T
     """Like torch.zeros, but on the CPU the pages come from the kernel when they are first written."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
-    memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(shape)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE  # matrix products may round by where their operands begin
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
 class PagedAttention(Protocol):

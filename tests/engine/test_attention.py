@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.attention import GatheredAttention, KVStore, ViewedAttention
+from model.attention import GatheredAttention, InvariantAttention, KVStore, ViewedAttention
 from model.attention.store import RowRun
 from model.cache import PagePool, PageTable
 from model.config import LoopedConfig
@@ -65,10 +65,10 @@ def implementations() -> list[type]:
     # Imported here: conftest has asked for Triton's interpreter by now.
     from model.attention.triton_paged import TritonAttention  # noqa: PLC0415
 
-    return [GatheredAttention, ViewedAttention, TritonAttention]
+    return [GatheredAttention, ViewedAttention, InvariantAttention, TritonAttention]
 
 
-@pytest.mark.parametrize("number", range(3), ids=["gathered", "viewed", "triton"])
+@pytest.mark.parametrize("number", range(4), ids=["gathered", "viewed", "invariant", "triton"])
 @given(
     first=runs_of_one_sequence,
     second=runs_of_one_sequence,
@@ -120,6 +120,57 @@ def test_a_binding_that_only_reads_leaves_the_cache_as_it_is() -> None:
         assert torch.allclose(got, truth[0, 0, 21:24], atol=1e-5)
     assert torch.equal(store.keys[0], before[0])
     assert torch.equal(store.values[0], before[1])
+
+
+@given(
+    first=runs_of_one_sequence,
+    second=runs_of_one_sequence,
+    in_bf16=st.booleans(),
+    scattered=st.booleans(),
+    seed=st.integers(0, 3),
+    window=st.sampled_from(sorted(WINDOWS)),
+)
+@settings(max_examples=50, deadline=None)
+def test_invariant_attention_gives_a_row_the_bits_it_gets_alone(
+    first, second, in_bf16, scattered, seed, window
+):
+    """Whatever stands beside a row, and wherever its sequence's pages lie."""
+    batch, alone = (cache_and_truth(pages, seed, CONFIGS[window]) for pages in (scattered, False))
+    rows = [
+        (sequence, loop, start, count)
+        for sequence, runs in enumerate((first, second))
+        for loop, start, count in sorted(runs)
+    ]
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
+
+    def attended(side, rows) -> torch.Tensor:
+        store, tables, q, _ = side
+        runs = [RowRun(tables[sequence], start, count, loop) for sequence, loop, start, count in rows]
+        entries = store.entries(runs)
+        k, v = (cache[0].flatten(0, 1)[entries].to(dtype) for cache in (store.keys, store.values))
+        queries = torch.cat([q[s, loop, start : start + count] for s, loop, start, count in rows])
+        return InvariantAttention(store).bind(runs)(0, queries.to(dtype), k, v)
+
+    together = attended(batch, rows)
+    # The batch has stored all its rows before any row attends: so does the other cache.
+    attended(alone, rows)
+    one_by_one = [
+        attended(alone, [(s, loop, p, 1)]) for s, loop, start, n in rows for p in range(start, start + n)
+    ]
+    assert together.dtype == dtype
+    assert torch.equal(together, torch.cat(one_by_one))
+
+
+def test_what_an_earlier_owner_left_in_a_page_cannot_reach_a_row_under_the_mask() -> None:
+    """The rest of a page is read under a mask, and no mask hides a NaN: the cache never holds one."""
+    store, tables, q, truth = cache_and_truth(scattered=False, seed=2)
+    attention, bad = InvariantAttention(store), torch.full((1, KV_HEADS, DIM), torch.nan)
+    attention.bind([RowRun(tables[0], 21, 1, 2)])(0, q[0, 2, 21:22], bad, bad / 0)
+    run = RowRun(tables[0], 20, 1, 2)
+    keys, values = (cache[0].flatten(0, 1)[store.entries([run])] for cache in (store.keys, store.values))
+    assert torch.allclose(
+        attention.bind([run])(0, q[0, 2, 20:21], keys, values), truth[0, 2, 20:21], atol=1e-5
+    )
 
 
 def test_a_row_does_not_see_what_stands_behind_it() -> None:

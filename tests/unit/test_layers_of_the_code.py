@@ -12,7 +12,7 @@ ORDER = [
     {"model.families", "model.layers", "model.sequence", "model.checkpoint", "model.grammar"},
     {"model.looped", "model.sampling", "model.scheduler", "model.packed"},
     {"model.attention", "model.loader", "model.readout", "model.quantize"},
-    {"model.runner"},
+    {"model.runner", "model.invariant"},
     {"model.engine"},
     {"model.worker", "model.training"},
     {"model.serving"},
