@@ -14,6 +14,7 @@ from server.errors import install_error_handlers
 from server.logs import AccessLogMiddleware
 from server.metrics import Metrics
 from server.middleware import BodyLimitMiddleware, OriginMiddleware, RequestIdMiddleware, RootPathMiddleware
+from server.openapi import install_document
 from server.routes import chat, completions, models, operations, tokenize
 from server.settings import Settings
 from server.state import ServerState
@@ -38,6 +39,8 @@ def create_app(
         title="SPEED",
         version=operations.package_version(),
         lifespan=_lifespan,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
     )
     metrics = Metrics(engine, settings.model_names[0])
     limits = AdmissionLimits(settings.max_queued_requests, settings.max_queued_tokens)
@@ -50,16 +53,22 @@ def create_app(
         created=int(time.time()),
     )
     install_error_handlers(app)
-    _add_middleware(app, settings)
     for module in (completions, chat, tokenize, models, operations):
         app.include_router(module.router)
+    keys = load_api_keys(settings)
+    _add_middleware(app, settings, keys)
+    install_document(
+        app,
+        settings.model_names,
+        allow_unknown_fields=settings.allow_unknown_fields,
+        open_paths=open_paths(settings) if keys else None,
+    )
     return app
 
 
-def _add_middleware(app: FastAPI, settings: Settings) -> None:
+def _add_middleware(app: FastAPI, settings: Settings, keys: list[str]) -> None:
     """From the inside out: what is added last sees a request first."""
     app.add_middleware(BodyLimitMiddleware, limit=settings.body_limit)
-    keys = load_api_keys(settings)
     if keys:
         app.add_middleware(ApiKeyMiddleware, keys=keys, open_paths=open_paths(settings))
     if settings.cors_origins:  # outside of the keys: a browser asks for permission without one

@@ -6,6 +6,7 @@ from starlette.responses import Response
 from server.answers import answer
 from server.choices import Generation
 from server.formats.chat import ChatFormat
+from server.openapi import GENERATION
 from server.planning import plan_chat
 from server.schemas.chat import ChatRequest, ChatResponse
 from server.state import State, require_json
@@ -13,7 +14,12 @@ from server.state import State, require_json
 router = APIRouter(prefix="/v1", tags=["chat"])
 
 
-@router.post("/chat/completions", response_model=ChatResponse, dependencies=[Depends(require_json)])
+@router.post(
+    "/chat/completions",
+    response_model=ChatResponse,
+    responses=GENERATION,
+    dependencies=[Depends(require_json)],
+)
 async def create_chat_completion(request: Request, body: ChatRequest, state: State) -> Response:
     """Answers a conversation."""
     state.check_model(body.model)

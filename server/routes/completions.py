@@ -6,6 +6,7 @@ from starlette.responses import Response
 from server.answers import answer
 from server.choices import Generation
 from server.formats.completions import CompletionFormat
+from server.openapi import GENERATION
 from server.planning import plan_completion
 from server.schemas.completions import CompletionRequest, CompletionResponse
 from server.state import State, require_json
@@ -13,7 +14,12 @@ from server.state import State, require_json
 router = APIRouter(prefix="/v1", tags=["completions"])
 
 
-@router.post("/completions", response_model=CompletionResponse, dependencies=[Depends(require_json)])
+@router.post(
+    "/completions",
+    response_model=CompletionResponse,
+    responses=GENERATION,
+    dependencies=[Depends(require_json)],
+)
 async def create_completion(request: Request, body: CompletionRequest, state: State) -> Response:
     """Continues one or more prompts."""
     state.check_model(body.model)

@@ -3,6 +3,7 @@
 from fastapi import APIRouter
 
 from server.errors import UnavailableError
+from server.openapi import errors
 from server.schemas.models import ModelCard, ModelList
 from server.state import ServerState, State
 
@@ -15,7 +16,7 @@ async def list_models(state: State) -> ModelList:
     return ModelList(data=[_card(name, state) for name in state.settings.model_names])
 
 
-@router.get("/models/{name:path}", response_model_exclude_none=True)
+@router.get("/models/{name:path}", response_model_exclude_none=True, responses=errors(404))
 async def get_model(name: str, state: State) -> ModelCard:
     """One name; names may contain slashes."""
     state.check_model(name)

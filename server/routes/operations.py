@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
 from server.metrics import CONTENT_TYPE
+from server.openapi import errors
 from server.state import State
 
 router = APIRouter(tags=["operations"])
@@ -25,7 +26,7 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/ready")
+@router.get("/ready", responses=errors(503))
 async def ready(state: State) -> dict[str, str]:
     """Whether a request would be served now; 503 with the reason if not."""
     state.batcher.check_ready()

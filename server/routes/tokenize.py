@@ -3,12 +3,15 @@
 import anyio.to_thread
 from fastapi import APIRouter, Depends
 
+from server.openapi import JSON_BODY, errors
 from server.prompts import check_vocabulary, conversation_ids
 from server.schemas.base import RequestModel
 from server.schemas.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from server.state import ServerState, State, require_json
 
-router = APIRouter(tags=["tokenize"], dependencies=[Depends(require_json)])
+router = APIRouter(
+    tags=["tokenize"], dependencies=[Depends(require_json)], responses=errors(*JSON_BODY, 500, 503)
+)
 
 
 @router.post("/tokenize")

@@ -7,7 +7,9 @@ Invariant: no field is dropped in silence. One that is unknown stays in `model_e
 from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from server.errors import UnknownFieldError, UnsupportedFieldError
 
@@ -23,6 +25,15 @@ def _check_unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(_check_unicode)]
 NonEmpty = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
+
+
+def _allow_null(schema: JsonSchemaValue) -> None:
+    if "$ref" in schema:
+        schema["anyOf"] = [{"$ref": schema.pop("$ref")}]
+    if "anyOf" not in schema:
+        schema["type"] = [schema["type"], "null"]
+    elif {"type": "null"} not in schema["anyOf"]:
+        schema["anyOf"].append({"type": "null"})
 
 
 class RequestModel(BaseModel):
@@ -44,6 +55,15 @@ class RequestModel(BaseModel):
             for name, value in data.items()
             if value is not None or not (name in cls.model_fields or name in aliases)
         }
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Says of every field that may be absent that it may be null."""
+        schema = handler.resolve_ref_schema(handler(core))
+        for name, field in schema.get("properties", {}).items():
+            if name not in schema.get("required", []):
+                _allow_null(field)
+        return schema
 
     def parts(self) -> Iterator["RequestModel"]:
         """The bodies within this one."""
