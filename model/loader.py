@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from model.checkpoint import CheckpointError, StoredTensor, read_json, read_tensors, stored_tensors
 from model.config import LoopedConfig
+from model.ending import ending_tokens
 from model.families import Family, Place, families_of, family_of, nanbeige
 from model.hub import SINGLE_FILE
 from model.looped import LoopedTransformer
@@ -102,13 +103,21 @@ class _Checkpoint(NamedTuple):
     config: LoopedConfig
 
 
-def load_config(path: str | Path) -> LoopedConfig:
-    """The config of a checkpoint folder; raises CheckpointError or ConfigError, both ValueError."""
-    return _open(path).config
+def load_config(path: str | Path, *, generation_config: bool = True) -> LoopedConfig:
+    """The config of a checkpoint folder; raises CheckpointError or ConfigError, both ValueError.
+
+    Its `eos_token_ids` are those of every file that names some; `generation_config` false leaves out
+    generation_config.json.
+    """
+    return _open(path, generation_config).config
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    *,
+    generation_config: bool = True,
 ) -> LoadedModel:
     """Loads a checkpoint folder onto a device; "auto" is float32 on the CPU and bfloat16 elsewhere.
 
@@ -118,7 +127,7 @@ def load_model(
     """
     wanted_device = _device(device)
     wanted_dtype = _dtype(dtype, wanted_device)
-    checkpoint = _open(path)
+    checkpoint = _open(path, generation_config)
     stored = stored_tensors(checkpoint.folder)
     model = _without_weights(checkpoint, stored)
     places = _matched(checkpoint, model, stored)
@@ -149,14 +158,16 @@ def save_checkpoint(model: LoopedTransformer, folder: Path, dtype: torch.dtype) 
     os.replace(text, folder / CONFIG_FILE)
 
 
-def _open(path: str | Path) -> _Checkpoint:
+def _open(path: str | Path, generation_config: bool = True) -> _Checkpoint:
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{str(path)!r} is not a local folder; a folder with {CONFIG_FILE} is wanted")
     raw = read_json(folder / CONFIG_FILE)
     # Only headers are read, and only where config.json leaves a choice.
     family = family_of(raw, stored_tensors(folder) if len(families_of(raw)) > 1 else ())
-    return _Checkpoint(folder, family, family.read_config(raw))
+    config = family.read_config(raw)
+    ending = ending_tokens(folder, config, read_json, generation_config=generation_config)
+    return _Checkpoint(folder, family, replace(config, eos_token_ids=ending))
 
 
 def _without_weights(checkpoint: _Checkpoint, stored: dict[str, StoredTensor]) -> LoopedTransformer:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Modules of the engine from the bottom up; one may import itself and what stands before it.
 ORDER = [
     {"model.config", "model.protocol", "model.cache", "model.wave", "model.hub"},
-    {"model.families", "model.layers", "model.sequence", "model.checkpoint", "model.grammar"},
+    {"model.families", "model.layers", "model.sequence", "model.checkpoint", "model.grammar", "model.ending"},
     {"model.looped", "model.sampling", "model.scheduler", "model.packed"},
     {"model.attention", "model.loader", "model.readout", "model.quantize"},
     {"model.runner", "model.invariant"},
@@ -19,7 +19,7 @@ ORDER = [
 ]
 PURE = (
     *("model.wave", "model.scheduler", "model.cache", "model.sequence", "model.protocol", "model.config"),
-    *("model.hub",),
+    *("model.hub", "model.ending"),
 )
 
 
