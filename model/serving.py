@@ -22,7 +22,12 @@ def build_engine(options: EngineOptions) -> Engine:
     device = resolve_device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-    loaded = load_model(options.model_path, device=device, dtype=options.dtype)
+    loaded = load_model(
+        options.model_path,
+        device=device,
+        dtype=options.dtype,
+        generation_config=options.generation_config,
+    )
     limits = SchedulerLimits(
         max_num_seqs=options.max_num_seqs,
         prefill_chunk_size=options.prefill_chunk_size,

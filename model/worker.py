@@ -48,6 +48,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"  # auto, cpu, cuda, cuda:i
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     quantization: str = "none"  # none, int8
+    generation_config: bool = True  # whether generation_config.json names ending tokens
     draft_depths: tuple[int, ...] | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 32

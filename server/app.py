@@ -10,6 +10,7 @@ from model.protocol import Engine
 from server.auth import ApiKeyMiddleware, load_api_keys, open_paths
 from server.batcher import AdmissionLimits, RequestBatcher
 from server.chat_template import ChatTemplate
+from server.defaults import NO_DEFAULTS, SamplingDefaults
 from server.errors import install_error_handlers
 from server.logs import AccessLogMiddleware
 from server.metrics import Metrics
@@ -32,7 +33,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def create_app(
-    engine: Engine, tokenizer: TextCodec, settings: Settings, chat_template: ChatTemplate | None = None
+    engine: Engine,
+    tokenizer: TextCodec,
+    settings: Settings,
+    chat_template: ChatTemplate | None = None,
+    defaults: SamplingDefaults = NO_DEFAULTS,
 ) -> FastAPI:
     """An application that starts and closes `engine` with its lifespan."""
     app = FastAPI(
@@ -49,6 +54,7 @@ def create_app(
         metrics=metrics,
         codec=tokenizer,
         chat_template=chat_template,
+        defaults=defaults,
         settings=settings,
         created=int(time.time()),
     )

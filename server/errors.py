@@ -4,7 +4,8 @@
     ├── InvalidRequestError         400  a field is wrong (param names it)
     │   ├── UnsupportedFieldError   400  unsupported_field: of OpenAI's API, but not served here
     │   ├── UnknownFieldError       400  unknown_field
-    │   └── ContextLengthError      400  context_length_exceeded
+    │   ├── ContextLengthError      400  context_length_exceeded
+    │   └── NoTokenizerError        400  no_tokenizer: the model is served by token ids
     ├── AuthenticationError         401  invalid_api_key, WWW-Authenticate
     ├── ForbiddenOriginError        403  forbidden_origin: a browser asks for a page that may not call
     ├── ModelNotFoundError          404  model_not_found
@@ -86,6 +87,19 @@ class UnknownFieldError(InvalidRequestError):
         super().__init__(
             f"unknown field {quote(field)}; the server was started without --allow-unknown-fields",
             param=field[:MAX_QUOTE],
+        )
+
+
+class NoTokenizerError(InvalidRequestError):
+    """The field means text, but the model came without a tokenizer."""
+
+    code = "no_tokenizer"
+
+    def __init__(self, field: str) -> None:
+        super().__init__(
+            f"{field}: the model came without a tokenizer.json, so this server knows token ids only: send "
+            "prompt as a list of ids, and return_token_ids: true to get ids back",
+            param=field,
         )
 
 

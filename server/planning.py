@@ -44,6 +44,7 @@ async def plan_completion(
             param="prompt" if len(body.prompts) > max_sequences else each,
         )
     check_against_model(body, info)
+    _check_text_fields(body, codec)
     return await _plan("cmpl", "prompt", body, info, lambda: encode_completion(body, codec, info))
 
 
@@ -58,6 +59,7 @@ async def plan_chat(
     if body.n > max_sequences:
         raise InvalidRequestError(f"n is {body.n}; one request may have {max_sequences}", param="n")
     check_against_model(body, info)
+    codec.check_text("messages")
     return await _plan("chatcmpl", "messages", body, info, lambda: encode_chat(body, codec, template, info))
 
 
@@ -184,6 +186,19 @@ def check_against_model(fields: SamplingFields, info: EngineInfo) -> None:
 def _is_token_id(key: str, vocab_size: int) -> bool:
     # The length first: int() of a very long string of digits raises.
     return key.isascii() and key.isdigit() and len(key) < 20 and int(key) < vocab_size
+
+
+def _check_text_fields(body: CompletionRequest, codec: TextCodec) -> None:
+    """Raises NoTokenizerError for a field that means text where the model has no tokenizer."""
+    for field, is_given in {
+        "prompt": any(isinstance(prompt, str) for prompt in body.prompts),
+        "suffix": body.suffix,
+        "echo": body.echo,
+        "stop": body.stop_strings,
+        "structured_outputs" if body.structured_outputs else "response_format": body.grammar,
+    }.items():
+        if is_given:
+            codec.check_text(field)
 
 
 def _check_grammar(fields: SamplingFields) -> None:

@@ -19,9 +19,10 @@ from model.worker import EngineOptions, EngineProcess
 from server.app import create_app
 from server.batcher import RequestBatcher
 from server.chat_template import ChatTemplateError, load_chat_template
+from server.defaults import NO_DEFAULTS, load_defaults
 from server.logs import configure_logging
 from server.settings import Settings, SettingsError
-from server.tokenizer import TextCodec
+from server.tokenizer import load_codec
 
 LOAD_FAILED = 2  # exit status, that of any other option that cannot work
 FINAL_FRAMES_TIMEOUT = 3  # seconds for aborted requests to be answered
@@ -76,6 +77,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         device=settings.device,
         dtype=settings.dtype,
         quantization=settings.quantization,
+        generation_config=settings.generation_config == "auto",
         draft_depths=settings.draft_depths,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
@@ -96,8 +98,10 @@ def serve(settings: Settings) -> int:
     except (OSError, ChatTemplateError) as error:
         print(f"speed: error: the chat template cannot be used: {error}", file=sys.stderr)
         return LOAD_FAILED
+    folder = Path(settings.model)
+    defaults = load_defaults(folder) if settings.generation_config == "auto" else NO_DEFAULTS
     engine = EngineProcess(engine_options(settings))
-    app = create_app(engine, TextCodec.from_folder(Path(settings.model)), settings, template)
+    app = create_app(engine, load_codec(folder), settings, template, defaults)
     config = uvicorn_config(app, settings)
     server = EngineServer(config, app.state.server.batcher, settings.shutdown_timeout, engine)
     server.run()

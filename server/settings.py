@@ -88,6 +88,12 @@ class Settings(BaseSettings):
         json_schema_extra=MODEL,
         description="file with the Jinja template that makes a prompt of messages; default: the model's",
     )
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        json_schema_extra=MODEL,
+        description="auto: the model's generation_config.json gives the defaults of temperature, top_p, "
+        "top_k, min_p and repetition_penalty, and ending tokens; none: it is not read",
+    )
     device: str = Field(
         "auto",
         json_schema_extra=MODEL,

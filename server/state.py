@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 
 from server.batcher import RequestBatcher
 from server.chat_template import ChatTemplate
+from server.defaults import SamplingDefaults
 from server.errors import ModelNotFoundError, UnsupportedMediaTypeError, quote
 from server.metrics import Metrics
 from server.settings import Settings
@@ -21,6 +22,7 @@ class ServerState:
     metrics: Metrics
     codec: TextCodec
     chat_template: ChatTemplate | None
+    defaults: SamplingDefaults
     settings: Settings
     created: int
 

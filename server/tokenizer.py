@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the model's tokenizer.json; knows nothing about models or requests.
+"""Text to token ids and back, by the model's tokenizer.json, or the null object where there is none.
 
 Not `transformers.AutoTokenizer`: that imports torch, and the API process never does.
 """
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
+
+from server.errors import NoTokenizerError
+from server.settings import SettingsError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 TOKENS_REMEMBERED = 2**16  # whose bytes are kept: those beside a chosen token are often the same ones
@@ -50,6 +53,9 @@ class TextCodec:
     def from_folder(cls, folder: Path) -> "TextCodec":
         """The tokenizer of the model in `folder`; raises OSError or ValueError if it is unreadable."""
         return cls(Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes()))
+
+    def check_text(self, field: str) -> None:
+        """Raises NoTokenizerError if `field`, which means text, cannot be served. Here it always can."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, with the special tokens that tokenizer.json's post-processor adds if wanted."""
@@ -108,6 +114,48 @@ class TextCodec:
             if len(ids) == len(pieces):
                 return FillTokens(*ids)
         return None
+
+
+class TokenIdCodec(TextCodec):
+    """In the place of the tokenizer that a model came without: ids in, ids out, and all text is empty."""
+
+    def __init__(self) -> None:
+        self.fill_tokens = None
+        self.token_bytes = lru_cache(TOKENS_REMEMBERED)(self._token_bytes)
+
+    def check_text(self, field: str) -> None:
+        """Raises NoTokenizerError."""
+        raise NoTokenizerError(field)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:  # noqa: ARG002
+        """Raises NoTokenizerError."""
+        raise NoTokenizerError("prompt")
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:  # noqa: ARG002
+        """Nothing."""
+        return ""
+
+    def piece(self, token_id: int) -> str:  # noqa: ARG002
+        """Nothing."""
+        return ""
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        """A name for the token, as vLLM writes it; log-probabilities need one for each."""
+        return f"token_id:{token_id}".encode()
+
+
+def load_codec(folder: Path) -> TextCodec:
+    """The tokenizer of the model in `folder`, or what stands for one that it lacks.
+
+    Raises SettingsError for a tokenizer.json that cannot be read.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return TokenIdCodec()
+    try:
+        return TextCodec.from_folder(folder)
+    except Exception as error:  # the library raises no narrower class
+        raise SettingsError(f"{file} is not a readable tokenizer: {error}") from None
 
 
 def printable(token: bytes) -> str:

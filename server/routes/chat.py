@@ -24,6 +24,7 @@ async def create_chat_completion(request: Request, body: ChatRequest, state: Sta
     """Answers a conversation."""
     state.check_model(body.model)
     body.reject_extra_fields(allow_unknown=state.settings.allow_unknown_fields)
+    body = state.defaults.apply(body)
     info = state.batcher.admit()
     plan = await plan_chat(body, state.codec, state.chat_template, info, state.batcher.max_queued_requests)
     generation = Generation.start(body, plan, state.codec, state.batcher)

@@ -24,6 +24,7 @@ async def create_completion(request: Request, body: CompletionRequest, state: St
     """Continues one or more prompts."""
     state.check_model(body.model)
     body.reject_extra_fields(allow_unknown=state.settings.allow_unknown_fields)
+    body = state.defaults.apply(body)
     info = state.batcher.admit()
     plan = await plan_completion(body, state.codec, info, state.batcher.max_queued_requests)
     generation = Generation.start(body, plan, state.codec, state.batcher)

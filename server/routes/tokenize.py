@@ -28,6 +28,7 @@ async def tokenize(body: TokenizeRequest, state: State) -> TokenizeResponse:
 async def detokenize(body: DetokenizeRequest, state: State) -> DetokenizeResponse:
     """The text of tokens."""
     _check(body, body.model, state)
+    state.codec.check_text("tokens")
     check_vocabulary("tokens", body.tokens, state.batcher.engine_info().vocab_size)
 
     def decode() -> str:

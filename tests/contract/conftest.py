@@ -12,7 +12,9 @@ from starlette.types import Message
 
 from server.app import create_app
 from server.chat_template import ChatTemplate
+from server.defaults import NO_DEFAULTS, SamplingDefaults
 from server.settings import Settings
+from server.tokenizer import TextCodec
 from tests.fake_engine import FakeEngine
 from tests.text_tools import byte_codec, ids_of
 
@@ -23,10 +25,15 @@ class Served:
     """A running application with its engine and a client."""
 
     def __init__(
-        self, engine: FakeEngine, settings: Settings, chat_template: ChatTemplate | None = None
+        self,
+        engine: FakeEngine,
+        settings: Settings,
+        chat_template: ChatTemplate | None = None,
+        codec: TextCodec | None = None,
+        defaults: SamplingDefaults = NO_DEFAULTS,
     ) -> None:
         self.engine = engine
-        self.app = create_app(engine, byte_codec(), settings, chat_template)
+        self.app = create_app(engine, codec or byte_codec(), settings, chat_template, defaults)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=10)
 
@@ -118,10 +125,15 @@ async def until(condition: Callable[[], object]) -> None:
 
 @asynccontextmanager
 async def serving(
-    engine: FakeEngine | None = None, *, chat_template: ChatTemplate | None = None, **options: Any
+    engine: FakeEngine | None = None,
+    *,
+    chat_template: ChatTemplate | None = None,
+    codec: TextCodec | None = None,
+    defaults: SamplingDefaults = NO_DEFAULTS,
+    **options: Any,
 ) -> AsyncIterator[Served]:
     engine = engine or FakeEngine(lambda _: ids_of(TEXT))
-    served = Served(engine, Settings(**options), chat_template)
+    served = Served(engine, Settings(**options), chat_template, codec, defaults)
     async with served.app.router.lifespan_context(served.app), served.client:
         yield served
 

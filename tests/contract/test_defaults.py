@@ -1,0 +1,84 @@
+"""generation_config.json: the model's values for fields that a client leaves out."""
+
+import json
+
+import pytest
+
+from server.chat_template import ChatTemplate
+from server.defaults import NO_DEFAULTS, load_defaults
+from server.settings import SettingsError
+from tests.contract.conftest import serving
+
+CONFIG = {
+    "_from_model_config": True,
+    "do_sample": True,
+    "eos_token_id": [0, 2],
+    "max_new_tokens": 5,
+    "temperature": 0.6,
+    "top_k": 20,
+    "top_p": 0.95,
+    "min_p": None,
+    "repetition_penalty": 1.05,
+    "transformers_version": "4.55.0",
+}
+
+
+def defaults(folder, content):
+    (folder / "generation_config.json").write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
+    return load_defaults(folder)
+
+
+@pytest.fixture
+async def served(tmp_path):
+    async with serving(defaults=defaults(tmp_path, CONFIG)) as one:
+        yield one
+
+
+async def sampling(served, path="/v1/completions", **fields):
+    response = await served.post(path, **fields)
+    assert response.status_code == 200, response.text
+    params = served.engine.requests[-1].sampling
+    return params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty
+
+
+async def test_what_the_client_leaves_out_is_the_models(served):
+    assert await sampling(served) == (0.6, 20, 0.95, 0.0, 1.05)
+    assert await sampling(served, temperature=None) == (0.6, 20, 0.95, 0.0, 1.05)
+
+
+async def test_what_the_client_sends_wins_even_if_it_is_the_apis_default(served):
+    assert await sampling(served, temperature=0, top_p=1.0) == (0, 20, 1.0, 0.0, 1.05)
+    assert await sampling(served, top_k=0, min_p=0.1, repetition_penalty=1) == (0.6, 0, 0.95, 0.1, 1)
+
+
+async def test_chats_have_the_same_defaults(tmp_path):
+    template = ChatTemplate("{{ messages[0].content }}")
+    async with serving(defaults=defaults(tmp_path, CONFIG), chat_template=template) as served:
+        messages = [{"role": "user", "content": "hi"}]
+        absent = {"prompt": ..., "max_tokens": ...}
+        values = await sampling(served, "/v1/chat/completions", messages=messages, **absent)
+        assert values == (0.6, 20, 0.95, 0.0, 1.05)
+
+
+async def test_without_the_file_the_apis_own(served, tmp_path):
+    assert load_defaults(tmp_path / "elsewhere") is NO_DEFAULTS
+    async with serving() as plain:
+        assert await sampling(plain) == (1.0, 0, 1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("{", "not a JSON object"),
+        ("[]", "not a JSON object"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_p": "high"}, "top_p is 'high'"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+    ],
+)
+def test_a_value_that_no_client_could_send_is_an_error_at_the_start(tmp_path, content, part):
+    with pytest.raises(SettingsError, match=part) as caught:
+        defaults(tmp_path, content)
+    assert "generation_config.json" in str(caught.value)

@@ -1,0 +1,69 @@
+"""Every golden folder through the HTTP application, by token ids, since none has a tokenizer.
+
+Greedy continuations at the model's depth and below, with speculation on and off, alone and in a batch
+with other lengths, are the reference's. The vectors lie in shared/golden beside the repository.
+"""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from model import load_model
+from model.engine import Engine, EngineConfig
+from server.app import create_app
+from server.settings import Settings
+from server.tokenizer import load_codec
+from tests.local_engine import LocalEngine
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+FOLDERS = sorted(folder for folder in GOLDEN.glob("*") if folder.is_dir())
+
+
+@asynccontextmanager
+async def serving(folder):
+    """A client of an application over the folder's model."""
+    engine = Engine(load_model(folder).model, EngineConfig(max_model_len=128, kv_cache_tokens=4096))
+    app = create_app(LocalEngine(engine), load_codec(folder), Settings(model=str(folder)))
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60)
+    async with app.router.lifespan_context(app), client:
+        yield client
+
+
+async def complete(client, folder, **fields):
+    """Continuations by prompt; each is greedy and of 64 tokens unless `fields` say otherwise."""
+    body = {"model": folder.name, "max_tokens": 64, "temperature": 0, "ignore_eos": True, **fields}
+    answer = await client.post("/v1/completions", json={**body, "return_token_ids": True})
+    assert answer.status_code == 200, answer.text
+    choices = answer.json()["choices"]
+    assert {choice["text"] for choice in choices} == {""}
+    return [choice["token_ids"] for choice in choices]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+async def test_greedy_continuations_are_the_references(folder):
+    expected = json.loads((folder / "expected.json").read_text())
+    prompts = list(expected["prompts"].values())
+
+    def wanted(depth):
+        return [expected["greedy"][name][f"depth_{depth}"] for name in expected["prompts"]]
+
+    loops = expected["loops"]
+    async with serving(folder) as client:
+        for speculation in (True, False):
+            together = await complete(client, folder, prompt=prompts, speculation=speculation)
+            assert together == wanted(loops)
+            alone = await complete(client, folder, prompt=prompts[-1], speculation=speculation)
+            assert alone == wanted(loops)[-1:]
+        depths = [complete(client, folder, prompt=prompts, num_loops=d) for d in range(1, loops)]
+        assert await asyncio.gather(*depths) == [wanted(depth) for depth in range(1, loops)]
+
+
+def test_vectors_are_there():
+    """Without this, a moved folder would turn the test above into nothing."""
+    if not GOLDEN.is_dir():
+        pytest.skip("no shared/golden beside the repository")
+    assert len(FOLDERS) >= 12
