@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from bench.breakdown import break_down
 from bench.prompts import prompts_for
-from model.engine import Engine
+from model.drafts import POLICIES
+from model.engine import DEFAULT_POLICY, Engine
 from model.looped import LoopedTransformer
 from model.protocol import GenerationRequest, SamplingParams, SequenceStats
 from model.serving import build_engine
@@ -48,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--draft-depths", default=None, help="comma-separated (default: the model's)")
     parser.add_argument("--deterministic", action="store_true", help="batch-invariant arithmetic")
+    parser.add_argument("--draft-policy", default=DEFAULT_POLICY, choices=POLICIES)
+    parser.add_argument(
+        "--row-budget", type=int, default=32, help="rows of a pass; a fixed one: passes repeat exactly"
+    )
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128)
@@ -67,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             draft_depths=depths,
             deterministic=args.deterministic,
+            draft_policy=args.draft_policy,
+            row_budget=args.row_budget,
+            prefix_caching=False,  # the same prompts run again and again
         )
     )
     vocab_size = engine.model.config.vocab_size
@@ -74,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     info = engine.info
     print(f"{args.model}: {info.family}, {info.num_loops} loops, {info.dtype} on {info.device}")
     report: dict[str, object] = {
+        "draft_policy": info.draft_policy,
         "draft_depths": info.draft_depths,
         "dtype": info.dtype,
         "device": info.device,

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model.cache import PagePool
+from model.cache import PagePool, PrefixKeys
+from model.cost import FixedBudget
+from model.drafts import POLICIES, Experience, make_policy, policy_depths
 from model.looped import LoopedTransformer
 from model.protocol import EngineInfo, EngineStats, GenerationRequest, SequenceStats, TokenEvent
 from model.runner import Runner, bytes_per_token
-from model.scheduler import Scheduler, SchedulerLimits
+from model.scheduler import DEFAULT_ROW_BUDGET, Scheduler, SchedulerLimits
 from model.sequence import Sequence
 from model.wave import Wave
 
 PAGE_SIZE = 16  # positions
 CPU_CACHE_SHARE, GPU_CACHE_SHARE = 0.25, 0.85  # of the memory free when the model is loaded
+DEFAULT_POLICY = "adaptive"
 
 
 class EngineConfigError(ValueError):
@@ -33,8 +36,11 @@ class EngineConfig:
     """Options of an engine; None means the model's own or what fits."""
 
     draft_depths: tuple[int, ...] | None = None
+    draft_policy: str = DEFAULT_POLICY
     max_model_len: int | None = None  # tokens
     kv_cache_tokens: int | None = None
+    kv_cache_memory: int | None = None  # bytes; `kv_cache_tokens` goes first
+    row_budget: int = DEFAULT_ROW_BUDGET
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
 
 
@@ -46,14 +52,11 @@ class Engine:
         self.model = model
         self.max_model_len = _max_model_len(model, config)
         self.draft_depths = _draft_depths(model, config)
-        num_tokens = config.kv_cache_tokens or self._tokens_that_fit(config.limits.max_num_seqs)
-        if num_tokens < self.max_model_len:
-            raise EngineConfigError(
-                f"kv_cache_tokens {num_tokens} is below max_model_len {self.max_model_len}: "
-                "one request at full context would not fit"
-            )
-        self.pool = PagePool(-(-num_tokens // PAGE_SIZE), PAGE_SIZE)
-        self.scheduler = Scheduler(self.pool, config.limits)
+        self._given_depths = None if config.draft_depths is None else self.draft_depths
+        self.draft_policy = _known_policy(config.draft_policy)
+        self.experience = Experience.none()
+        self.pool = PagePool(-(-self._num_cache_tokens(config) // PAGE_SIZE), PAGE_SIZE)
+        self.scheduler = Scheduler(self.pool, config.limits, FixedBudget(config.row_budget))
         self.runner = Runner(model, self.pool.num_tokens)
         self._answered: list[TokenEvent] = []  # events that need no pass
 
@@ -66,22 +69,38 @@ class Engine:
             vocab_size=config.vocab_size,
             max_model_len=self.max_model_len,
             num_loops=config.num_loops,
-            draft_depths=list(self.draft_depths),
+            draft_depths=sorted(self._depths(self.draft_policy, config.num_loops)),
             eos_token_ids=list(config.eos_token_ids),
             device=str(self.model.device),
             dtype=str(self.model.dtype).removeprefix("torch."),
             kv_cache_tokens=self.pool.num_tokens,
             max_num_seqs=self.scheduler.limits.max_num_seqs,
             deterministic=self.model.row_invariant,
+            draft_policy=self.draft_policy,
+            draft_policies=list(POLICIES),
+            row_budget=self.scheduler.cost.most_rows,
         )
 
     @property
     def stats(self) -> EngineStats:
         """Gauges and counters for the metrics."""
+        scheduler, counts = self.scheduler, self.scheduler.counts
         return EngineStats(
-            num_requests_running=len(self.scheduler.running),
-            num_requests_waiting=self.scheduler.num_waiting,
-            row_budget=self.scheduler.limits.row_budget,
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=scheduler.num_waiting,
+            kv_cache_usage=1.0 - self.pool.num_free_pages / self.pool.num_pages,
+            rows_in_flight=scheduler.num_rows_in_flight,
+            row_budget=scheduler.cost.most_rows,
+            passes=counts.passes,
+            pass_rows=dict(counts.pass_rows),
+            prompt_tokens=counts.prompt_tokens,
+            generation_tokens=counts.generation_tokens,
+            draft_tokens=counts.accepted_drafts + counts.rejected_drafts,
+            accepted_tokens=counts.accepted_drafts,
+            flushes=dict(counts.flushes),
+            prefix_cache_queries=counts.prefix_queries,
+            prefix_cache_hits=counts.prefix_hits,
+            preemptions=counts.preemptions,
         )
 
     @property
@@ -135,14 +154,21 @@ class Engine:
 
     def _sequence(self, request: GenerationRequest) -> Sequence:
         eos = () if request.ignore_eos else self.model.config.eos_token_ids
+        num_loops = request.num_loops or self.model.config.num_loops
+        name = (request.draft_policy or self.draft_policy) if request.speculation else "none"
         wave = Wave(
             request.prompt_token_ids,
-            num_loops=request.num_loops or self.model.config.num_loops,
-            draft_depths=self.draft_depths if request.speculation else (),
+            num_loops=num_loops,
+            policy=make_policy(name, self._depths(name, num_loops), self.experience),
             length_limit=min(len(request.prompt_token_ids) + request.max_tokens, self.max_model_len),
             ending_tokens=frozenset(eos) | frozenset(request.stop_token_ids),
         )
-        return Sequence(request, wave)
+        noise = request.sampling.seed if self.model.config.has_noisy_start else ""
+        salt = f"{num_loops}\n{noise}\n{request.cache_salt}"  # all that K/V depends on beside the tokens
+        return Sequence(request, wave, PrefixKeys(salt, PAGE_SIZE))
+
+    def _depths(self, policy: str, num_loops: int) -> frozenset[int]:
+        return policy_depths(policy, num_loops, self.draft_depths, self._given_depths)
 
     def _problem(self, request: GenerationRequest) -> str | None:
         """Why a request cannot be served, or None. The server checks the same with better words."""
@@ -160,6 +186,8 @@ class Engine:
             )
         if request.num_loops is not None and not 1 <= request.num_loops <= loops:
             return f"num_loops {request.num_loops} is outside 1..{loops}"
+        if request.draft_policy not in {None, *POLICIES}:
+            return f"draft_policy {request.draft_policy!r} is not known; {', '.join(POLICIES)} are"
         return None
 
     def _answer(self, request: GenerationRequest, error: str | None = None) -> None:
@@ -172,16 +200,30 @@ class Engine:
             )
         )
 
-    def _tokens_that_fit(self, max_num_seqs: int) -> int:
-        """Token slots for `max_num_seqs` full contexts, or fewer if memory is short."""
+    def _num_cache_tokens(self, config: EngineConfig) -> int:
+        """Token slots of the cache; by default `max_num_seqs` full contexts, or what memory allows.
+
+        Raises EngineConfigError when not even one request at full context would fit.
+        """
         each = bytes_per_token(self.model)
-        fit = int(_memory_for_cache(self.model.device) / each)
+        memory = config.kv_cache_memory or _memory_for_cache(self.model.device)
+        fit = int(memory / each)
+        if config.kv_cache_tokens is not None:
+            fit = config.kv_cache_tokens
+        elif config.kv_cache_memory is None:
+            fit = min(fit, self.max_model_len * config.limits.max_num_seqs)
         if fit < self.max_model_len:
             raise EngineConfigError(
-                f"max_model_len {self.max_model_len} needs {self.max_model_len * each} bytes of KV cache, "
-                f"{fit * each} are free: lower max_model_len to {fit} or less"
+                f"max_model_len {self.max_model_len} needs {self.max_model_len * each} bytes of KV cache for "
+                f"one request, {fit * each} are there ({fit} tokens): lower max_model_len or give more memory"
             )
-        return min(fit, self.max_model_len * max_num_seqs)
+        return fit
+
+
+def _known_policy(name: str) -> str:
+    if name not in POLICIES:
+        raise EngineConfigError(f"draft_policy {name!r} is not known; {', '.join(POLICIES)} are")
+    return name
 
 
 def _max_model_len(model: LoopedTransformer, config: EngineConfig) -> int:

@@ -37,7 +37,7 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, batch: SequenceOf[ScheduledRun]) -> list[int]:
-        """Runs one loop for every row; the tokens that the readouts predict, in the batch's order.
+        """Runs one loop for every row; the tokens that the readouts predict, in order.
 
         Writes K/V and states of the rows' positions, and the log-probabilities that requests ask for to
         their sequences. Waits for the device once if there is a readout.
@@ -86,7 +86,7 @@ class Runner:
         """
         due = batch
         if self.model.config.num_coda_layers:
-            due = [item for item in batch if item.readout or _is_last_loop(item)]
+            due = [item for item in batch if item.num_readouts or _is_last_loop(item)]
         rows = _rows_read_out(due, prompts)
         if not self.model.config.num_coda_layers:
             picked = state if len(rows) == len(state) and not prompts else state[self._tensor(rows)]
@@ -147,9 +147,9 @@ def _is_last_loop(item: ScheduledRun) -> bool:
 
 def _readouts(item: ScheduledRun) -> list[Readout]:
     """The readouts of a run that predict tokens."""
-    if not item.readout:
-        return []
-    return [Readout(item.sequence, item.start + item.num_rows, _is_last_loop(item))]
+    end, is_last = item.start + item.num_rows, _is_last_loop(item)
+    positions = range(end - item.num_readouts + 1, end + 1)
+    return [Readout(item.sequence, position, is_last) for position in positions]
 
 
 def _prompt_readout(item: ScheduledRun) -> PromptReadout | None:
@@ -167,8 +167,7 @@ def _rows_read_out(due: SequenceOf[ScheduledRun], prompts: SequenceOf[PromptRead
     for item in due:
         starts[item.sequence, item.start] = total
         total += item.num_rows
-        if item.readout:
-            rows.append(total - 1)
+        rows.extend(range(total - item.num_readouts, total))
     for prompt in prompts:
         start = starts[prompt.sequence, prompt.start]
         rows.extend(range(start, start + prompt.num_rows))

@@ -6,18 +6,27 @@ log-probabilities here), read by the runner.
 
 from typing import NamedTuple
 
-from model.cache import PageTable
+from model.cache import PageTable, PrefixKeys
 from model.protocol import GenerationRequest, SequenceStats, TokenLogprobs
 from model.wave import Wave
 
 
 class Sequence:
-    """One request on its way: its wave, its pages (None while it waits), what it has cost."""
+    """One request on its way: its wave, its pages (None while it waits), what it has cost.
 
-    def __init__(self, request: GenerationRequest, wave: Wave) -> None:
+    `rank` orders sequences: the smaller one is served first and pre-empted last.
+    """
+
+    def __init__(self, request: GenerationRequest, wave: Wave, keys: PrefixKeys) -> None:
         self.request = request
         self.wave = wave
+        self.keys = keys
         self.table: PageTable | None = None
+        self.rank: tuple[int, int] = (request.priority, 0)
+        self.arrived_at = 0.0  # seconds of a monotonic clock
+        self.queue_seconds: float | None = None  # until it was first admitted
+        self.num_cached = 0  # prompt tokens found in the prefix cache
+        self.preemptions = 0
         self.passes = 0
         self.rows = 0
         self.logprobs: dict[int, TokenLogprobs] = {}  # by position, what the last depth said, until taken
@@ -52,17 +61,20 @@ class Sequence:
             rows=self.rows,
             accepted_drafts=self.wave.accepted_drafts,
             rejected_drafts=self.wave.rejected_drafts,
+            cached_prompt_tokens=self.num_cached,
+            preemptions=self.preemptions,
+            queue_seconds=self.queue_seconds or 0.0,
         )
 
 
 class ScheduledRun(NamedTuple):
     """Rows of one sequence in this pass: `num_rows` positions from `start`, running loop `loop` (0..R-1).
 
-    `readout`: the last of them predicts the token behind it.
+    `num_readouts`: so many of the last ones predict the token behind theirs.
     """
 
     sequence: Sequence
     start: int
     num_rows: int
     loop: int
-    readout: bool
+    num_readouts: int

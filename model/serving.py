@@ -7,10 +7,11 @@ import torch
 from model.engine import Engine, EngineConfig
 from model.invariant import make_invariant
 from model.loader import load_model
+from model.measure import measured_cost
 from model.packed import pack_linears
 from model.protocol import GenerationRequest, SamplingParams
 from model.quantize import quantize_linears
-from model.scheduler import SchedulerLimits
+from model.scheduler import DEFAULT_ROW_BUDGET, SchedulerLimits
 from model.worker import EngineOptions
 
 
@@ -32,12 +33,15 @@ def build_engine(options: EngineOptions) -> Engine:
         max_num_seqs=options.max_num_seqs,
         prefill_chunk_size=options.prefill_chunk_size,
         prefill_rows=options.prefill_chunk_size * loaded.config.num_loops,
-        row_budget=options.row_budget,
+        prefix_caching=options.prefix_caching,
     )
     config = EngineConfig(
         draft_depths=options.draft_depths,
+        draft_policy=options.draft_policy,
         max_model_len=options.max_model_len,
         kv_cache_tokens=options.kv_cache_tokens,
+        kv_cache_memory=options.kv_cache_memory,
+        row_budget=options.row_budget or DEFAULT_ROW_BUDGET,
         limits=limits,
     )
     if options.quantization == "int8":
@@ -48,6 +52,8 @@ def build_engine(options: EngineOptions) -> Engine:
         pack_linears(loaded.model)
     engine = Engine(loaded.model, config)
     _warm_up(engine)
+    if options.row_budget is None:
+        engine.scheduler.cost = measured_cost(engine)
     return engine
 
 

@@ -53,8 +53,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_num_seqs: int = 32
     prefill_chunk_size: int = 64
-    row_budget: int = 32
+    row_budget: int | None = None  # rows a pass; None: by measured pass times
+    draft_policy: str = "adaptive"
+    prefix_caching: bool = True
     kv_cache_tokens: int | None = None
+    kv_cache_memory: int | None = None  # bytes
     threads: int = 0
     deterministic: bool = False  # batch-invariant arithmetic; CPU, float32 and bfloat16
 
@@ -187,6 +190,7 @@ class EngineProcess:
                     was_ready = True
                     self._info = message.info
                     self._health = EngineHealth(state="ready")
+                    log.info(_capacity(message.info))
                 elif isinstance(message, Events):
                     self._stats = message.stats or self._stats
                     self._deliver(message.events)
@@ -281,6 +285,14 @@ class _Link:
             self._context.term()
             self._folder.cleanup()
         return process.returncode
+
+
+def _capacity(info: EngineInfo) -> str:
+    requests = info.kv_cache_tokens / info.max_model_len
+    return (
+        f"KV cache: {info.kv_cache_tokens} tokens, {requests:.1f} requests at the full context of "
+        f"{info.max_model_len} tokens; draft policy {info.draft_policy}"
+    )
 
 
 def _endpoints(folder: str) -> tuple[str, str]:

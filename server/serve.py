@@ -82,8 +82,11 @@ def engine_options(settings: Settings) -> EngineOptions:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         prefill_chunk_size=settings.prefill_chunk_size,
-        row_budget=settings.row_budget,
+        draft_policy=settings.draft_policy,
+        row_budget=None if settings.row_budget == "auto" else settings.row_budget,
+        prefix_caching=settings.prefix_caching,
         kv_cache_tokens=settings.kv_cache_tokens,
+        kv_cache_memory=settings.kv_cache_memory,
         threads=settings.threads,
         deterministic=settings.deterministic,
     )

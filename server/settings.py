@@ -4,6 +4,7 @@ The command line is made from these fields, so that a flag and its environment v
 apart. Imports neither torch nor a web framework: `speed --help` reads this module.
 """
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,12 +30,32 @@ def _split_commas(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _number_or_word(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+
+
+UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _bytes(value: object) -> object:
+    """ "512MiB" and its like as a number of bytes; anything else is left for the field's type to judge."""
+    match = (
+        re.fullmatch(r"([0-9]{1,15})\s*([a-z]*)", value.strip().lower()) if isinstance(value, str) else None
+    )
+    if match is None:
+        return value
+    if match[2] not in UNITS:
+        raise ValueError("a size is a number of bytes, or one with KiB, MiB or GiB")
+    return int(match[1]) * UNITS[match[2]]
+
+
 def _ascending_depths(depths: tuple[int, ...]) -> tuple[int, ...]:
     if list(depths) != sorted(set(depths)):
         raise ValueError("depths must ascend and not repeat")
     return depths
 
 
+DraftPolicyName = Literal["adaptive", "single", "gated", "recheck", "lookup", "none"]
 CommaList = BeforeValidator(_split_commas)
 Depths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(_ascending_depths)]
 Names = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
@@ -128,14 +149,31 @@ class Settings(BaseSettings):
     prefill_chunk_size: int = Field(
         64, json_schema_extra=ENGINE, description="positions of one prompt that enter a pass together", ge=1
     )
-    row_budget: int = Field(
-        32, json_schema_extra=ENGINE, description="rows of a pass beyond which nothing is speculated", ge=1
+    draft_policy: DraftPolicyName = Field(
+        "adaptive",
+        json_schema_extra=ENGINE,
+        description="how tokens are drafted: adaptive, single, gated, recheck, lookup or none",
     )
-    kv_cache_tokens: int | None = Field(
+    row_budget: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_number_or_word)] = (
+        Field(
+            "auto",
+            json_schema_extra=ENGINE,
+            description="rows of a pass beyond which nothing is speculated; "
+            "auto: by pass times measured at the first start",
+        )
+    )
+    kv_cache_memory: Annotated[int | None, BeforeValidator(_bytes)] = Field(
         None,
         json_schema_extra=ENGINE,
-        description="tokens the KV cache holds; default: by the free memory",
+        description="memory of the KV cache in bytes, or with KiB, MiB or GiB; "
+        "default: by the free memory and max_num_seqs",
         ge=1,
+    )
+    kv_cache_tokens: int | None = Field(
+        None, json_schema_extra=ENGINE, description="the same in tokens; goes before kv_cache_memory", ge=1
+    )
+    prefix_caching: bool = Field(
+        True, json_schema_extra=ENGINE, description="keep what was read for prompts that begin alike"
     )
     threads: int = Field(
         0, json_schema_extra=ENGINE, description="CPU threads of the engine; 0: one per core", ge=0

@@ -7,8 +7,10 @@ each entry it would attend to was written, at its own loop, by the very tokens t
 
 from collections.abc import Callable, Sequence
 
-from model.cache import PagePool
-from model.protocol import GenerationRequest, SamplingParams, TokenEvent
+from model.cache import PagePool, PrefixKeys
+from model.cost import PassCost
+from model.drafts import Experience, make_policy, policy_depths
+from model.protocol import GenerationRequest, SamplingParams, SequenceStats, TokenEvent
 from model.scheduler import Scheduler, SchedulerLimits
 from model.sequence import ScheduledRun
 from model.sequence import Sequence as EngineSequence
@@ -27,12 +29,18 @@ def mixed(*values: int) -> int:
 
 
 class FakeRunner:
-    """Satisfies the scheduler's `forward`; `num_loops` as in the waves it is given."""
+    """Satisfies the scheduler's `forward`; `num_loops` as in the waves it is given.
 
-    def __init__(self, error_rate: float, error_depths: range = range(1, 100)) -> None:
+    With `memory`, a token depends on so many tokens before it: texts soon repeat themselves.
+    """
+
+    def __init__(
+        self, error_rate: float, error_depths: range = range(1, 100), memory: int | None = None
+    ) -> None:
         self.error_rate = error_rate
         self.error_depths = error_depths  # the depths whose readouts may be wrong, below the last
-        self.cache: dict[tuple[int, int], int] = {}  # (token slot, loop) -> hash of the prefix
+        self.memory = memory
+        self.cache: dict[tuple[int, int], list[int]] = {}  # (token slot, loop) -> the text up to there
         self.pass_rows: list[int] = []
 
     def forward(self, batch: Sequence[ScheduledRun]) -> list[int]:
@@ -44,35 +52,39 @@ class FakeRunner:
             for position in range(item.start + item.num_rows):
                 assert self.cache.get(self._entry(item, position)) == self._prefix(item, position)
         self.pass_rows.append(sum(item.num_rows for item in batch))
-        return [self._token(item) for item in batch if item.readout]
+        return [
+            self._token(item, position)
+            for item in batch
+            for position in range(item.start + item.num_rows - item.num_readouts, item.start + item.num_rows)
+        ]
 
-    def final_token(self, prefix_hash: int) -> int:
-        """The token that depth R gives behind a prefix."""
-        return mixed(prefix_hash, 7) % VOCAB
+    def final_token(self, tokens: list[int]) -> int:
+        """The token that depth R gives behind a text."""
+        return mixed(*tokens[-self.memory if self.memory else 0 :], 7) % VOCAB
 
     def continue_plainly(self, prompt: list[int], count: int, ending: frozenset[int]) -> list[int]:
         """What plain decoding gives: no cache, no wave."""
         tokens: list[int] = []
         while len(tokens) < count:
-            tokens.append(self.final_token(mixed(*prompt, *tokens)))
+            tokens.append(self.final_token([*prompt, *tokens]))
             if tokens[-1] in ending:
                 break
         return tokens
 
-    def _token(self, item: ScheduledRun) -> int:
-        prefix = self._prefix(item, item.start + item.num_rows - 1)
-        token = self.final_token(prefix)
+    def _token(self, item: ScheduledRun, position: int) -> int:
+        tokens = item.sequence.wave.tokens[: position + 1]
+        token = self.final_token(tokens)
         depth = item.loop + 1
         may_err = depth < item.sequence.wave.num_loops and depth in self.error_depths
-        wrong = may_err and mixed(prefix, depth, 99) % 1000 < 1000 * self.error_rate
+        wrong = may_err and mixed(*tokens, depth, 99) % 1000 < 1000 * self.error_rate
         return (token + 1) % VOCAB if wrong else token
 
     def _entry(self, item: ScheduledRun, position: int) -> tuple[int, int]:
         assert item.sequence.table is not None
         return item.sequence.table.slot(position), item.loop
 
-    def _prefix(self, item: ScheduledRun, position: int) -> int:
-        return mixed(*item.sequence.wave.tokens[: position + 1])
+    def _prefix(self, item: ScheduledRun, position: int) -> list[int]:
+        return item.sequence.wave.tokens[: position + 1]
 
 
 class Harness:
@@ -84,10 +96,13 @@ class Harness:
         num_pages: int = 400,
         error_rate: float = 0.3,
         error_depths: range = range(1, 100),
+        cost: PassCost | None = None,
+        memory: int | None = None,
     ) -> None:
         self.pool = PagePool(num_pages, 4)
-        self.scheduler = Scheduler(self.pool, limits or SchedulerLimits())
-        self.runner = FakeRunner(error_rate, error_depths)
+        self.scheduler = Scheduler(self.pool, limits or SchedulerLimits(), cost)
+        self.runner = FakeRunner(error_rate, error_depths, memory)
+        self.experience = Experience.none()
         self.answers: dict[str, list[TokenEvent]] = {}
 
     def add(
@@ -97,7 +112,8 @@ class Harness:
         max_tokens: int = 20,
         *,
         num_loops: int = 4,
-        draft_depths: tuple[int, ...] = (1,),
+        policy: str = "recheck",
+        draft_depths: tuple[int, ...] = (1, 2, 3),
         ending: frozenset[int] = frozenset(),
         priority: int = 0,
     ) -> None:
@@ -109,9 +125,11 @@ class Harness:
             sampling=SamplingParams(temperature=0),
             priority=priority,
         )
-        wave = Wave(prompt, num_loops, draft_depths, len(prompt) + max_tokens, ending)
+        depths = policy_depths(policy, num_loops, (), draft_depths)
+        drafts = make_policy(policy, depths, self.experience)
+        wave = Wave(prompt, num_loops, drafts, len(prompt) + max_tokens, ending)
         self.answers[request_id] = []
-        self.scheduler.add(EngineSequence(request, wave))
+        self.scheduler.add(EngineSequence(request, wave, PrefixKeys(f"{num_loops}", self.pool.page_size)))
 
     def abort(self, request_id: str) -> None:
         """Aborts, and keeps the answer."""
@@ -132,6 +150,12 @@ class Harness:
     def text(self, request_id: str) -> list[int]:
         """All tokens that a request was answered."""
         return [token for event in self.answers[request_id] for token in event.token_ids]
+
+    def stats(self, request_id: str) -> SequenceStats:
+        """What a finished request cost."""
+        stats = self.answers[request_id][-1].stats
+        assert stats is not None
+        return stats
 
     def _keep(self, events: "list[TokenEvent] | filter[TokenEvent]") -> None:
         for event in events:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from server.cli import build_parser, main, read_settings
+from server.cli import UsageError, build_parser, main, read_settings
 from server.settings import Settings
 
 
@@ -105,3 +105,13 @@ def test_a_hub_id_is_served_from_the_cache_under_its_own_name(tmp_path):
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60, env=environment
     )
     assert done.stdout.split() == [str(snapshot), "org/name"]
+
+
+def test_sizes_and_budgets_are_numbers_with_units_or_words() -> None:
+    assert settings_of("--kv-cache-memory", "512MiB").kv_cache_memory == 512 * 2**20
+    assert settings_of("--kv-cache-memory", "4096").kv_cache_memory == 4096
+    assert settings_of("--row-budget", "12").row_budget == 12
+    assert settings_of().row_budget == "auto"
+    for flag, value in (("--kv-cache-memory", "3TB"), ("--row-budget", "0"), ("--row-budget", "many")):
+        with pytest.raises(UsageError, match=f"{flag} {value} is not valid"):
+            settings_of(flag, value)

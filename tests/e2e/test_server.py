@@ -37,7 +37,8 @@ def test_the_command_of_the_readme_streams_the_text_that_is_given_whole_otherwis
     whole = server.complete(max_tokens=64).json()
     streamed = frames(server.complete(max_tokens=64, stream=True, stream_options={"include_usage": True}))
     assert "".join(c["text"] for f in streamed for c in f["choices"]) == whole["choices"][0]["text"]
-    assert streamed[-1]["usage"] == whole["usage"]
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")  # what is cached or drafted may differ
+    assert [streamed[-1]["usage"][name] for name in counts] == [whole["usage"][name] for name in counts]
     details = whole["usage"]["completion_tokens_details"]
     assert details["accepted_prediction_tokens"] > 0
 

@@ -28,10 +28,16 @@ def two_tables(scattered: bool) -> tuple[PagePool, list[PageTable]]:
     """Tables of two sequences whose pages are neighbours, or no two of which are."""
     pool = PagePool(4 * LENGTH // PAGE, PAGE)
     if scattered:
-        held = [pool.allocate(PAGE) for _ in range(pool.num_pages)]
+        held = [opened(pool, PAGE) for _ in range(pool.num_pages)]
         for table in held[::2]:
             pool.free(table)
-    return pool, [pool.allocate(LENGTH) for _ in range(2)]
+    return pool, [opened(pool, LENGTH) for _ in range(2)]
+
+
+def opened(pool: PagePool, num_tokens: int) -> PageTable:
+    table = pool.open([], num_tokens, num_tokens)
+    assert table is not None
+    return table
 
 
 def cache_and_truth(

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.drafts import POLICIES
 from model.engine import Engine, EngineConfig, EngineConfigError
 from model.looped import LoopedTransformer
+from model.measure import measured_cost
 from model.packed import PackedLinear, pack_linears, padded_rows
 from model.protocol import GenerationRequest, SamplingParams
 from model.scheduler import SchedulerLimits
@@ -30,9 +32,23 @@ def prompts(count: int, vocab: int = 61) -> list[list[int]]:
     return [[rng.randrange(vocab) for _ in range(rng.randint(1, 40))] for _ in range(count)]
 
 
-def engine(model: LoopedTransformer, draft_depths=None, **limits: int) -> Engine:
+def engine(
+    model: LoopedTransformer,
+    draft_depths=None,
+    policy: str = "adaptive",
+    row_budget: int = 32,
+    tokens: int = 1024,
+    **limits: int,
+) -> Engine:
     limits = {"prefill_chunk_size": 16, "prefill_rows": 32, **limits}
-    return Engine(model, EngineConfig(draft_depths, kv_cache_tokens=1024, limits=SchedulerLimits(**limits)))
+    config = EngineConfig(
+        draft_depths,
+        policy,
+        kv_cache_tokens=tokens,
+        row_budget=row_budget,
+        limits=SchedulerLimits(**limits),
+    )
+    return Engine(model, config)
 
 
 def texts(engine: Engine, requests: list[GenerationRequest]) -> list[list[int]]:
@@ -56,10 +72,10 @@ def test_greedy_text_is_plain_decoding_for_every_shape_and_draft_policy(shape: s
     model = tiny_model(**SHAPES[shape])
     expected = [plain_greedy(model, prompt) for prompt in prompts(6)]
     requests = [request(i, prompt, GREEDY) for i, prompt in enumerate(prompts(6))]
-    loops = model.config.num_loops
-    policies = {(), tuple(range(1, loops)), (loops - 1,) if loops > 1 else ()}
-    for draft_depths in [None, *sorted(policies)]:
-        assert texts(engine(model, draft_depths, row_budget=7), requests) == expected
+    deepest = (model.config.num_loops - 1,) if model.config.num_loops > 1 else None
+    for policy in POLICIES:
+        for draft_depths in (None, deepest):
+            assert texts(engine(model, draft_depths, policy, row_budget=7), requests) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,15 +91,22 @@ def test_sampled_text_is_the_same_with_speculation_on_and_off_alone_and_in_a_bat
 
     def requests(speculation: bool) -> list[GenerationRequest]:
         return [
-            request(i, prompt, SamplingParams(**sampling, seed=i), speculation=speculation)
+            request(i, prompt, SamplingParams(**sampling, seed=i), speculation=speculation, max_tokens=40)
             for i, prompt in enumerate(prompts(8))
         ]
 
     plain = engine(model)
     alone = [texts(plain, [r])[0] for r in requests(speculation=False)]
     assert len({tuple(text) for text in alone}) > 1
-    assert texts(engine(model, (1,)), requests(True)) == alone
+    for policy in POLICIES:
+        assert texts(engine(model, policy=policy), requests(True)) == alone
     assert texts(engine(model, (1, 2, 3), max_num_seqs=3, row_budget=5), requests(True)) == alone
+    short = engine(model, max_num_seqs=8, tokens=160)  # the eight would need some 500
+    assert texts(short, requests(True)) == alone
+    assert short.stats.preemptions > 0
+    ample = engine(model)
+    assert [texts(ample, requests(True)) for _ in range(2)] == [alone, alone]
+    assert ample.stats.prefix_cache_hits > 0
 
 
 def test_a_seed_decides_the_text() -> None:
@@ -94,17 +117,27 @@ def test_a_seed_decides_the_text() -> None:
     assert first == again != other
 
 
-@given(chunk=st.integers(1, 50), budget=st.integers(1, 12), drafts=st.sets(st.integers(1, 2)))
-@settings(max_examples=25, deadline=None)
-def test_the_cache_after_flushes_is_the_cache_of_the_committed_tokens(chunk, budget, drafts) -> None:
+@given(
+    chunk=st.integers(1, 50),
+    budget=st.integers(1, 12),
+    drafts=st.sets(st.integers(1, 2)),
+    policy=st.sampled_from(POLICIES),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_cache_after_flushes_is_the_cache_of_the_committed_tokens(chunk, budget, drafts, policy) -> None:
     """Invariant 3: K/V of every slot, compared with a run that only reads the final text as a prompt."""
     model = tiny_model()
     prompt = prompts(3)[2]
     wavy = engine(
-        model, tuple(sorted(drafts)), prefill_chunk_size=chunk, prefill_rows=chunk, row_budget=budget
+        model,
+        tuple(sorted(drafts)) or None,
+        policy,
+        prefill_chunk_size=chunk,
+        prefill_rows=chunk,
+        row_budget=budget,
     )
     text = texts(wavy, [request(0, prompt, GREEDY)])[0]
-    reader = engine(model, ())
+    reader = engine(model, policy="none")
     texts(reader, [request(0, prompt + text[:-1], GREEDY, max_tokens=1)])
     used = len(prompt) + len(text) - 1  # both engines give the first pages, in order
     for ours, theirs in zip(wavy.runner.store.keys, reader.runner.store.keys, strict=True):
@@ -155,6 +188,7 @@ def test_eos_and_stop_tokens_end_a_request_and_are_reported() -> None:
         ({"max_tokens": 128}, "exceed the context of 128"),
         ({"max_tokens": -1}, "exceed the context"),
         ({"num_loops": 4}, "num_loops 4 is outside 1..3"),
+        ({"draft_policy": "best"}, "draft_policy 'best' is not known"),
         ({"sampling": SamplingParams(logit_bias={99: 1.0})}, "token id 99"),
     ],
 )
@@ -195,7 +229,9 @@ def test_an_abort_frees_the_pages_within_one_pass() -> None:
     [
         (EngineConfig(draft_depths=(3,)), r"draft depth 3 is outside 1\.\.2"),
         (EngineConfig(max_model_len=129), r"max_model_len 129 is outside 1\.\.128"),
-        (EngineConfig(kv_cache_tokens=16), "kv_cache_tokens 16 is below max_model_len 128"),
+        (EngineConfig(kv_cache_tokens=16), r"max_model_len 128 needs \d+ bytes .* are there \(16 tokens\)"),
+        (EngineConfig(kv_cache_memory=10_000), r"are there \(\d+ tokens\): lower max_model_len"),
+        (EngineConfig(draft_policy="best"), "draft_policy 'best' is not known; adaptive, single"),
     ],
 )
 def test_options_that_cannot_work_are_refused_with_their_limit(config: EngineConfig, message: str) -> None:
@@ -243,3 +279,37 @@ def test_on_a_gpu_a_pass_waits_for_the_device_once() -> None:
         torch.Tensor.tolist = original
         torch.cuda.set_sync_debug_mode("default")
     assert waits
+
+
+def test_a_request_may_choose_its_draft_policy() -> None:
+    """Passes tell them apart: `none` runs every loop alone."""
+    shared = engine(tiny_model())
+    events = shared.run([request(0, [1, 2], GREEDY, draft_policy="none"), request(1, [1, 2], GREEDY)])
+    stats = [events[name][-1].stats for name in "01"]
+    assert stats[0].passes == 3 * (NEW_TOKENS - 1) == stats[0].rows
+    assert stats[1].rows > stats[1].passes
+
+
+def test_requests_of_different_salts_share_no_prefix() -> None:
+    shared = engine(tiny_model())
+    prompt = list(range(40))
+    cached = []
+    for salt in ("a", "a", "b"):
+        events = shared.run([request(0, prompt, GREEDY, cache_salt=salt)])["0"]
+        cached.append(events[-1].stats.cached_prompt_tokens)
+    assert cached == [0, 32, 0]
+
+
+def test_pass_costs_are_measured_once_and_kept(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shared = engine(tiny_model())
+    cost = measured_cost(shared)
+    shared.check_integrity()
+    kept = list(tmp_path.glob("speed-serve/*.json"))
+    assert len(kept) == 1
+    assert cost.price(4, 100.0).base > 0
+    monkeypatch.setattr("model.measure._measure", lambda _: pytest.fail("measured again"))
+    assert measured_cost(shared).prices == cost.prices
+    kept[0].write_text("{")
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        measured_cost(shared)

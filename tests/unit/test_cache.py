@@ -1,53 +1,125 @@
-"""The page pool: neighbours first, nothing lost, nothing given twice."""
+"""The page pool: neighbours first, nothing lost, what is shared is never written."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.cache import CacheIntegrityError, PagePool
+from model.cache import CacheIntegrityError, PagePool, PageTable, PrefixKeys
 
 
-@given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 30)), max_size=60), page_size=st.integers(1, 8))
-@settings(max_examples=200, deadline=None)
-def test_live_tables_never_share_a_page(steps: list[tuple[bool, int]], page_size: int) -> None:
+@given(
+    steps=st.lists(st.tuples(st.sampled_from("ogrf"), st.integers(0, 30), st.integers(0, 3)), max_size=80),
+    page_size=st.integers(1, 4),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_use_keeps_the_books_and_shares_only_what_was_registered(
+    steps: list[tuple[str, int, int]], page_size: int
+) -> None:
+    """Tables open with shared prefixes, grow, register and go; a page is written by one table at most."""
     pool = PagePool(20, page_size)
-    live = []
-    for take, amount in steps:
-        if take and pool.can_allocate(amount):
-            live.append(pool.allocate(amount))
+    live: list[tuple[PageTable, int, int]] = []  # table, text, pages that were shared
+    for action, amount, text in steps:
+        digests = PrefixKeys("", page_size).upto([text] * 20 * page_size, 20)
+        if action == "o":
+            shared = pool.lookup(digests[: amount // page_size])
+            table = pool.open(shared, amount + 1, amount + 10)
+            if table is not None:
+                live.append((table, text, len(shared)))
         elif live:
-            pool.free(live.pop(amount % len(live)))
+            table, its_text, _ = live[amount % len(live)]
+            if action == "g":
+                pool.grow(table, table.capacity + amount % 3)
+            elif action == "r":
+                digests = PrefixKeys("", page_size).upto([its_text] * 20 * page_size, 20)
+                pool.register(table, digests[: len(table.pages)])
+            else:
+                pool.free(table)
+                live.pop(amount % len(live))
         pool.check_integrity()
-        pages = [page for table in live for page in table.pages]
-        assert len(pages) == len(set(pages)) == pool.num_pages - pool.num_free_pages
+        written = [page for table, _, shared in live for page in table.pages[shared:]]
+        assert len(written) == len(set(written))
+    for table, _, _ in live:
+        pool.free(table)
+    assert pool.num_free_pages == pool.num_pages
 
 
-def test_pages_are_neighbours_when_a_run_of_them_is_free_and_scattered_otherwise() -> None:
+def table_of(pool: PagePool, num_tokens: int, limit: int | None = None) -> PageTable:
+    table = pool.open([], num_tokens, limit or num_tokens)
+    assert table is not None
+    return table
+
+
+def test_pages_are_neighbours_when_a_stretch_of_them_is_free_and_scattered_otherwise() -> None:
     pool = PagePool(6, 4)
-    tables = [pool.allocate(4) for _ in range(6)]
+    tables = [table_of(pool, 4) for _ in range(6)]
     for index in (0, 2, 3, 5):
         pool.free(tables[index])
-    neighbours = pool.allocate(8)
-    assert (neighbours.pages, neighbours.base) == ((2, 3), 8)
-    scattered = pool.allocate(8)
-    assert (scattered.pages, scattered.base) == ((0, 5), None)
-    assert list(scattered.slots(2, 4)) == [2, 3, 20, 21]
+    neighbours = table_of(pool, 8)
+    assert (neighbours.pages, neighbours.base) == ([2, 3], 8)
+    scattered = table_of(pool, 8)
+    assert (sorted(scattered.pages), scattered.base) == ([0, 5], None)
     assert list(neighbours.slots(3, 3)) == [11, 12, 13]
+    assert [len(part) for part in (scattered.segments, neighbours.segments)] == [2, 1]
+    assert list(scattered.slots(0, 8)) == [
+        part.slot + i for part in scattered.segments_of(8) for i in range(part.length)
+    ]
 
 
-def test_freeing_twice_and_taking_too_much_are_errors() -> None:
+def test_tables_that_grow_side_by_side_stay_in_one_piece() -> None:
+    pool = PagePool(20, 4)
+    tables = [table_of(pool, 4, limit=24) for _ in range(3)]
+    for length in range(4, 25):
+        assert all(pool.grow(table, length) for table in tables)
+    assert all(table.base is not None for table in tables)
+
+
+def test_a_plan_is_no_claim() -> None:
+    """Under pressure others take planned pages, and the planner goes on elsewhere."""
+    pool = PagePool(6, 4)
+    planner = table_of(pool, 4, limit=24)
+    other = table_of(pool, 8)
+    assert len(other.pages) == 2
+    assert pool.grow(planner, 16)
+    assert not pool.grow(planner, 20)
+    assert len(planner.pages) == 4
+
+
+def test_shared_pages_outlive_their_first_holder_and_the_oldest_are_overwritten_first() -> None:
+    pool = PagePool(4, 4)
+    keys = {text: PrefixKeys("", 4).upto([text] * 8, 1) for text in (1, 2)}
+    for text in (1, 2):
+        table = table_of(pool, 4)
+        pool.register(table, keys[text])
+        pool.free(table)
+    assert [len(pool.lookup(keys[text])) for text in (1, 2)] == [1, 1]
+    sharer = pool.open(pool.lookup(keys[1]), 8, 8)
+    assert sharer is not None
+    pool.free(sharer)  # 1 was used last
+    table_of(pool, 12)
+    assert [len(pool.lookup(keys[text])) for text in (1, 2)] == [1, 0]
+
+
+def test_salt_and_every_earlier_token_are_part_of_a_digest() -> None:
+    base = PrefixKeys("a", 2).upto([1, 2, 3, 4], 2)
+    assert PrefixKeys("a", 2).upto([1, 2, 3, 4, 5, 6], 3)[:2] == base
+    assert PrefixKeys("b", 2).upto([1, 2, 3, 4], 2)[0] != base[0]
+    assert PrefixKeys("a", 2).upto([9, 2, 3, 4], 2)[1] != base[1]
+
+
+def test_freeing_twice_is_an_error_and_taking_too_much_is_refused() -> None:
     pool = PagePool(2, 4)
-    table = pool.allocate(8)
-    with pytest.raises(CacheIntegrityError, match="1 pages wanted, 0 are free"):
-        pool.allocate(1)
+    table = table_of(pool, 8)
+    assert pool.open([], 1, 1) is None
     pool.free(table)
+    assert pool.open([], 8, 8, spare=1) is None
     with pytest.raises(CacheIntegrityError, match="freed twice"):
         pool.free(table)
 
 
-def test_check_integrity_sees_a_page_that_nobody_owns() -> None:
+@pytest.mark.parametrize("damage", ["_holders", "_planned"])
+def test_check_integrity_sees_books_that_are_wrong(damage: str) -> None:
     pool = PagePool(3, 4)
-    pool.allocate(4)
-    pool._free[2] = 0
+    table_of(pool, 4)
+    getattr(pool, damage)[2] = 1
     with pytest.raises(CacheIntegrityError):
         pool.check_integrity()

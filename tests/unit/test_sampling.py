@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import sampling
+from model.cache import PrefixKeys
+from model.drafts import make_policy
 from model.protocol import GenerationRequest, SamplingParams
 from model.sampling import (
     Readout,
@@ -31,7 +33,8 @@ def readout(params: SamplingParams, position: int = 3, tokens: list[int] | None 
         request_id=f"r{params.seed}", prompt_token_ids=prompt, max_tokens=50, sampling=params, **options
     )
     ending = frozenset(request.stop_token_ids)
-    return Readout(Sequence(request, Wave(prompt, 4, (1,), 100, ending)), position)
+    wave = Wave(prompt, 4, make_policy("none", frozenset()), 100, ending)
+    return Readout(Sequence(request, wave, PrefixKeys("", 16)), position)
 
 
 @given(seed=st.integers(-(2**63), 2**63 - 1), position=st.integers(0, 2**31), count=st.integers(1, 40))

@@ -1,8 +1,11 @@
 """Many sequences at once on the fake model: order, budgets, aborts, memory."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.cost import FixedBudget, MeasuredCost, PassPrice
+from model.drafts import POLICIES
 from model.scheduler import SchedulerLimits
 from model.sequence import ScheduledRun
 from tests.fake_model import Harness
@@ -19,8 +22,10 @@ Arrival = tuple[int, int, int]  # prompt length, max_tokens, pass at which it ar
     chunk=st.integers(1, 20),
     max_num_seqs=st.integers(1, 5),
     num_pages=st.integers(14, 60),
+    policy=st.sampled_from(POLICIES),
+    memory=st.sampled_from([None, 2]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_any_schedule_gives_every_request_its_own_text_and_one_end(
     arrivals: list[Arrival],
     aborts: list[tuple[int, int]],
@@ -28,18 +33,21 @@ def test_any_schedule_gives_every_request_its_own_text_and_one_end(
     chunk: int,
     max_num_seqs: int,
     num_pages: int,
+    policy: str,
+    memory: int | None,
 ) -> None:
-    """Invariants 1, 3, 4, 5 and 6 of the design, under random arrivals, aborts, budgets and memory."""
-    limits = SchedulerLimits(
-        max_num_seqs, prefill_chunk_size=chunk, prefill_rows=2 * chunk, row_budget=row_budget
-    )
-    harness = Harness(limits, num_pages)
-    prompts = [[index] * length for index, (length, _, _) in enumerate(arrivals)]
+    """Invariants 1, 3, 4, 5 and 6 of the design: random arrivals, aborts, budgets, policies, memory.
+
+    The fake runner checks every cache entry that is read, shared and recomputed ones included.
+    """
+    limits = SchedulerLimits(max_num_seqs, prefill_chunk_size=chunk, prefill_rows=2 * chunk)
+    harness = Harness(limits, num_pages, cost=FixedBudget(row_budget), memory=memory)
+    prompts = [[index // 2] * length for index, (length, _, _) in enumerate(arrivals)]  # prefixes are shared
     aborted = {index for index, _ in aborts if index < len(arrivals)}
     for now in range(71):
         for index, (_, max_tokens, due) in enumerate(arrivals):
             if due == now:
-                harness.add(str(index), prompts[index], max_tokens, draft_depths=(1, 2))
+                harness.add(str(index), prompts[index], max_tokens, policy=policy, draft_depths=(1, 2))
         for index, due in aborts:
             if due == now and str(index) in harness.answers:
                 harness.abort(str(index))
@@ -67,7 +75,7 @@ def test_a_new_request_joins_at_the_next_pass() -> None:
 def test_a_long_prompt_is_read_beside_decoding_rows() -> None:
     """Every pass while the long prompt is read also advances the sequence that decodes."""
     harness = Harness(SchedulerLimits(prefill_chunk_size=8, prefill_rows=8))
-    harness.add("a", [1], 60, draft_depths=())
+    harness.add("a", [1], 60, policy="none")
     for _ in range(4):
         harness.step()
     harness.add("long", [2] * 100, 1)
@@ -82,7 +90,7 @@ def test_a_long_prompt_is_read_beside_decoding_rows() -> None:
 
 
 def test_speculative_rows_stay_below_the_row_budget_and_certain_rows_always_run() -> None:
-    harness = Harness(SchedulerLimits(row_budget=5), error_rate=0.0)
+    harness = Harness(cost=FixedBudget(5), error_rate=0.0)
     for name in "abc":
         harness.add(name, [ord(name)], 40)
     for _ in range(5):
@@ -92,7 +100,7 @@ def test_speculative_rows_stay_below_the_row_budget_and_certain_rows_always_run(
 
 
 def test_under_saturation_waves_narrow_to_one_row() -> None:
-    harness = Harness(SchedulerLimits(row_budget=1), error_rate=0.0)
+    harness = Harness(cost=FixedBudget(1), error_rate=0.0)
     for name in "abc":
         harness.add(name, [ord(name)], 40)
     for _ in range(5):
@@ -121,3 +129,104 @@ def test_aborting_an_unknown_or_finished_request_does_nothing() -> None:
     assert harness.scheduler.abort("a") is None
     assert harness.scheduler.abort("never") is None
     assert harness.answers["a"] == before
+
+
+def test_the_newest_makes_way_when_pages_run_out_and_says_the_same_later() -> None:
+    """Twelve pages of four: two texts of 28 tokens don't fit; the second is read again."""
+    harness = Harness(num_pages=12)
+    for name in "ab":
+        harness.add(name, [ord(name)] * 8, 20)
+    harness.finish()
+    for name in "ab":
+        assert harness.text(name) == harness.runner.continue_plainly([ord(name)] * 8, 20, frozenset())
+    assert (harness.stats("a").preemptions, harness.scheduler.counts.preemptions > 0) == (0, True)
+    assert harness.stats("b").preemptions == harness.scheduler.counts.preemptions
+
+
+def test_a_later_arrival_of_a_better_priority_is_not_the_one_that_makes_way() -> None:
+    harness = Harness(num_pages=12)
+    harness.add("old", [1] * 8, 20, priority=5)
+    for _ in range(8):
+        harness.step()
+    harness.add("urgent", [2] * 8, 20, priority=0)
+    harness.finish()
+    assert harness.stats("urgent").preemptions == 0
+    assert harness.stats("old").preemptions > 0
+
+
+def test_a_known_beginning_is_not_read_again() -> None:
+    """Full pages of prompt and output alike; the last prompt token always runs."""
+    harness = Harness(error_rate=0.0)
+    harness.add("a", [7] * 17, 10)
+    harness.finish()
+    again = [7] * 17 + harness.text("a")[:7]
+    harness.add("b", again, 5)
+    rows = {(run.start + i) for run in harness.step() for i in range(run.num_rows)}
+    harness.finish()
+    assert rows == set(range(20, 24))
+    assert harness.stats("a").cached_prompt_tokens == 0
+    assert harness.stats("b").cached_prompt_tokens == 20
+    assert harness.text("b") == harness.runner.continue_plainly(again, 5, frozenset())
+    assert (harness.scheduler.counts.prefix_hits, harness.scheduler.counts.prefix_queries) == (20, 17 + 24)
+
+
+def test_who_begins_alike_waits_for_the_one_that_reads_it() -> None:
+    """Eight choices of one prompt read it once."""
+    harness = Harness(SchedulerLimits(prefill_chunk_size=8, prefill_rows=32))
+    for index in range(8):
+        harness.add(str(index), [7] * 65, 6)
+    prompt_rows = 0
+
+    def watch(batch: list[ScheduledRun]) -> None:
+        nonlocal prompt_rows
+        prompt_rows += sum(run.num_rows for run in batch if run.start < 64)
+
+    harness.finish(watch)
+    assert prompt_rows == 64 * 4
+    assert sorted(harness.stats(str(index)).cached_prompt_tokens for index in range(8)) == [0] + [64] * 7
+
+
+def test_other_loops_or_salts_share_nothing() -> None:
+    harness = Harness()
+    harness.add("a", [7] * 17, 4, num_loops=4)
+    harness.finish()
+    harness.add("b", [7] * 17, 4, num_loops=2)
+    harness.finish()
+    assert harness.stats("b").cached_prompt_tokens == 0
+
+
+def prices(base: float, row: float) -> MeasuredCost:
+    return MeasuredCost([1], [64], [[PassPrice(base, row)]], most_rows=100)
+
+
+def test_waves_are_full_while_rows_are_free_and_narrow_when_they_are_not() -> None:
+    """Drafts that hold in two of three cases: worth a row at a tenth of a pass, not at nine."""
+
+    def rows_per_token(cost: MeasuredCost) -> float:
+        harness = Harness(error_rate=0.33, error_depths=range(1, 2), cost=cost)
+        harness.add("a", [1, 2, 3], 200, policy="single")
+        harness.finish()
+        return harness.stats("a").rows / 199
+
+    assert rows_per_token(prices(1.0, 0.9)) == 4.0
+    assert rows_per_token(prices(1.0, 0.1)) > 4.5
+
+
+def test_useless_drafts_cost_next_to_nothing() -> None:
+    """Invariant 7 in rows: what a model that is always wrong wastes on drafts, where a row costs a tenth."""
+    harness = Harness(error_rate=1.0, cost=prices(1.0, 0.1))
+    for index in range(3):
+        harness.add(str(index), [index], 300, policy="adaptive")
+    harness.finish()
+    rows = sum(harness.stats(str(index)).rows for index in range(3))
+    assert rows < 1.03 * 3 * 299 * 4
+
+
+def test_prices_between_and_beyond_the_measured_points() -> None:
+    cost = MeasuredCost(
+        [1, 4], [100, 200], [[PassPrice(1, 0.1), PassPrice(2, 0.2)], [PassPrice(4, 0.5)] * 2], 9
+    )
+    assert cost.price(1, 50) == PassPrice(1, 0.1)
+    assert cost.price(1, 150) == pytest.approx((1.5, 0.15))
+    assert cost.price(2, 100) == pytest.approx((2.0, 0.1 + 0.4 / 3))
+    assert cost.price(8, 900) == pytest.approx((8.0, 0.5))

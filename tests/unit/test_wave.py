@@ -4,19 +4,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.drafts import POLICIES, make_policy, policy_depths
 from model.wave import Wave
 from tests.fake_model import Harness, mixed
 
 
 def decode(
-    draft_depths: tuple[int, ...], error_rate: float, error_depths: range = range(1, 4), count: int = 60
+    draft_depths: tuple[int, ...],
+    error_rate: float,
+    error_depths: range = range(1, 4),
+    count: int = 60,
+    policy: str | None = None,
+    memory: int | None = None,
 ) -> tuple[Harness, float]:
-    harness = Harness(error_rate=error_rate, error_depths=error_depths)
-    harness.add("a", [1, 2, 3], count, draft_depths=draft_depths)
+    """By default compares at the given depths and at no other."""
+    harness = Harness(error_rate=error_rate, error_depths=error_depths, memory=memory)
+    policy = policy or ("single" if len(draft_depths) == 1 else "recheck")
+    harness.add("a", [1, 2, 3], count, draft_depths=draft_depths, policy=policy)
     harness.finish()
-    stats = harness.answers["a"][-1].stats
-    assert stats is not None
-    return harness, stats.passes / (count - 1)
+    return harness, harness.stats("a").passes / (count - 1)
 
 
 def test_perfect_drafts_need_one_pass_a_token() -> None:
@@ -47,6 +53,8 @@ def test_a_later_draft_depth_mends_an_early_mistake_before_the_last_loop() -> No
     prompt=st.lists(st.integers(0, 49), min_size=1, max_size=30),
     num_loops=st.integers(1, 6),
     draft_depths=st.sets(st.integers(1, 6)),
+    policy=st.sampled_from(POLICIES),
+    memory=st.sampled_from([None, 1, 2, 3]),
     error_rate=st.sampled_from([0.0, 0.2, 0.7, 1.0]),
     max_tokens=st.integers(1, 30),
     ending=st.frozensets(st.integers(0, 49), max_size=4),
@@ -56,14 +64,17 @@ def test_every_policy_commits_what_plain_decoding_gives(
     prompt: list[int],
     num_loops: int,
     draft_depths: set[int],
+    policy: str,
+    memory: int | None,
     error_rate: float,
     max_tokens: int,
     ending: frozenset[int],
 ) -> None:
     """Also: the length limit and ending tokens end it, and the accepted drafts are counted."""
-    harness = Harness(error_rate=error_rate)
+    harness = Harness(error_rate=error_rate, memory=memory)
     depths = tuple(sorted(draft_depths))
-    harness.add("a", prompt, max_tokens, num_loops=num_loops, draft_depths=depths, ending=ending)
+    options = {"num_loops": num_loops, "draft_depths": depths, "policy": policy}
+    harness.add("a", prompt, max_tokens, ending=ending, **options)
     harness.finish()
     expected = harness.runner.continue_plainly(prompt, max_tokens, ending)
     assert harness.text("a") == expected
@@ -74,7 +85,7 @@ def test_every_policy_commits_what_plain_decoding_gives(
 
 
 def test_a_flush_drops_the_rows_behind_it_and_nothing_else() -> None:
-    wave = Wave([5], num_loops=3, draft_depths=(1,), length_limit=20)
+    wave = Wave([5], 3, make_policy("single", frozenset((1,))), length_limit=20)
     wave.enter_prompt(8)
     wave.update(wave.runs[:], {0: 10})  # depth 1 drafts token 1
     wave.update(wave.runs[:], {1: 11})  # and its row drafts token 2
@@ -89,7 +100,7 @@ def test_a_flush_drops_the_rows_behind_it_and_nothing_else() -> None:
 def test_no_row_runs_for_a_token_that_nobody_needs() -> None:
     """The last token of a sequence needs no row: it predicts nothing."""
     harness = Harness(error_rate=0.0)
-    harness.add("a", [1], max_tokens=3, draft_depths=(1,))
+    harness.add("a", [1], max_tokens=3, policy="single")
     positions = set()
     harness.finish(lambda batch: positions.update(run.start for run in batch))
     assert positions == {0, 1, 2}
@@ -97,11 +108,11 @@ def test_no_row_runs_for_a_token_that_nobody_needs() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 def test_prompt_chunks_follow_each_other_one_loop_apart(chunk: int) -> None:
-    wave = Wave(list(range(8)), num_loops=3, draft_depths=(), length_limit=9)
+    wave = Wave(list(range(8)), 3, make_policy("none", frozenset()), length_limit=9)
     passes = 0
     while not wave.finished:
         wave.enter_prompt(chunk)
-        wave.update(wave.runs[:], {7: mixed(1) % 50} if wave.wants_readout(wave.runs[0]) else {})
+        wave.update(wave.runs[:], {7: mixed(1) % 50} if wave.num_readouts(wave.runs[0]) else {})
         passes += 1
     assert passes == -(-8 // chunk) + 2
 
@@ -118,7 +129,50 @@ def test_drafts_are_counted_when_they_are_confirmed_and_when_they_are_dropped() 
 
 
 def test_a_stalled_prompt_does_not_pile_up_chunks() -> None:
-    wave = Wave(list(range(30)), num_loops=3, draft_depths=(), length_limit=40)
+    wave = Wave(list(range(30)), 3, make_policy("none", frozenset()), length_limit=40)
     for _ in range(5):
         wave.enter_prompt(4)  # and no pass runs it
     assert [(run.start, run.num_rows) for run in wave.runs] == [(0, 4)]
+
+
+def test_text_that_repeats_itself_needs_less_than_a_pass_a_token() -> None:
+    """Each token depends on the last two, so the text runs into a circle that an n-gram finds."""
+    assert decode((1, 2, 3), 0.3, count=200, policy="lookup", memory=1)[1] < 0.7
+    assert decode((1, 2, 3), 0.3, count=200, policy="adaptive", memory=1)[1] < 0.7
+    assert decode((1, 2, 3), 0.3, count=200, policy="recheck", memory=1)[1] > 1.0
+
+
+def test_lookup_costs_no_rows_where_nothing_repeats() -> None:
+    rows = {
+        policy: decode((1, 2, 3), 0.3, policy=policy)[0].stats("a").rows for policy in ("recheck", "lookup")
+    }
+    assert rows["lookup"] <= 1.1 * rows["recheck"]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_loops", "default", "given", "depths"),
+    [
+        ("none", 4, (1, 2), None, set()),
+        ("single", 4, (1, 2), None, {1}),
+        ("gated", 4, (1, 2), None, {1, 2}),
+        ("recheck", 4, (1, 2), None, {1, 2, 3}),
+        ("adaptive", 4, (1, 2), (2,), {2}),
+        ("recheck", 32, (2, 8), None, {2, 8}),
+        ("adaptive", 2, (1, 2), (1, 3), {1}),
+        ("adaptive", 1, (), None, set()),
+    ],
+)
+def test_draft_depths_of_a_policy(name, num_loops, default, given, depths) -> None:
+    assert policy_depths(name, num_loops, default, given) == depths
+
+
+def test_a_restart_forgets_drafts_and_goes_on_from_what_is_committed() -> None:
+    wave = Wave([5], 3, make_policy("single", frozenset((1,))), length_limit=20)
+    wave.enter_prompt(8)
+    for predictions in ({0: 10}, {1: 11}, {0: 10, 2: 12}):
+        wave.update(wave.runs[:], predictions)
+    wave.restart()
+    assert (wave.tokens, wave.runs, wave.num_committed, wave.is_reading_prompt) == ([5, 10], [], 2, True)
+    wave.enter_prompt(8)
+    assert [(run.start, run.num_rows) for run in wave.runs] == [(0, 2)]
+    assert wave.num_readouts(wave.runs[0]) == 1

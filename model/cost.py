@@ -1,0 +1,105 @@
+"""What a pass costs, and so how many speculative rows are worth running. Pure Python.
+
+A row that may be of no use is worth its time while it brings more useful rows per millisecond than the
+pass does without it: then tokens/s rise. While a pass is memory-bound a further row costs nearly
+nothing and every guess is worth trying; under load only the likely ones are, and waves narrow.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class PassPrice(NamedTuple):
+    """Milliseconds of a pass of certain rows, one a sequence, and of each row beyond."""
+
+    base: float
+    row: float
+
+
+class PassCost(Protocol):
+    """Decides on speculative rows."""
+
+    def price(self, num_sequences: int, context: float) -> PassPrice:
+        """Price of a pass over `num_sequences` with `context` tokens each."""
+
+    @property
+    def most_rows(self) -> int:
+        """Rows beyond which a pass takes no speculative ones."""
+
+
+class Outlay:
+    """What a pass costs and brings, as rows are added to it."""
+
+    def __init__(self, price: PassPrice, num_sequences: int, rows: int) -> None:
+        """A pass of `rows` certain rows of `num_sequences` sequences."""
+        self.rows = rows
+        self._row_price = price.row
+        self._milliseconds = price.base + price.row * max(0, rows - num_sequences)
+        self._useful = float(rows)
+
+    def is_worth(self, chance: float) -> bool:
+        """Whether rows that are of use with probability `chance` raise the useful rows per millisecond."""
+        return chance * self._milliseconds >= self._useful * self._row_price
+
+    def add(self, rows: int, chance: float) -> None:
+        """Takes such rows in."""
+        self.rows += rows
+        self._useful += chance * rows
+        self._milliseconds += self._row_price * rows
+
+
+class FixedBudget:
+    """`--row-budget N`: speculative rows are free up to N rows a pass, and none are taken beyond."""
+
+    def __init__(self, most_rows: int) -> None:
+        self.most_rows = most_rows
+
+    def price(self, num_sequences: int, context: float) -> PassPrice:
+        """See PassCost."""
+        del num_sequences, context
+        return PassPrice(1.0, 0.0)
+
+
+class MeasuredCost:
+    """Interpolates prices measured over a grid of sequences x context.
+
+    `prices[i][j]` belongs to num_sequences[i] and contexts[j]; both ascend. Outside the grid the base
+    price grows in proportion and the price of a row stays.
+    """
+
+    def __init__(
+        self,
+        num_sequences: Sequence[int],
+        contexts: Sequence[int],
+        prices: Sequence[Sequence[PassPrice]],
+        most_rows: int,
+    ) -> None:
+        self.num_sequences, self.contexts, self.prices = num_sequences, contexts, prices
+        self.most_rows = most_rows
+
+    def price(self, num_sequences: int, context: float) -> PassPrice:
+        """See PassCost."""
+        j, right = _place(self.contexts, context)
+        left_price = self._over_sequences(num_sequences, j)
+        if not right:
+            return left_price
+        right_price = self._over_sequences(num_sequences, j + 1)
+        return PassPrice(*(a + (b - a) * right for a, b in zip(left_price, right_price, strict=True)))
+
+    def _over_sequences(self, num_sequences: int, j: int) -> PassPrice:
+        i, right = _place(self.num_sequences, num_sequences)
+        here = self.prices[i][j]
+        if right:
+            there = self.prices[i + 1][j]
+            return PassPrice(*(a + (b - a) * right for a, b in zip(here, there, strict=True)))
+        beyond = max(1.0, num_sequences / self.num_sequences[i])
+        return PassPrice(here.base * beyond, here.row)
+
+
+def _place(grid: Sequence[int], value: float) -> tuple[int, float]:
+    """Index of the grid point at or before `value`, and how far towards the next one it lies, 0..1."""
+    index = max(0, bisect_right(grid, value) - 1)
+    if index + 1 == len(grid) or value <= grid[0]:
+        return index, 0.0
+    return index, (value - grid[index]) / (grid[index + 1] - grid[index])
