@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from model import LoadedModel, load_model
+from model.engine import Engine, EngineConfig
+from model.protocol import GenerationRequest, SamplingParams
+from model.scheduler import SchedulerLimits
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 FOLDERS = sorted(f for f in GOLDEN.glob("*") if f.is_dir())
@@ -81,3 +84,44 @@ def test_greedy_continuations(golden):
                 wanted = expected[key][name][f"depth_{depth}"]
                 logits = loaded.logits((prompt + wanted)[:-1], depth, state)
                 assert logits[len(prompt) - 1 :].argmax(-1).tolist() == wanted
+
+
+def continuations(loaded: LoadedModel, expected, draft_depths, names, together: bool) -> dict[str, list[int]]:
+    """What the engine makes of prompts at depths: one request after the other, or all at once."""
+    requests = [
+        GenerationRequest(
+            request_id=name,
+            prompt_token_ids=expected["prompts"][name.split()[0]],
+            max_tokens=expected["new_tokens"],
+            num_loops=int(name.split("_")[1]),
+            ignore_eos=True,
+            sampling=SamplingParams(temperature=0),
+        )
+        for name in names
+    ]
+    limits = SchedulerLimits(max_num_seqs=8, prefill_chunk_size=16, prefill_rows=64, row_budget=24)
+    config = EngineConfig(draft_depths=draft_depths, max_model_len=128, kv_cache_tokens=1024, limits=limits)
+    engine = Engine(loaded.model, config)
+    batches = [requests] if together else [[request] for request in requests]
+    events = {name: found for batch in batches for name, found in engine.run(batch).items()}
+    engine.check_integrity()
+    return {name: [t for event in found for t in event.token_ids] for name, found in events.items()}
+
+
+def wanted_continuations(expected, depths) -> dict[str, list[int]]:
+    return {f"{name} depth_{d}": by[f"depth_{d}"] for name, by in expected["greedy"].items() for d in depths}
+
+
+@pytest.mark.parametrize("drafts", ["none", "default", "all"])
+def test_greedy_continuations_through_the_engine_all_depths_in_one_batch(golden, drafts):
+    """Pages, waves, chunks of a prompt that crosses IQuest's window: the ids of the reference, none else."""
+    loaded, expected, _ = golden
+    depths = {"none": (), "default": None, "all": tuple(range(1, expected["loops"]))}[drafts]
+    wanted = wanted_continuations(expected, range(1, expected["loops"] + 1))
+    assert continuations(loaded, expected, depths, wanted, together=True) == wanted
+
+
+def test_greedy_continuations_through_the_engine_one_after_the_other(golden):
+    loaded, expected, _ = golden
+    wanted = wanted_continuations(expected, [expected["loops"]])
+    assert continuations(loaded, expected, None, wanted, together=False) == wanted
