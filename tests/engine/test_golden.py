@@ -99,7 +99,7 @@ def continuations(loaded: LoadedModel, expected, draft_depths, names, together: 
         )
         for name in names
     ]
-    limits = SchedulerLimits(max_num_seqs=8, prefill_chunk_size=16, prefill_rows=64, row_budget=24)
+    limits = SchedulerLimits(max_num_seqs=8, prefill_chunk_size=16, prefill_rows=64)
     config = EngineConfig(draft_depths=draft_depths, max_model_len=128, kv_cache_tokens=1024, limits=limits)
     engine = Engine(loaded.model, config)
     batches = [requests] if together else [[request] for request in requests]
