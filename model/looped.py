@@ -131,10 +131,15 @@ class LoopedTransformer(nn.Module):
             states.append(state)
         return states
 
+    def whole_finish(self, state: Tensor) -> Tensor:
+        """The head's input (batch, tokens, hidden) of one of the states that `depths` returned."""
+        angles = self.angles(torch.arange(state.shape[-2], device=state.device))
+        return self.finish(state, angles, self._attend_whole(0, {}))
+
     def whole_readout(self, state: Tensor) -> Tensor:
         """Logits (batch, tokens, vocab) of one of the states that `depths` returned."""
-        angles = self.angles(torch.arange(state.shape[-2], device=state.device))
-        return self.readout(state, angles, self._attend_whole(0, {}))
+        logits: Tensor = self.head(self.whole_finish(state))
+        return logits
 
     def _attend_whole(self, loop: int, stored: Stored) -> Attend:
         """Attention over whole sequences in this loop (0..R-1); the first one fills `stored`."""

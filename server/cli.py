@@ -122,6 +122,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=training.run)
 
 
+def _add_distill(parser: argparse.ArgumentParser) -> None:
+    from model.training.distill import main as distill  # noqa: PLC0415
+
+    distill.add_arguments(parser)
+
+
 def _add_latency(parser: argparse.ArgumentParser) -> None:
     from bench import latency  # noqa: PLC0415
 
@@ -149,13 +155,16 @@ def build_parser(argv: Iterable[str]) -> argparse.ArgumentParser:
         description="Serves a model over OpenAI's API. Each option is an environment variable too: [NAME].",
         formatter_class=_wide,
     )
-    train = commands.add_parser("train", help="train a looped model")
+    train = commands.add_parser("train", help="train a looped model; `train distill`: from a teacher")
     bench = commands.add_parser("bench", help="measure")
     benchmarks = bench.add_subparsers(metavar="benchmark", required=True)
     latency = benchmarks.add_parser("latency", help="passes and time per token, with and without speculation")
+    distill = words[:2] == ["train", "distill"]
+    if distill:
+        train = train.add_subparsers(metavar="way", required=True).add_parser("distill")
     for name, subparser, add in (
         (["serve"], serve, _add_serve),
-        (["train"], train, _add_train),
+        (["train"], train, _add_distill if distill else _add_train),
         (["bench", "latency"], latency, _add_latency),
     ):
         if words[: len(name)] == name:

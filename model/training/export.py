@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.loader import load_model, save_checkpoint
 from model.training.losses import Evaluation, evaluate
@@ -19,15 +20,17 @@ from model.training.trainer import Trainer
 STORED_DTYPE = torch.bfloat16
 
 
-def export(trainer: Trainer, tokenizer: Path, sizes: dict[str, Any], folder: Path) -> Evaluation:
-    """Writes the checkpoint of a finished run into `folder`; its held-out figures.
+def export(
+    trainer: Trainer, tokenizer: Path, sizes: dict[str, Any], windows: Tensor, folder: Path
+) -> Evaluation:
+    """Writes the checkpoint of a finished run into `folder`; its figures on held-out `windows`.
 
     `sizes` is what `speed train` noted of the corpus: its name, and the files, tokens and
     bytes_per_token of "train" and "held_out".
     """
     save_checkpoint(trainer.model, folder, STORED_DTYPE)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    figures = evaluate(load_model(folder, dtype="float32").model, trainer.windows)
+    figures = evaluate(load_model(folder, dtype="float32").model, windows)
     (folder / "README.md").write_text(_card(trainer, sizes, figures, folder))
     return figures
 

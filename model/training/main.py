@@ -15,11 +15,13 @@ import torch
 from model.training.corpus import encode, read_corpus, standard_library
 from model.training.export import export
 from model.training.recipe import Recipe, load_recipe
+from model.training.text_task import TextTask, spread_windows
 from model.training.tokenizer import train_tokenizer
-from model.training.trainer import Trainer
+from model.training.trainer import Trainer, new_model
 
 TOKENIZER, SIZES = "tokenizer.json", "sizes.json"
 UNFINISHED = 3  # exit status
+HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 48, 512  # of the figures on the model card
 DEFAULT_RECIPE = Path(__file__).with_name("stdlib.toml")
 
 
@@ -39,13 +41,14 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe)
     args.output.mkdir(parents=True, exist_ok=True)
     prepare(recipe, args.corpus or standard_library(), args.output)
-    train, held_out = np.load(args.output / "train.npy"), np.load(args.output / "held_out.npy")
-    trainer = Trainer(recipe, train, held_out, args.output)
+    task = TextTask(np.load(args.output / "train.npy"), recipe)
+    trainer = Trainer(recipe, task, args.output, new_model(recipe))
     if not trainer.run(args.max_minutes):
         print(f"step {trainer.step} of {recipe.total_steps}: give the command again to go on")
         return UNFINISHED
     sizes = json.loads((args.output / SIZES).read_text())
-    figures = export(trainer, args.output / TOKENIZER, sizes, args.output / "model")
+    windows = spread_windows(np.load(args.output / "held_out.npy"), HELD_OUT_WINDOWS, HELD_OUT_LENGTH)
+    figures = export(trainer, args.output / TOKENIZER, sizes, windows, args.output / "model")
     for depth, (loss, share) in enumerate(zip(*figures, strict=True), start=1):
         print(f"loop {depth}: held-out loss {loss:.4f} nats/token, agreement with the last {share:.3f}")
     return 0

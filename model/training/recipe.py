@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import LoopedConfig
+from model.config import LoopedConfig, RopeConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class Stage:
     rates: tuple[float, float]
     depth_power: float = 1.0  # loop r's cross-entropy weighs r ** depth_power
     agreement_weight: float = 0.0  # of KL(final || early), stop-gradient on the final
+    teacher_weight: float = (
+        0.0  # share of KL(teacher || loop) beside the cross-entropy, if there is a teacher
+    )
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,15 @@ class Recipe:
 
 def load_recipe(path: Path) -> Recipe:
     """Reads a recipe file; unknown or missing keys raise TypeError with the name."""
-    data: dict[str, Any] = tomllib.loads(path.read_text())
-    shape = data.pop("model")
+    return recipe_from(tomllib.loads(path.read_text()))
+
+
+def recipe_from(data: dict[str, Any]) -> Recipe:
+    """The recipe of a parsed file; unknown or missing keys raise TypeError with the name."""
+    fields = dict(data)
+    shape = dict(fields.pop("model", {}))
+    if "rope" in shape:
+        shape["rope"] = RopeConfig(**shape["rope"])
     model = LoopedConfig(**{**shape, "eos_token_ids": tuple(shape.get("eos_token_ids", ()))})
-    stages = tuple(Stage(**{**stage, "rates": tuple(stage["rates"])}) for stage in data.pop("stages"))
-    return Recipe(model=model, stages=stages, **data)
+    stages = tuple(Stage(**{**stage, "rates": tuple(stage["rates"])}) for stage in fields.pop("stages", ()))
+    return Recipe(model=model, stages=stages, **fields)

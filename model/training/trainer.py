@@ -1,63 +1,84 @@
-"""The training loop: seeded batches, Muon and AdamW, checkpoints, a loss log in JSON lines.
+"""The training loop: a task's losses, Muon and AdamW, checkpoints, a loss log in JSON lines.
 
-Invariant: a run that stops at any checkpoint and resumes takes the same steps on the same batches
-as one that never stopped.
+Knows nothing about data. Invariant: a run that stops at any checkpoint and resumes takes the same steps
+on the same batches as one that never stopped.
 """
 
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from model.looped import LoopedTransformer
-from model.training.corpus import Tokens
-from model.training.losses import loop_losses
+from model.training.checkpoints import load_checkpoint, save_checkpoint
+from model.training.losses import LoopLosses
 from model.training.recipe import Recipe, Stage
 
-CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
-EVALUATION_WINDOWS, EVALUATION_LENGTH = 48, 512
 GRADIENT_CLIP = 1.0
+CHECKPOINT_SECONDS = 120.0
+
+
+class Task(Protocol):
+    """What a model is trained on."""
+
+    def losses(self, model: LoopedTransformer, stage: Stage, step: int) -> LoopLosses:
+        """Losses of one step's batch, which the recipe's seed and `step` alone decide."""
+        ...
 
 
 class Trainer:
-    """One run in one folder. `run` may be called again and again until it returns True."""
+    """One run in one folder. `run` may be called again and again until it returns True.
 
-    def __init__(self, recipe: Recipe, train: Tokens, held_out: Tokens, folder: Path) -> None:
-        self.recipe, self.train, self.folder = recipe, train, folder
-        self.windows = _fixed_windows(held_out)
-        torch.manual_seed(recipe.seed)
-        self.model = LoopedTransformer(recipe.model)
-        initialise(self.model)
-        self.optimizers = _optimizers(self.model, recipe)
+    `model` is where the run begins, on its device; a checkpoint in the folder replaces its weights.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, folder: Path, model: LoopedTransformer) -> None:
+        self.recipe, self.task, self.folder, self.model = recipe, task, folder, model
+        self.optimizers = _optimizers(model, recipe)
         self.step = 0
         self.seconds = 0.0
         self._resume()
 
-    def run(self, max_minutes: float, log_every: int = 20, checkpoint_every: int = 100) -> bool:
+    def run(self, max_minutes: float, log_every: int = 20) -> bool:
         """Trains for up to `max_minutes` of wall time; True when the recipe's last step is done."""
-        started, before = time.monotonic(), self.seconds
+        started, before, saved = time.monotonic(), self.seconds, self.seconds
         bar = tqdm(total=self.recipe.total_steps, initial=self.step, unit="step", desc="training")
         with bar:
             while self.step < self.recipe.total_steps:
-                losses = self._take_step()
+                losses = self.take_step()
                 self.seconds = before + time.monotonic() - started
                 bar.update()
                 if self.step % log_every == 0:
-                    bar.set_postfix_str(f"loss {losses[-1]:.3f}, {len(losses)} loops")
-                    self._log({"loss": [round(x, 4) for x in losses]})
-                if self.step % checkpoint_every == 0:
+                    self._log(losses.tolist(), bar)
+                if self.seconds - saved > CHECKPOINT_SECONDS:
                     self.save()
+                    saved = self.seconds
                 if self.seconds - before > max_minutes * 60:
                     break
         self.save()
         return self.step == self.recipe.total_steps
+
+    def take_step(self) -> torch.Tensor:
+        """One step of the recipe; cross-entropy per loop (loops,), still on the device."""
+        stage, rate = self.recipe.at(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            optimizer.zero_grad()
+        with torch.autocast(self.model.device.type, torch.bfloat16):
+            losses = self.task.losses(self.model, stage, self.step)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        return losses.per_loop
 
     def save(self) -> None:
         """Writes the checkpoint, replacing the old one in one move."""
@@ -67,47 +88,39 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        partial = self.folder / (CHECKPOINT + ".partial")
-        torch.save(state, partial)
-        partial.replace(self.folder / CHECKPOINT)
+        save_checkpoint(state, self.folder)
+
+    def compile(self) -> None:
+        """Compiles each layer; worth it for runs of minutes, since the first steps take half a minute."""
+        for layer in self.model.layers:
+            layer.compile(dynamic=False)
 
     def _resume(self) -> None:
-        path = self.folder / CHECKPOINT
-        if not path.exists():
+        state: dict[str, Any] | None = load_checkpoint(self.folder)
+        if state is None:
             return
-        state: dict[str, Any] = torch.load(path, weights_only=True)
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
-    def _take_step(self) -> list[float]:
-        stage, rate = self.recipe.at(self.step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-            optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = loop_losses(self.model, self._batch(stage), stage)
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.step += 1
-        return losses.per_loop.tolist()
-
-    def _batch(self, stage: Stage) -> Tensor:
-        """Windows at random offsets (batch, length + 1), a function of the seed and the step alone."""
-        rng = np.random.default_rng([self.recipe.seed, self.step])
-        count = max(1, self.recipe.tokens_per_step // stage.sequence_length)
-        starts = rng.integers(0, len(self.train) - stage.sequence_length - 1, count)
-        rows = [self.train[s : s + stage.sequence_length + 1] for s in starts]
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
-
-    def _log(self, entry: dict[str, object]) -> None:
-        line = {"step": self.step, "seconds": round(self.seconds, 1), **entry}
+    def _log(self, losses: list[float], bar: Any) -> None:  # noqa: ANN401  (tqdm is untyped)
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {len(losses)} loops")
+        entry = {
+            "step": self.step,
+            "seconds": round(self.seconds, 1),
+            "loss": [round(loss, 4) for loss in losses],
+        }
         with (self.folder / LOG).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(entry) + "\n")
+
+
+def new_model(recipe: Recipe) -> LoopedTransformer:
+    """The recipe's model with random weights, decided by its seed."""
+    torch.manual_seed(recipe.seed)
+    model = LoopedTransformer(recipe.model)
+    initialise(model)
+    return model
 
 
 def initialise(model: LoopedTransformer) -> None:
@@ -137,14 +150,9 @@ def _optimizers(model: LoopedTransformer, recipe: Recipe) -> list[torch.optim.Op
     return [muon, adam]
 
 
-def _fixed_windows(tokens: Tokens) -> Tensor:
-    """Evenly spread windows (count, length + 1) of the held-out tokens."""
-    starts = np.linspace(0, len(tokens) - EVALUATION_LENGTH - 1, EVALUATION_WINDOWS).astype(int)
-    rows = np.stack([tokens[s : s + EVALUATION_LENGTH + 1] for s in starts])
-    return torch.from_numpy(rows.astype(np.int64))
-
-
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a run's loss log, oldest first."""
+    """The entries of a run's loss log, oldest first; none if there is no log yet."""
+    if not (folder / LOG).exists():
+        return
     with (folder / LOG).open() as file:
         yield from map(json.loads, file)

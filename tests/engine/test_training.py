@@ -8,9 +8,11 @@ import torch
 
 from model import load_model
 from model.training import main
+from model.training.checkpoints import DamagedCheckpointError, load_checkpoint, save_checkpoint
 from model.training.corpus import is_held_out, read_corpus
 from model.training.recipe import load_recipe
-from model.training.trainer import Trainer
+from model.training.text_task import TextTask
+from model.training.trainer import Trainer, new_model
 
 RECIPE = """
 tokens_per_step = 64
@@ -92,8 +94,8 @@ def test_the_loss_falls_and_every_loop_has_one(tmp_path, corpus) -> None:
     train(arguments(tmp_path, corpus, "run", 0))
     recipe = load_recipe(tmp_path / "recipe.toml")
     tokens = main.np.load(tmp_path / "run" / "train.npy")
-    trainer = Trainer(recipe, tokens, tokens, tmp_path / "run")
-    losses = [trainer._take_step() for _ in range(11)]
+    trainer = Trainer(recipe, TextTask(tokens, recipe), tmp_path / "run", new_model(recipe))
+    losses = [trainer.take_step().tolist() for _ in range(11)]
     assert len(losses[0]) == 1
     assert len(losses[-1]) == 3
     assert losses[-1][-1] < losses[0][0] - 0.5
@@ -115,3 +117,22 @@ def test_an_unknown_key_of_a_recipe_is_an_error(tmp_path) -> None:
     recipe.write_text(RECIPE.replace("weight_decay", "weigth_decay"))
     with pytest.raises(TypeError, match="weigth_decay"):
         load_recipe(recipe)
+
+
+def test_a_checkpoint_in_small_parts_comes_back_and_a_damaged_one_is_refused(tmp_path) -> None:
+    for step in (1, 2):
+        save_checkpoint({"step": step, "weights": torch.arange(5000.0) * step}, tmp_path, part_bytes=4096)
+    state = load_checkpoint(tmp_path)
+    assert state is not None
+    assert state["step"] == 2
+    assert torch.equal(state["weights"], torch.arange(5000.0) * 2)
+    parts = sorted(tmp_path.glob("checkpoint-*/part-*"))
+    assert len(parts) > 5
+    assert all(part.stat().st_size <= 4096 for part in parts)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+    parts[3].write_bytes(parts[3].read_bytes()[:-1] + b"?")
+    with pytest.raises(DamagedCheckpointError, match="part-003"):
+        load_checkpoint(tmp_path)
+    parts[3].unlink()
+    with pytest.raises(DamagedCheckpointError, match="part-003"):
+        load_checkpoint(tmp_path)

@@ -1,0 +1,175 @@
+"""Deeper at the same speed: held-out loss against time per token, for looped and unlooped models.
+
+    python -m bench.depth_for_free train --runs FOLDER      (stops and resumes; hours on two cores)
+    python -m bench.depth_for_free measure --runs FOLDER
+
+One recipe and the same training tokens for: a block run once; the same block run R times; R times as many
+layers with weights of their own. `measure` decodes the same held-out prompts with all of them in turn, in
+one process, batch 1, so that a slow moment of the machine falls on all. Source of the comparison: SPEED
+(Hooper et al. 2023, arXiv 2310.12072).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from bench.depth_report import Row, write_report
+from bench.depth_variants import Variant, held_out, train, variants
+from bench.prompts import held_out_prompts
+from model.engine import Engine
+from model.loader import load_model
+from model.protocol import GenerationRequest, SamplingParams
+from model.serving import build_engine
+from model.training.losses import evaluate
+from model.training.main import TOKENIZER, UNFINISHED
+from model.training.recipe import Recipe, load_recipe
+from model.worker import EngineOptions
+
+RECIPE = Path(__file__).with_suffix(".toml")
+RESULTS = Path(__file__).with_name("results")
+PROMPT_TOKENS = 32
+
+
+class Decoded(NamedTuple):
+    """One request: seconds a token after the first one, passes a token, and its text."""
+
+    seconds_per_token: float
+    passes_per_token: float
+    tokens: list[int]
+
+
+def main() -> int:
+    """The command; 0 when all is done, 3 when training is to be continued."""
+    args = _parser().parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe: Recipe = load_recipe(args.recipe)
+    chosen = variants(recipe, args.depths)
+    if args.only:
+        chosen = [variant for variant in chosen if variant.name in args.only]
+    if args.action == "train":
+        done = [train(recipe, variant, args.runs, args.max_minutes, args.compile) for variant in chosen]
+        return 0 if all(done) else UNFINISHED
+    write_report(measure(recipe, chosen, args), recipe, args.output)
+    return 0
+
+
+def measure(recipe: Recipe, chosen: list[Variant], args: argparse.Namespace) -> list[Row]:
+    """Every variant plain, and the looped ones with SPEED as well: one row each."""
+    windows = held_out(recipe, args.runs)
+    tokenizer = Tokenizer.from_file(str(args.runs / TOKENIZER))
+    prompts = held_out_prompts(tokenizer, args.num_prompts, PROMPT_TOKENS)
+    engines = {variant: _engine(args.runs / variant.name / "model", args) for variant in chosen}
+    modes = [(v, speculation) for v in chosen for speculation in (False, True)[: 1 + (v.loops > 1)]]
+    decoded = _decode_in_turn(engines, modes, prompts, args.max_tokens)
+    rows = []
+    for variant, speculation in tqdm(modes, desc="evaluating", unit="model"):
+        loaded = load_model(args.runs / variant.name / "model", dtype="float32")
+        runs, plain = decoded[variant, speculation], decoded[variant, False]
+        evaluation = evaluate(loaded.model, windows)
+        rows.append(
+            Row(
+                variant=variant,
+                shared=variant.loops > 1 or variant.layers == recipe.model.num_block_layers,
+                speculation=speculation,
+                parameters=sum(p.numel() for p in loaded.model.parameters()),
+                loss=evaluation.loss,
+                agreement=evaluation.agreement,
+                milliseconds_per_token=1e3 * statistics.median(r.seconds_per_token for r in runs),
+                passes_per_token=statistics.fmean(r.passes_per_token for r in runs),
+                equal_texts=sum(r.tokens == p.tokens for r, p in zip(runs, plain, strict=True)) / len(runs),
+                training_minutes=json.loads((args.runs / variant.name / "seconds.json").read_text()) / 60,
+            )
+        )
+    return rows
+
+
+def _engine(folder: Path, args: argparse.Namespace) -> Engine:
+    loops = recipe_loops(folder)
+    depths = tuple(depth for depth in args.draft_depths if depth < loops)
+    options = EngineOptions(model_path=str(folder), device="cpu", threads=args.threads, draft_depths=depths)
+    return build_engine(options)
+
+
+def recipe_loops(folder: Path) -> int:
+    """num_loops of a checkpoint folder."""
+    loops: int = json.loads((folder / "config.json").read_text())["num_loops"]
+    return loops
+
+
+def _decode_in_turn(
+    engines: dict[Variant, Engine],
+    modes: list[tuple[Variant, bool]],
+    prompts: list[list[int]],
+    max_tokens: int,
+) -> dict[tuple[Variant, bool], list[Decoded]]:
+    """Each prompt by every mode before the next prompt; every other time in the opposite order."""
+    decoded: dict[tuple[Variant, bool], list[Decoded]] = {mode: [] for mode in modes}
+    for variant, speculation in modes:
+        _decode(engines[variant], prompts[0], max_tokens, speculation)  # warms up
+    for index, prompt in enumerate(tqdm(prompts, desc="decoding", unit="prompt")):
+        for mode in modes if index % 2 else modes[::-1]:
+            decoded[mode].append(_decode(engines[mode[0]], prompt, max_tokens, mode[1]))
+    return decoded
+
+
+def _decode(engine: Engine, prompt: list[int], max_tokens: int, speculation: bool) -> Decoded:
+    """Decodes greedily; the clock runs from the first token on, passes are counted alike."""
+    engine.add(
+        GenerationRequest(
+            request_id="depth",
+            prompt_token_ids=prompt,
+            max_tokens=max_tokens,
+            sampling=SamplingParams(temperature=0.0),
+            ignore_eos=True,
+            speculation=speculation,
+        )
+    )
+    tokens: list[int] = []
+    passes, started = 0, 0.0
+    while engine.has_work:
+        events = engine.step()
+        passes += 1
+        if not tokens and events:
+            passes, started = 0, time.perf_counter()
+        tokens += [token for event in events for token in event.token_ids]
+    seconds, count = time.perf_counter() - started, len(tokens) - 1
+    return Decoded(seconds / count, passes / count, tokens)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.depth_for_free", description=__doc__)
+    parser.add_argument("action", choices=("train", "measure"))
+    parser.add_argument("--runs", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--depths", type=_numbers, default=[2, 3, 4, 6], help="R, comma-separated")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), help="names such as 2x4, comma-separated"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument(
+        "--max-minutes", type=float, default=24 * 60.0, help="train: of each model in this slice"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="train: compile the layers (needs a C++ compiler)"
+    )
+    parser.add_argument("--draft-depths", type=_numbers, default=[1, 2], help="measure: of SPEED")
+    parser.add_argument("--num-prompts", type=int, default=16, help="measure")
+    parser.add_argument("--max-tokens", type=int, default=96, help="measure")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="measure: folder of table and plot")
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,164 @@
+"""Table and plot of `bench.depth_for_free`. Knows nothing about how the figures were measured."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.depth_variants import Variant
+from model.training.recipe import Recipe
+
+NAME = "depth_for_free"
+PAPER = (
+    "SPEED (Hooper et al. 2023) reports 6 to 14 % of first predictions changed by later iterations for a "
+    "decoder of 4 layers x 3 and 13 to 17 % for 2 x 6, on translation."
+)
+
+
+class Row(NamedTuple):
+    """One model in one mode of decoding."""
+
+    variant: Variant
+    shared: bool  # the block alone or looped; else layers of their own
+    speculation: bool
+    parameters: int
+    loss: list[float]  # held-out, nats a token, per loop
+    agreement: list[float]  # held-out share of greedy tokens equal to the last loop's, per loop
+    milliseconds_per_token: float
+    passes_per_token: float
+    equal_texts: float
+    training_minutes: float
+
+
+class Claim(NamedTuple):
+    """What depth by looping costs and gains, R against 1 and against as many layers of their own."""
+
+    loops: int
+    slower_plain: float
+    slower_speed: float
+    share_of_gain: float | None  # of the way from the block alone to unshared layers of the same depth
+
+
+def claims(rows: list[Row]) -> list[Claim]:
+    """One for every number of loops; `share_of_gain` is None where the unshared model wasn't trained."""
+    base = next(row for row in rows if row.shared and row.variant.loops == 1)
+    found = []
+    for row in rows:
+        if not row.speculation:
+            continue
+        depth = row.variant.layers * row.variant.loops
+        plain = next(r for r in rows if r.variant == row.variant and not r.speculation)
+        deep = next((r for r in rows if r.variant == Variant(depth, 1)), None)
+        gain = None
+        if deep is not None:
+            gain = (base.loss[-1] - row.loss[-1]) / (base.loss[-1] - deep.loss[-1])
+        found.append(
+            Claim(
+                row.variant.loops,
+                plain.milliseconds_per_token / base.milliseconds_per_token,
+                row.milliseconds_per_token / base.milliseconds_per_token,
+                gain,
+            )
+        )
+    return found
+
+
+def write_report(rows: list[Row], recipe: Recipe, folder: Path) -> None:
+    """Writes depth_for_free.md, .svg and .json into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = [{**row._asdict(), "variant": row.variant.name} for row in rows]
+    (folder / f"{NAME}.json").write_text(json.dumps(raw, indent=1) + "\n")
+    (folder / f"{NAME}.md").write_text(report(rows, recipe))
+    print(report(rows, recipe))
+    plot(rows, folder / f"{NAME}.svg")
+
+
+def report(rows: list[Row], recipe: Recipe) -> str:
+    """The page: all models, what looping costs and gains, and how often later loops change a prediction."""
+    tokens = recipe.total_steps * recipe.tokens_per_step / 1e6
+    models = "\n".join(_model_line(row) for row in rows)
+    gains = "\n".join(_claim_line(claim) for claim in claims(rows))
+    changes = "\n".join(_change_line(row) for row in rows if row.speculation)
+    return f"""# Deeper at the same speed
+
+`python -m bench.depth_for_free` (recipe: bench/depth_for_free.toml; {tokens:.1f} million training tokens for
+every model; batch 1, fp32, greedy, all models in turn in one process, medians over prompts). `2 x 4` is two
+stored layers run four times.
+
+| model | decoding | parameters | held-out loss | ms/token | tokens/s | passes/token | texts = plain |
+|---|---|---|---|---|---|---|---|
+{models}
+
+Held-out loss is in nats a token.
+
+## What R loops cost and gain
+
+Time per token against the same block run once, and the share of the way in loss from there to R times as
+many layers of their own.
+
+| R | plain | SPEED | share of the gain |
+|---|---|---|---|
+{gains}
+
+## How often a later loop changes the first loop's token
+
+Held-out text, teacher-forced, greedy tokens. {PAPER}
+
+| model | changed after loop 1 | after loop 2 | held-out loss after each loop |
+|---|---|---|---|
+{changes}
+"""
+
+
+def _model_line(row: Row) -> str:
+    name, mode = _name(row.variant), "SPEED" if row.speculation else "plain"
+    milliseconds = row.milliseconds_per_token
+    return (
+        f"| {name} | {mode} | {row.parameters / 1e6:.2f} M | {row.loss[-1]:.4f} | {milliseconds:.2f} | "
+        f"{1e3 / milliseconds:.0f} | {row.passes_per_token:.3f} | {row.equal_texts:.0%} |"
+    )
+
+
+def _claim_line(claim: Claim) -> str:
+    gain = "not trained" if claim.share_of_gain is None else f"{claim.share_of_gain:.0%}"
+    return f"| {claim.loops} | {claim.slower_plain:.2f}x | {claim.slower_speed:.2f}x | {gain} |"
+
+
+def _change_line(row: Row) -> str:
+    second = f"{1 - row.agreement[1]:.1%}" if row.variant.loops > 2 else "-"
+    losses = ", ".join(f"{loss:.3f}" for loss in row.loss)
+    return f"| {_name(row.variant)} | {1 - row.agreement[0]:.1%} | {second} | {losses} |"
+
+
+def _name(variant: Variant) -> str:
+    return f"{variant.layers} x {variant.loops}"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Held-out loss against time per token: looped with SPEED, looped plain, layers of their own."""
+    import matplotlib as mpl  # noqa: PLC0415  (an optional extra: `bench`)
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    mpl.rcParams["svg.hashsalt"] = NAME  # the same figures give the same file
+    base = [row for row in rows if row.shared and row.variant.loops == 1]
+    lines = {
+        "looped, SPEED": base + [row for row in rows if row.speculation],
+        "looped, plain": base + [row for row in rows if row.shared and not row.speculation][1:],
+        "layers of their own": base + [row for row in rows if not row.shared],
+    }
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for (label, points), marker in zip(lines.items(), "os^", strict=True):
+        ordered = sorted(points, key=lambda row: row.variant.layers * row.variant.loops)
+        times = [row.milliseconds_per_token for row in ordered]
+        axes.plot(times, [row.loss[-1] for row in ordered], marker=marker, label=label)
+        for row, x in zip(ordered, times, strict=True):
+            axes.annotate(
+                _name(row.variant), (x, row.loss[-1]), (4, 4), textcoords="offset points", fontsize=8
+            )
+    axes.set_xlabel("milliseconds per token, batch 1")
+    axes.set_ylabel("held-out loss, nats per token")
+    axes.set_xlim(left=0)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

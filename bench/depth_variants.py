@@ -1,0 +1,76 @@
+"""The models of `bench.depth_for_free`: one recipe, trained with shared and with unshared depth.
+
+Knows nothing about timing. Invariant: all models see the same number of tokens, in the same batches, at
+the same learning rates; they differ in layers and loops alone.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.loader import save_checkpoint
+from model.training.corpus import standard_library
+from model.training.main import prepare
+from model.training.recipe import Recipe, Stage
+from model.training.text_task import TextTask, spread_windows
+from model.training.trainer import Trainer, new_model
+
+HELD_OUT_WINDOWS = 300
+
+
+class Variant(NamedTuple):
+    """Stored layers, and how often each token runs through them."""
+
+    layers: int
+    loops: int
+
+    @property
+    def name(self) -> str:
+        """Also the name of the run's folder."""
+        return f"{self.layers}x{self.loops}"
+
+
+def variants(recipe: Recipe, depths: list[int]) -> list[Variant]:
+    """The block alone; it looped to each of `depths`; and as deep with layers of their own."""
+    layers = recipe.model.num_block_layers
+    looped = [Variant(layers, depth) for depth in depths]
+    return [Variant(layers, 1), *looped, *(Variant(layers * depth, 1) for depth in depths)]
+
+
+def recipe_of(recipe: Recipe, variant: Variant) -> Recipe:
+    """The recipe for a variant: stages of one loop stay so, the others run all of the variant's."""
+
+    def staged(stage: Stage) -> Stage:
+        return replace(stage, num_loops=1 if stage.num_loops == 1 else variant.loops)
+
+    model = replace(recipe.model, num_block_layers=variant.layers, num_loops=variant.loops)
+    return replace(recipe, model=model, stages=tuple(map(staged, recipe.stages)))
+
+
+def train(recipe: Recipe, variant: Variant, runs: Path, max_minutes: float, compiled: bool) -> bool:
+    """Trains one variant, or goes on with it; True when its checkpoint is in `runs`/name/model."""
+    folder = runs / variant.name
+    if (folder / "model" / "config.json").exists():
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(recipe, standard_library(), runs)
+    own = recipe_of(recipe, variant)
+    trainer = Trainer(own, TextTask(np.load(runs / "train.npy"), own), folder, new_model(own))
+    if compiled:
+        trainer.compile()
+    if not trainer.run(max_minutes):
+        return False
+    (folder / "seconds.json").write_text(json.dumps(trainer.seconds))
+    save_checkpoint(trainer.model, folder / "model", torch.float32)
+    return True
+
+
+def held_out(recipe: Recipe, runs: Path) -> Tensor:
+    """Held-out windows as long as the training's longest, (count, length + 1)."""
+    length = max(stage.sequence_length for stage in recipe.stages)
+    return spread_windows(np.load(runs / "held_out.npy"), HELD_OUT_WINDOWS, length)

@@ -1,0 +1,1 @@
+"""Distillation of a small chat model into a looped one: `speed train distill`. Training only."""

@@ -1,0 +1,70 @@
+"""The chunked loss and its hand-made gradient equal torch's own, for every kind of loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.training import losses
+from model.training.losses import loop_losses
+from model.training.recipe import Stage
+from tests.tiny_models import tiny_model
+
+LOOPS, VOCAB = 3, 67
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(VOCAB, (2, 13), generator=torch.Generator().manual_seed(3))
+
+
+def obvious(model, tokens, stage, teacher=None):
+    """The same losses written down as in the paper, differentiated by torch."""
+    targets = tokens[:, 1:].flatten()
+    readouts = [model.whole_readout(s).flatten(0, 1) for s in model.depths(tokens[:, :-1], stage.num_loops)]
+    weights = torch.arange(1, stage.num_loops + 1) ** stage.depth_power
+    weights = weights / weights.sum()
+    final = readouts[-1].detach().softmax(-1)
+    total = torch.zeros(())
+    for logits, weight in zip(readouts, weights, strict=True):
+        each = F.cross_entropy(logits, targets, reduction="none")
+        if teacher is not None:
+            q, known = teacher(slice(0, len(targets)))
+            taught = torch.where(known, F.kl_div(logits.log_softmax(-1), q, reduction="none").sum(-1), each)
+            each = (1 - stage.teacher_weight) * each + stage.teacher_weight * taught
+        total = total + weight * each.mean()
+    for logits in readouts[:-1]:
+        pull = F.kl_div(logits.log_softmax(-1), final, reduction="batchmean")
+        total = total + stage.agreement_weight / (len(readouts) - 1) * pull
+    return total
+
+
+def gradients(model, total):
+    model.zero_grad()
+    total.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+@pytest.mark.parametrize("agreement", [0.0, 0.7])
+def test_loss_and_gradient_equal_the_obvious_ones(tokens, with_teacher, agreement, monkeypatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK", 7)  # 24 tokens: chunks of 7, 7, 7 and 3
+    model = tiny_model(vocab_size=VOCAB, num_loops=LOOPS).train().requires_grad_(True)
+    stage = Stage(1, LOOPS, 12, (1.0, 1.0), 1.5, agreement, 0.6)
+    given = torch.Generator().manual_seed(4)
+    q = torch.rand((24, VOCAB), generator=given).softmax(-1)
+    known = torch.rand(24, generator=given) > 0.3
+    teacher = (lambda rows: (q[rows], known[rows])) if with_teacher else None
+    wanted = obvious(model, tokens, stage, teacher)
+    wanted_gradients = gradients(model, wanted)
+    total, per_loop = loop_losses(model, tokens, stage, teacher)
+    torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients(model, total).items():
+        torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-6)
+    last = model.whole_readout(model.depths(tokens[:, :-1])[-1]).detach().flatten(0, 1)
+    assert per_loop[-1].item() == pytest.approx(F.cross_entropy(last, tokens[:, 1:].flatten()).item())
+
+
+def test_one_loop_is_plain_cross_entropy(tokens) -> None:
+    model = tiny_model(vocab_size=VOCAB, num_loops=1).train().requires_grad_(True)
+    total, per_loop = loop_losses(model, tokens, Stage(1, 1, 12, (1.0, 1.0), agreement_weight=0.5))
+    assert total.item() == pytest.approx(per_loop.item())
