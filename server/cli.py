@@ -145,7 +145,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 def build_parser(argv: Iterable[str]) -> argparse.ArgumentParser:
     """The parser; arguments of a command are added only if `argv` names it, since some import torch."""
-    words = [word for word in argv if not word.startswith("-")]
+    given = list(argv)
+    words = [word for word in given if not word.startswith("-")]
     parser = argparse.ArgumentParser(prog="speed", description="A server for looped language models.")
     commands = parser.add_subparsers(metavar="command", required=True)
     serve = commands.add_parser(
@@ -159,7 +160,7 @@ def build_parser(argv: Iterable[str]) -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure")
     benchmarks = bench.add_subparsers(metavar="benchmark", required=True)
     latency = benchmarks.add_parser("latency", help="passes and time per token, with and without speculation")
-    distill = words[:2] == ["train", "distill"]
+    distill = given[:2] == ["train", "distill"]
     if distill:
         train = train.add_subparsers(metavar="way", required=True).add_parser("distill")
     for name, subparser, add in (

@@ -20,6 +20,7 @@ from model.training.distill.task import DistillTask
 from model.training.distill.teacher import halves_from_pairs
 from model.training.distill.vocabulary import VocabularyError, cut_tokenizer, encode, pieces_of
 from model.training.trainer import read_log
+from server import cli
 from tests.tiny_models import tiny_model
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -271,6 +272,16 @@ def test_generation_goes_on_where_it_stopped(teacher_folder, tmp_path) -> None:
     assert _run("generate", run, teacher_folder, tmp_path) == 0
     assert (run / "texts" / "shard-00000.npz").stat().st_mtime_ns == first
     assert len(list((run / "texts").glob("shard-*.npz"))) == 3
+
+
+def test_what_is_not_there_is_one_line(teacher_folder, tmp_path, capsys) -> None:
+    assert _run("train", tmp_path / "empty", teacher_folder, tmp_path) == main.USAGE_ERROR
+    assert _run("export", tmp_path / "empty", tmp_path / "nobody", tmp_path) == main.USAGE_ERROR
+    missing = ["train", "distill", "teacher", str(tmp_path / "gone.whl"), "--output", str(tmp_path / "out")]
+    assert cli.main(missing) == main.USAGE_ERROR
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if not line.startswith("speed train distill: error: ")] == []
+    assert ["generate texts first" in lines[0], "nobody" in lines[1], "gone.whl" in lines[2]] == [True] * 3
 
 
 def test_rotary_pairs_become_halves() -> None:

