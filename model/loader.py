@@ -28,7 +28,7 @@ from model.families import Family, Place, families_of, family_of, nanbeige
 from model.hub import SINGLE_FILE
 from model.looped import LoopedTransformer
 
-__all__ = ["CheckpointError", "LoadedModel", "load_config", "load_model", "save_checkpoint"]
+__all__ = ["CheckpointError", "LoadedModel", "load_config", "load_model", "load_skeleton", "save_checkpoint"]
 
 CONFIG_FILE = "config.json"
 HEAD = "head.weight"
@@ -110,6 +110,18 @@ def load_config(path: str | Path, *, generation_config: bool = True) -> LoopedCo
     generation_config.json.
     """
     return _open(path, generation_config).config
+
+
+def load_skeleton(path: str | Path) -> LoopedTransformer:
+    """The model of a checkpoint folder without its weights, on the meta device; only headers are read.
+
+    Raises what `load_model` raises, but for files that are damaged behind their headers.
+    """
+    checkpoint = _open(path)
+    stored = stored_tensors(checkpoint.folder)
+    model = _without_weights(checkpoint, stored)
+    _matched(checkpoint, model, stored)
+    return model
 
 
 def load_model(

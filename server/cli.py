@@ -1,4 +1,4 @@
-"""The command `speed`: serve, train, bench. Parses options; each command's code is imported when it runs.
+"""The command `speed`: serve, inspect, train, bench. Parses options; a command is imported when it runs.
 
 Invariant: a wrong option, or a model that isn't there, is one line on stderr and exit status 2.
 """
@@ -135,6 +135,13 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=latency.run)
 
 
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    from model import inspect  # noqa: PLC0415
+
+    inspect.add_arguments(parser)
+    parser.set_defaults(run=inspect.run)
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", nargs="?", metavar="MODEL", help="the same as --model: a folder or a Hugging Face id"
@@ -156,6 +163,9 @@ def build_parser(argv: Iterable[str]) -> argparse.ArgumentParser:
         description="Serves a model over OpenAI's API. Each option is an environment variable too: [NAME].",
         formatter_class=_wide,
     )
+    inspect = commands.add_parser(
+        "inspect", help="what a model is, what fits in memory, how good its loops are"
+    )
     train = commands.add_parser("train", help="train a looped model; `train distill`: from a teacher")
     bench = commands.add_parser("bench", help="measure")
     benchmarks = bench.add_subparsers(metavar="benchmark", required=True)
@@ -165,6 +175,7 @@ def build_parser(argv: Iterable[str]) -> argparse.ArgumentParser:
         train = train.add_subparsers(metavar="way", required=True).add_parser("distill")
     for name, subparser, add in (
         (["serve"], serve, _add_serve),
+        (["inspect"], inspect, _add_inspect),
         (["train"], train, _add_distill if distill else _add_train),
         (["bench", "latency"], latency, _add_latency),
     ):

@@ -16,8 +16,8 @@ ORDER = [
     {"model.runner", "model.invariant"},
     {"model.engine"},
     {"model.worker", "model.measure"},
-    {"model.serving"},
-    {"model.training"},
+    {"model.serving", "model.quality"},
+    {"model.training", "model.inspect"},
 ]
 PURE = (
     *("model.wave", "model.scheduler", "model.cache", "model.sequence", "model.protocol", "model.config"),
