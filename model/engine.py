@@ -13,16 +13,27 @@ from dataclasses import dataclass, field
 import torch
 
 from model.cache import PagePool, PrefixKeys
+from model.compiling import GrammarQueue
 from model.cost import FixedBudget
 from model.drafts import POLICIES, Experience, make_policy, policy_depths
+from model.grammar import GrammarError
 from model.looped import LoopedTransformer
-from model.protocol import EngineInfo, EngineStats, GenerationRequest, SequenceStats, TokenEvent
+from model.matching import GrammarState, Vocabulary
+from model.protocol import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    SequenceStats,
+    TokenEvent,
+)
 from model.runner import Runner, bytes_per_token
 from model.scheduler import DEFAULT_ROW_BUDGET, Scheduler, SchedulerLimits
 from model.sequence import Sequence
-from model.wave import Wave
+from model.wave import Constraint, Unconstrained, Wave
 
 PAGE_SIZE = 16  # positions
+GRAMMAR_PATIENCE = 0.002  # seconds that an engine with nothing else to do waits for a grammar at a time
 CPU_CACHE_SHARE, GPU_CACHE_SHARE = 0.25, 0.85  # of the memory free when the model is loaded
 DEFAULT_POLICY = "adaptive"
 
@@ -47,7 +58,13 @@ class EngineConfig:
 class Engine:
     """A loaded model that continues many sequences at once."""
 
-    def __init__(self, model: LoopedTransformer, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: LoopedTransformer,
+        config: EngineConfig | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        """`vocabulary` is for requests with a grammar; without it they are answered by an error."""
         config = config or EngineConfig()
         self.model = model
         self.max_model_len = _max_model_len(model, config)
@@ -58,6 +75,7 @@ class Engine:
         self.pool = PagePool(-(-self._num_cache_tokens(config) // PAGE_SIZE), PAGE_SIZE)
         self.scheduler = Scheduler(self.pool, config.limits, FixedBudget(config.row_budget))
         self.runner = Runner(model, self.pool.num_tokens)
+        self._grammars = None if vocabulary is None else GrammarQueue(vocabulary)
         self._answered: list[TokenEvent] = []  # events that need no pass
 
     @property
@@ -106,20 +124,25 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.scheduler.has_work or bool(self._answered)
+        return self.scheduler.has_work or bool(self._answered or self._grammars)
 
     def add(self, request: GenerationRequest) -> None:
         """Takes a request; one that cannot be served is answered by an "error" event."""
         problem = self._problem(request)
         if problem:
-            self._answer(request, error=problem)
+            self._answer(request, "error", problem)
         elif request.max_tokens == 0 and request.prompt_logprobs is None:
-            self._answer(request)
+            self._answer(request, "length")
+        elif request.grammar is not None and self._grammars is not None:
+            self._grammars.add(request)
         else:
-            self.scheduler.add(self._sequence(request))
+            self.scheduler.add(self._sequence(request, Unconstrained()))
 
     def abort(self, request_id: str) -> None:
         """Ends a request before its time; unknown ids are ignored."""
+        compiling = self._grammars and self._grammars.remove(request_id)
+        if compiling:
+            self._answer(compiling, "abort")
         event = self.scheduler.abort(request_id)
         if event is not None:
             self.runner.sampler.forget(request_id)
@@ -127,6 +150,8 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """One pass, if any rows are due; new tokens and ends, in order."""
+        if self._grammars:
+            self._start_compiled(self._grammars)
         events, self._answered = self._answered, []
         batch = self.scheduler.schedule()
         if batch:
@@ -152,8 +177,27 @@ class Engine:
         if not self.scheduler.running and self.pool.num_free_pages != self.pool.num_pages:
             raise RuntimeError("pages are in use though no sequence runs")
 
-    def _sequence(self, request: GenerationRequest) -> Sequence:
+    def _start_compiled(self, grammars: GrammarQueue) -> None:
+        """Queues the requests whose grammars are ready."""
+        idle = not self.scheduler.has_work and not self._answered
+        for request, matcher, problem in grammars.compiled(GRAMMAR_PATIENCE if idle else 0.0):
+            if matcher is None:
+                self._answer(request, "error", problem)
+                continue
+            endings = self._ending_tokens(request)
+            try:
+                state = GrammarState(grammars.vocabulary, matcher, len(request.prompt_token_ids), endings)
+            except GrammarError as error:
+                self._answer(request, "error", str(error))
+                continue
+            self.runner.sampler.constrain(request.request_id, state)
+            self.scheduler.add(self._sequence(request, state))
+
+    def _ending_tokens(self, request: GenerationRequest) -> frozenset[int]:
         eos = () if request.ignore_eos else self.model.config.eos_token_ids
+        return frozenset(eos) | frozenset(request.stop_token_ids)
+
+    def _sequence(self, request: GenerationRequest, constraint: Constraint) -> Sequence:
         num_loops = request.num_loops or self.model.config.num_loops
         name = (request.draft_policy or self.draft_policy) if request.speculation else "none"
         wave = Wave(
@@ -161,7 +205,8 @@ class Engine:
             num_loops=num_loops,
             policy=make_policy(name, self._depths(name, num_loops), self.experience),
             length_limit=min(len(request.prompt_token_ids) + request.max_tokens, self.max_model_len),
-            ending_tokens=frozenset(eos) | frozenset(request.stop_token_ids),
+            ending_tokens=self._ending_tokens(request),
+            constraint=constraint,
         )
         noise = request.sampling.seed if self.model.config.has_noisy_start else ""
         salt = f"{num_loops}\n{noise}\n{request.cache_salt}"  # all that K/V depends on beside the tokens
@@ -188,15 +233,15 @@ class Engine:
             return f"num_loops {request.num_loops} is outside 1..{loops}"
         if request.draft_policy not in {None, *POLICIES}:
             return f"draft_policy {request.draft_policy!r} is not known; {', '.join(POLICIES)} are"
+        if request.grammar is not None and self._grammars is None:
+            return "a grammar needs the model's tokenizer.json, which is missing or cannot be used for it"
         return None
 
-    def _answer(self, request: GenerationRequest, error: str | None = None) -> None:
+    def _answer(self, request: GenerationRequest, reason: FinishReason, error: str | None = None) -> None:
+        """Ends a request that never ran."""
         self._answered.append(
             TokenEvent(
-                request_id=request.request_id,
-                finish_reason="error" if error else "length",
-                stats=SequenceStats(),
-                error=error,
+                request_id=request.request_id, finish_reason=reason, stats=SequenceStats(), error=error
             )
         )
 

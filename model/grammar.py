@@ -74,13 +74,14 @@ def new_matcher(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     """A matcher at the start of `grammar`; raises GrammarError if it does not compile."""
     matcher = LLMatcher(tokenizer, llguidance_text(grammar), log_level=0, limits=_limits())
     if matcher.is_error():
-        raise GrammarError(first_paragraph(matcher.get_error()))
+        raise GrammarError(in_words(matcher.get_error()))
     return matcher
 
 
-def first_paragraph(message: str) -> str:
-    """llguidance's words without the state of its parser, which quotes everything generated so far."""
-    return message.split("\n<state>", 1)[0].strip()
+def in_words(message: str) -> str:
+    """llguidance's words without the state of its parser."""
+    words = message.split("\n<", 1)[0].strip()
+    return "the grammar matches no text" if words.startswith("NoExtension") else words
 
 
 def _limits() -> LLParserLimits:
@@ -164,11 +165,11 @@ def _problems(grammar: Grammar) -> list[str]:
     if unknown:
         return ["special tokens cannot stand in a grammar"]
     if failed:
-        return [first_paragraph(messages[0])]
+        return [in_words(messages[0])]
     matcher = LLMatcher(_byte_tokenizer(), llguidance_text(grammar), log_level=0, limits=_limits())
     allowed = int.from_bytes(matcher.compute_bitmask(), "little") & (1 << 256) - 1
-    if matcher.is_error() and "NoExtension" not in matcher.get_error():
-        return [first_paragraph(matcher.get_error())]
+    if matcher.is_error():
+        return [in_words(matcher.get_error())]
     return [] if allowed else ["the grammar matches no text"]
 
 

@@ -61,7 +61,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     The engine ends it at `max_tokens`, at a token of `stop_token_ids` or, unless `ignore_eos`, at an
     end-of-sequence token of the model; the ending token is reported like any other. With a `grammar`
-    it ends where the grammar is complete and nothing can follow.
+    it ends, as "stop" without a `stop_token_id`, where the grammar is complete and nothing can follow;
+    before that the ending tokens come only where the text may end, and `min_tokens` yields to the grammar.
     """
 
     request_id: str

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from model.matching import GrammarState
 from model.protocol import SamplingParams
 from model.sequence import Sequence
 
@@ -48,6 +50,11 @@ class Sampler:
         self.device = device
         self._noise_row = lru_cache(NOISE_ROWS_KEPT)(gumbel_noise_numpy)
         self._counts: dict[str, TokenCounts] = {}
+        self._grammars: dict[str, GrammarState] = {}
+
+    def constrain(self, request_id: str, grammar: GrammarState) -> None:
+        """From now on tokens of the request are those that `grammar` allows, until `forget`."""
+        self._grammars[request_id] = grammar
 
     def sample(self, logits: Tensor, readouts: SequenceOf[Readout]) -> Tensor:
         """Token ids (rows,) on the device of `logits` (rows, vocab); `logits` is left as it is."""
@@ -67,6 +74,7 @@ class Sampler:
     def forget(self, request_id: str) -> None:
         """Drops what is kept for a sequence that has ended."""
         self._counts.pop(request_id, None)
+        self._grammars.pop(request_id, None)
 
     def _draw_scores(self, scores: Tensor, readouts: SequenceOf[Readout]) -> Tensor:
         """filter(scores / T) + G; what the filters drop is -inf."""
@@ -93,7 +101,7 @@ class Sampler:
         return scores
 
     def _adjust(self, scores: Tensor, readout: Readout) -> None:
-        """Penalties, bias and banned endings of one row, in place."""
+        """Penalties, bias, grammar and banned endings of one row, in place."""
         request = readout.sequence.request
         params = request.sampling
         if _has_penalties(params):
@@ -102,8 +110,18 @@ class Sampler:
         if params.logit_bias:
             ids = self._tensor(list(params.logit_bias))
             scores[ids] += to_device(list(params.logit_bias.values()), torch.float32, self.device)
-        if _bans_endings(readout):
+        grammar = self._grammars.get(request.request_id)
+        if grammar is not None:
+            self._apply(grammar, scores, readout)
+        elif _bans_endings(readout):
             scores[self._tensor(sorted(readout.sequence.wave.ending_tokens))] = -torch.inf
+
+    def _apply(self, grammar: GrammarState, scores: Tensor, readout: Readout) -> None:
+        """Drops the tokens that the grammar forbids, in place; none behind a draft that it forbids."""
+        wave, position = readout.sequence.wave, readout.position
+        forbidden = grammar.forbidden(wave, position, before_min_tokens=_bans_endings(readout))
+        if forbidden is not None:
+            scores.masked_fill_(mask_to_device(forbidden, self.device), -torch.inf)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return to_device(values, torch.int64, self.device)
@@ -132,6 +150,12 @@ def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tenso
     if device.type == "cpu":
         return torch.tensor(values, dtype=dtype)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def mask_to_device(mask: NDArray[np.bool_], device: torch.device) -> Tensor:
+    """The same for a mask; on a CPU it is not copied."""
+    tensor = torch.from_numpy(mask)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -285,6 +309,7 @@ def _is_plain_greedy(readout: Readout) -> bool:
     params = readout.sequence.request.sampling
     return (
         not _is_drawn(readout)
+        and readout.sequence.request.grammar is None
         and not params.logit_bias
         and not _has_penalties(params)
         and not _bans_endings(readout)

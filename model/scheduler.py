@@ -285,8 +285,7 @@ class Scheduler:
         if not wave.finished:
             return _event(sequence, committed) if committed else None
         self._release(sequence)
-        stopped = bool(committed) and committed[-1] in wave.ending_tokens
-        return _final_event(sequence, committed, "stop" if stopped else "length")
+        return _end_event(sequence, committed)
 
     def _count(self, wave: Wave, before: tuple[int, int], num_committed: int) -> None:
         self.counts.generation_tokens += num_committed
@@ -321,10 +320,32 @@ def _event(sequence: Sequence, committed: list[int]) -> TokenEvent:
     )
 
 
-def _final_event(sequence: Sequence, committed: list[int], reason: FinishReason) -> TokenEvent:
+def _end_event(sequence: Sequence, committed: list[int]) -> TokenEvent:
+    """The last event of a sequence whose wave has finished."""
+    wave = sequence.wave
+    if not committed:
+        return _final_event(sequence, committed, "length")
+    position, token = wave.num_committed - 1, committed[-1]
+    if token in wave.ending_tokens:
+        return _final_event(sequence, committed, "stop", stop_token_id=token)
+    outcome = wave.constraint.outcome(wave.tokens, position, token)
+    if outcome == "stuck":
+        return _final_event(sequence, committed, "error", error=wave.constraint.problem)
+    return _final_event(sequence, committed, "stop" if outcome == "complete" else "length")
+
+
+def _final_event(
+    sequence: Sequence,
+    committed: list[int],
+    reason: FinishReason,
+    *,
+    stop_token_id: int | None = None,
+    error: str | None = None,
+) -> TokenEvent:
     return msgspec.structs.replace(
         _event(sequence, committed),
         finish_reason=reason,
-        stop_token_id=committed[-1] if reason == "stop" else None,
+        stop_token_id=stop_token_id,
         stats=sequence.stats,
+        error=error,
     )

@@ -21,8 +21,45 @@ final; a token behind it is a draft. What the last depth says is committed, what
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from model.drafts import DraftPolicy
+
+Outcome = Literal["open", "complete", "stuck"]
+
+
+class Constraint(Protocol):
+    """What a text must match, as far as a wave has to know."""
+
+    @property
+    def problem(self) -> str:
+        """Why the last outcome was "stuck"."""
+
+    def outcome(self, tokens: list[int], position: int, token: int) -> Outcome:
+        """What follows `token` at `position`, behind tokens[:position]; `token` may be a draft.
+
+        "open": other tokens may; "complete": nothing can, and the text is whole; "stuck": nothing can,
+        and it is not.
+        """
+
+    def admits(self, tokens: list[int], proposed: list[int]) -> int:
+        """How many of the tokens `proposed` may follow `tokens`, with more behind each of them."""
+
+
+class Unconstrained:
+    """Any text; it never ends by itself."""
+
+    problem = ""
+
+    def outcome(self, tokens: list[int], position: int, token: int) -> Outcome:
+        """See Constraint."""
+        del tokens, position, token
+        return "open"
+
+    def admits(self, tokens: list[int], proposed: list[int]) -> int:
+        """See Constraint."""
+        del tokens
+        return len(proposed)
 
 
 @dataclass(slots=True)
@@ -49,7 +86,8 @@ class Wave:
 
     `tokens` is the prompt, what is committed, and the drafts; it grows and shrinks at the end only.
     `length_limit` bounds prompt and output together; `ending_tokens` end the sequence when committed
-    (a draft that might end it isn't followed up).
+    (a draft that might end it isn't followed up), and so does a token that the `constraint` says nothing
+    can follow.
     """
 
     def __init__(
@@ -59,12 +97,15 @@ class Wave:
         policy: DraftPolicy,
         length_limit: int,
         ending_tokens: frozenset[int] = frozenset(),
+        *,
+        constraint: Constraint | None = None,
     ) -> None:
         self.tokens = list(prompt)
         self.num_loops = num_loops
         self.policy = policy
         self.length_limit = length_limit
         self.ending_tokens = ending_tokens
+        self.constraint = constraint or Unconstrained()
         self.prompt_length = len(prompt)
         self.num_known = len(prompt)  # tokens that are read as a prompt: after a restart, outputs as well
         self.num_committed = len(prompt)
@@ -200,6 +241,8 @@ class Wave:
         rate = self.policy.agreement.rate(run.depth)
         if position >= len(self.tokens):
             better, trust = self.policy.prefer(self.tokens, token, run.depth)
+            if better != token and not self.constraint.admits(self.tokens, [better]):
+                better, trust = token, rate
             if better != token:
                 self._trust[position] = trust
             self._append(position, better, trust)
@@ -240,7 +283,8 @@ class Wave:
         room = max(0, self.length_limit - 1 - len(self.tokens))
         proposed = self.policy.propose(self.tokens)[:room]
         ends = (index for index, token in enumerate(proposed) if token in self.ending_tokens)
-        return proposed[: next(ends, len(proposed))]
+        proposed = proposed[: next(ends, len(proposed))]
+        return proposed[: self.constraint.admits(self.tokens, proposed)]
 
     def _flush(self, position: int, run: Run) -> None:
         """Drops tokens and rows from `position` on: nothing is copied, the end moves back."""
@@ -263,4 +307,6 @@ class Wave:
 
     def _ends(self, position: int, token: int) -> bool:
         """Whether `token` at `position` is, or if confirmed would be, the last of the sequence."""
-        return token in self.ending_tokens or position + 1 >= self.length_limit
+        if token in self.ending_tokens or position + 1 >= self.length_limit:
+            return True
+        return self.constraint.outcome(self.tokens, position, token) != "open"

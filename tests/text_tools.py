@@ -4,6 +4,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from server.tokenizer import TextCodec
 
+EOS_ID = 256
+
 
 def _byte_characters() -> list[str]:
     """The printable character that byte-level BPE writes for each byte (GPT-2's table)."""
@@ -19,6 +21,17 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<eos>"])
+    return tokenizer
+
+
+def word_tokenizer(words: list[str]) -> Tokenizer:
+    """The byte tokenizer with a token for each of `words` behind <eos>."""
+    table = _byte_characters()
+    vocab = {character: byte for byte, character in enumerate(table)}
+    for index, word in enumerate(words):
+        vocab["".join(table[byte] for byte in word.encode())] = EOS_ID + 1 + index
+    tokenizer = byte_tokenizer()
+    tokenizer.model = models.BPE(vocab={**vocab, "<eos>": EOS_ID}, merges=[])
     return tokenizer
 
 

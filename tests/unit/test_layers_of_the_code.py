@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = [
     {"model.config", "model.protocol", "model.cache", "model.drafts", "model.cost", "model.hub"},
     {"model.families", "model.layers", "model.wave", "model.checkpoint", "model.grammar", "model.ending"},
-    {"model.sequence"},
-    {"model.looped", "model.sampling", "model.scheduler", "model.packed"},
+    {"model.sequence", "model.matching"},
+    {"model.looped", "model.sampling", "model.scheduler", "model.packed", "model.compiling"},
     {"model.attention", "model.loader", "model.readout", "model.quantize"},
     {"model.runner", "model.invariant"},
     {"model.engine"},

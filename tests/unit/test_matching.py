@@ -1,0 +1,133 @@
+"""A grammar's state follows drafts and flushes: always the mask of the tokens that stand there now."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llguidance import LLParserLimits
+
+from model import grammar as grammar_module
+from model.grammar import GrammarError
+from model.matching import GrammarState, Vocabulary
+from model.protocol import Grammar
+from tests.text_tools import EOS_ID, byte_tokenizer, word_tokenizer
+
+VOCAB = 270
+VOCABULARY = Vocabulary(word_tokenizer(["ab", "ba", "aa"]).to_str(), VOCAB, [EOS_ID])
+PROMPT = [1, 2, 3]
+
+
+def state(regex: str, endings=frozenset({EOS_ID}), vocabulary=VOCABULARY) -> GrammarState:
+    matcher = vocabulary.matcher(Grammar(kind="regex", text=regex))
+    return GrammarState(vocabulary, matcher, len(PROMPT), endings)
+
+
+def wave(tokens: list[int], num_committed: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(tokens=PROMPT + tokens, num_committed=len(PROMPT) + num_committed)
+
+
+def allowed(
+    state: GrammarState, tokens: list[int], num_committed: int = 0, count: int | None = None, **options
+):
+    """Ids allowed behind the first `count` of `tokens`; None without a mask."""
+    position = len(PROMPT) + (len(tokens) if count is None else count)
+    options = {"before_min_tokens": False, **options}
+    forbidden = state.forbidden(wave(tokens, num_committed), position, **options)
+    return None if forbidden is None else set(np.flatnonzero(~forbidden).tolist())
+
+
+A, B, AB, BA, AA = ord("a"), ord("b"), EOS_ID + 1, EOS_ID + 2, EOS_ID + 3
+
+
+def test_a_mask_holds_the_tokens_that_continue_the_text_and_the_end_where_it_is_whole() -> None:
+    grammar = state("a(ba)?")
+    assert allowed(grammar, []) == {A, AB}
+    assert allowed(grammar, [A]) == {B, BA, EOS_ID}
+    assert allowed(grammar, [AB]) == {A}
+    assert allowed(grammar, [A], before_min_tokens=True) == {B, BA}
+    assert allowed(grammar, [A, BA], before_min_tokens=True) == {EOS_ID}  # the grammar goes first
+
+
+def test_ids_beyond_the_tokenizer_and_ends_that_are_ignored_are_never_allowed() -> None:
+    anything = allowed(state(r"(.|\n)*", endings=frozenset()), [])
+    assert max(anything) == AA
+    assert EOS_ID not in anything
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_masks_are_a_function_of_the_tokens_before_whatever_was_drafted_and_flushed(data) -> None:
+    """Against a fresh state for every mask. Drafts may be of any kind, and some the grammar forbids."""
+    grammar = "(a|ba){0,3}b(aa|b)*"
+    followed = state(grammar)
+    tokens, committed = [], 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        keep = data.draw(st.integers(committed, len(tokens)))
+        tokens = tokens[:keep] + data.draw(st.lists(st.sampled_from([A, B, AB, BA, AA, EOS_ID]), max_size=3))
+        fresh = state(grammar)
+        count = data.draw(st.integers(committed, len(tokens)))
+        assert allowed(followed, tokens, committed, count) == allowed(fresh, tokens, 0, count)
+        token = data.draw(st.sampled_from([A, B, AB]))
+        position = len(PROMPT) + count
+        assert followed.outcome(wave(tokens).tokens, position, token) == fresh.outcome(
+            wave(tokens).tokens, position, token
+        )
+        valid = next((n for n in range(count, -1, -1) if allowed(fresh, tokens, 0, n) is not None), 0)
+        committed = data.draw(st.integers(committed, max(valid, committed)))
+
+
+def test_a_position_behind_a_forbidden_draft_has_no_mask_and_the_one_before_keeps_its_own() -> None:
+    grammar = state("(ab)*")
+    assert allowed(grammar, [AB, B, A]) is None
+    assert allowed(grammar, [AB, EOS_ID]) is None
+    assert allowed(grammar, [AB, 2**31]) is None
+    assert allowed(grammar, [AB, B, A], count=1) == {A, AB, EOS_ID}
+
+
+def test_outcomes() -> None:
+    grammar = state("a(ba)?")
+    assert grammar.outcome(PROMPT, 3, A) == "open"
+    assert grammar.outcome([*PROMPT, A], 4, BA) == "complete"
+    assert grammar.outcome([*PROMPT, A], 4, A) == "stuck"
+    assert "does not allow the token 97" in grammar.problem
+    assert grammar.outcome(PROMPT, 3, AB) == "open"
+
+
+def test_proposals_are_admitted_up_to_the_first_that_the_grammar_forbids_or_that_completes_it() -> None:
+    grammar = state("(ab)*x")
+    assert grammar.admits(PROMPT, [AB, A, B, AB]) == 4
+    assert grammar.admits([*PROMPT, A], [B, B, A]) == 1
+    assert grammar.admits([*PROMPT, AB], [A, B, ord("x"), A]) == 2
+    assert grammar.admits([*PROMPT, B], [A]) == 0
+    assert allowed(grammar, [AB]) == {A, AB, ord("x")}
+
+
+def test_where_no_token_can_spell_the_grammar_it_is_stuck_not_complete() -> None:
+    small = Vocabulary(byte_tokenizer().to_str(), 100)  # no "x" among the first 100 bytes
+    with pytest.raises(GrammarError, match="none of the model's tokens"):
+        state("x", frozenset(), small)
+    grammar = state("[A-Z]x", frozenset(), small)
+    assert grammar.outcome(PROMPT, 3, ord("A")) == "stuck"
+    assert "none of the model's tokens" in grammar.problem
+
+
+def test_a_matcher_beyond_its_limits_is_replaced_and_the_committed_text_goes_on(monkeypatch) -> None:
+    """A draft may lead where the lexer needs too many states; the text that is committed does not."""
+    monkeypatch.setattr(
+        grammar_module, "_limits", lambda: LLParserLimits(step_lexer_fuel=300, verbose_errors=False)
+    )
+    vocabulary = Vocabulary(byte_tokenizer().to_str(), 257, [EOS_ID])
+    grammar = state("a{9}|b(.*c.{60}){3}", vocabulary=vocabulary)
+    assert allowed(grammar, []) == {A, B}
+    assert allowed(grammar, [A]) == {A}
+    assert allowed(grammar, [A], 1) == {A}
+    assert allowed(grammar, [B, *b"xxcxcxxxcx"]) is None
+    assert allowed(grammar, [A, A], 1) == {A}
+
+
+@pytest.mark.parametrize("text", ["", "{}", "no json"])
+def test_a_tokenizer_that_cannot_be_read_is_a_grammar_error(text: str) -> None:
+    with pytest.raises(GrammarError, match="not possible with this model's tokenizer"):
+        Vocabulary(text, 10)
