@@ -6,6 +6,7 @@ both. Passes, rows and texts are deterministic; tokens/s are not: quote the rati
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from bench.bandwidth import WeightReading, memory_bandwidth, weight_bytes_of_a_pass
 from bench.breakdown import break_down
 from bench.prompts import prompts_for
 from model.drafts import POLICIES
 from model.engine import DEFAULT_POLICY, Engine
+from model.hub import model_folder
+from model.loader import load_skeleton
 from model.looped import LoopedTransformer
 from model.protocol import GenerationRequest, SamplingParams, SequenceStats
 from model.serving import build_engine
@@ -43,9 +47,12 @@ class Mode(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `speed bench latency` on a parser."""
-    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="model folder (default: embedded)")
+    parser.add_argument(
+        "--model", default=str(DEFAULT_MODEL), help="folder or Hugging Face id (default: embedded)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:i")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    parser.add_argument("--quantization", default="none", choices=["none", "int8"])
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--draft-depths", default=None, help="comma-separated (default: the model's)")
     parser.add_argument("--deterministic", action="store_true", help="batch-invariant arithmetic")
@@ -63,22 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `speed bench latency`; the last line printed is one JSON object."""
-    depths = None if args.draft_depths is None else tuple(int(d) for d in args.draft_depths.split(","))
-    engine = build_engine(
-        EngineOptions(
-            model_path=args.model,
-            device=args.device,
-            dtype=args.dtype,
-            threads=args.threads,
-            draft_depths=depths,
-            deterministic=args.deterministic,
-            draft_policy=args.draft_policy,
-            row_budget=args.row_budget,
-            prefix_caching=False,  # the same prompts run again and again
-        )
-    )
+    folder = model_folder(args.model)
+    started = time.perf_counter()
+    engine = _load(args, folder)
+    load_seconds, peak = time.perf_counter() - started, peak_memory()
+    print(f"loaded in {load_seconds:.1f} s; peak memory {peak / 1e9:.2f} GB")
     vocab_size = engine.model.config.vocab_size
-    prompts = prompts_for(args.model, vocab_size, args.num_prompts, args.prompt_tokens, args.seed)
+    prompts = prompts_for(str(folder), vocab_size, args.num_prompts, args.prompt_tokens, args.seed)
     info = engine.info
     print(f"{args.model}: {info.family}, {info.num_loops} loops, {info.dtype} on {info.device}")
     report: dict[str, object] = {
@@ -86,6 +84,9 @@ def run(args: argparse.Namespace) -> int:
         "draft_depths": info.draft_depths,
         "dtype": info.dtype,
         "device": info.device,
+        "quantization": args.quantization,
+        "load_seconds": load_seconds,
+        "peak_memory_bytes": peak,
     }
     sampled = SamplingParams(temperature=args.temperature, top_p=args.top_p)
     modes: dict[str, Mode] = {}
@@ -98,10 +99,41 @@ def run(args: argparse.Namespace) -> int:
     middle = sorted(breakdowns)[len(breakdowns) // 2]
     print(middle)
     report["pass"] = {**middle._asdict(), "own_python_share": middle.own_python_share}
+    reading = _weight_reading(args, folder, engine, middle.pass_us)
+    print(reading)
+    report["weights"] = {**reading._asdict(), "share_of_pass": reading.share}
     report["agreement_per_depth"] = agreement(engine.model, prompts, modes["greedy"].speculative)
     print(f"agreement with the last loop on the greedy texts, loop by loop: {report['agreement_per_depth']}")
     print(json.dumps(report))
     return 0
+
+
+def _load(args: argparse.Namespace, folder: Path) -> Engine:
+    depths = None if args.draft_depths is None else tuple(int(d) for d in args.draft_depths.split(","))
+    return build_engine(
+        EngineOptions(
+            model_path=str(folder),
+            device=args.device,
+            dtype=args.dtype,
+            quantization=args.quantization,
+            threads=args.threads,
+            draft_depths=depths,
+            deterministic=args.deterministic,
+            draft_policy=args.draft_policy,
+            row_budget=args.row_budget,
+            prefix_caching=False,  # the same prompts run again and again
+        )
+    )
+
+
+def _weight_reading(args: argparse.Namespace, folder: Path, engine: Engine, pass_us: float) -> WeightReading:
+    weights = weight_bytes_of_a_pass(load_skeleton(folder), engine.model.dtype, args.quantization)
+    return WeightReading(weights, memory_bandwidth(engine.model.device), pass_us / 1e6)
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(

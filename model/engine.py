@@ -8,6 +8,7 @@ Synchronous and single-threaded; `worker` gives it a process of its own. Invaria
 `add` takes ends with exactly one event that has a finish reason, and gives its pages back with it.
 """
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +32,8 @@ from model.runner import Runner, bytes_per_token
 from model.scheduler import DEFAULT_ROW_BUDGET, Scheduler, SchedulerLimits
 from model.sequence import Sequence
 from model.wave import Constraint, Unconstrained, Wave
+
+log = logging.getLogger(__name__)
 
 PAGE_SIZE = 16  # positions
 GRAMMAR_PATIENCE = 0.002  # seconds that an engine with nothing else to do waits for a grammar at a time
@@ -248,7 +251,8 @@ class Engine:
     def _num_cache_tokens(self, config: EngineConfig) -> int:
         """Token slots of the cache; by default `max_num_seqs` full contexts, or what memory allows.
 
-        Raises EngineConfigError when not even one request at full context would fit.
+        Where nobody asked for a length of the context and the model's own does not fit, `max_model_len`
+        becomes what does. Raises EngineConfigError when a context that was asked for would not fit.
         """
         each = bytes_per_token(self.model)
         memory = config.kv_cache_memory or _memory_for_cache(self.model.device)
@@ -257,12 +261,25 @@ class Engine:
             fit = config.kv_cache_tokens
         elif config.kv_cache_memory is None:
             fit = min(fit, self.max_model_len * config.limits.max_num_seqs)
+            if config.max_model_len is None and PAGE_SIZE <= fit < self.max_model_len:
+                self.max_model_len = self._shortened(fit)
         if fit < self.max_model_len:
             raise EngineConfigError(
                 f"max_model_len {self.max_model_len} needs {self.max_model_len * each} bytes of KV cache for "
                 f"one request, {fit * each} are there ({fit} tokens): lower max_model_len or give more memory"
             )
         return fit
+
+    def _shortened(self, fit: int) -> int:
+        """The longest context that `fit` token slots hold, said in the log."""
+        length = fit // PAGE_SIZE * PAGE_SIZE
+        log.warning(
+            "the model's context of %d tokens needs more memory than there is; it is cut to %d tokens "
+            "(max_model_len says how many are wanted)",
+            self.max_model_len,
+            length,
+        )
+        return length
 
 
 def _known_policy(name: str) -> str:
