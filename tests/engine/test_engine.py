@@ -13,6 +13,7 @@ from model.looped import LoopedTransformer
 from model.measure import measured_cost
 from model.packed import PackedLinear, pack_linears, padded_rows
 from model.protocol import GenerationRequest, SamplingParams
+from model.runner import bytes_per_token
 from model.scheduler import SchedulerLimits
 from tests.tiny_models import SHAPES, tiny_model
 
@@ -237,6 +238,18 @@ def test_an_abort_frees_the_pages_within_one_pass() -> None:
 def test_options_that_cannot_work_are_refused_with_their_limit(config: EngineConfig, message: str) -> None:
     with pytest.raises(EngineConfigError, match=message):
         Engine(tiny_model(), config)
+
+
+def test_a_context_that_nobody_asked_for_is_cut_to_what_memory_holds(monkeypatch, caplog) -> None:
+    """Ouro's own context of 65,536 tokens would take 48 GiB of cache."""
+    model = tiny_model()
+    monkeypatch.setattr("model.engine._memory_for_cache", lambda _: 70 * bytes_per_token(model))
+    cut = Engine(model)
+    assert cut.info.max_model_len == 64
+    assert "cut to 64 tokens" in caplog.text
+    assert len(texts(cut, [request(0, [1] * 40, GREEDY, max_tokens=24)])[0]) == 24
+    with pytest.raises(EngineConfigError, match="max_model_len 100 needs"):
+        Engine(model, EngineConfig(max_model_len=100))
 
 
 @pytest.mark.gpu
