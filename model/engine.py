@@ -113,6 +113,7 @@ class Engine:
             rows_in_flight=scheduler.num_rows_in_flight,
             row_budget=scheduler.cost.most_rows,
             passes=counts.passes,
+            rows=counts.rows,
             pass_rows=dict(counts.pass_rows),
             prompt_tokens=counts.prompt_tokens,
             generation_tokens=counts.generation_tokens,

@@ -51,6 +51,7 @@ class SchedulerCounts:
     """What has been done since the start; see protocol.EngineStats."""
 
     passes: int = 0
+    rows: int = 0
     pass_rows: Counter[int] = field(default_factory=Counter)
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -121,6 +122,7 @@ class Scheduler:
         self._in_pass = [(seq, seq.wave.runs[:num]) for seq, num in taken.items() if num]
         if rows:
             self.counts.passes += 1
+            self.counts.rows += rows
             self.counts.pass_rows[1 << (rows - 1).bit_length()] += 1
         return [
             ScheduledRun(seq, run.start, run.num_rows, run.depth, seq.wave.num_readouts(run))

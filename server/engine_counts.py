@@ -17,7 +17,7 @@ GAUGES = {
     "num_requests_running": "Sequences that take part in passes",
     "num_requests_waiting": "Sequences that wait for a place",
     "kv_cache_usage": "Share of the KV cache's pages that requests hold, 0 to 1",
-    "rows_in_flight": "Rows of the last pass",
+    "rows_in_flight": "Rows of tokens that are not committed yet",
     "row_budget": "Rows of a pass beyond which nothing is speculated",
 }
 COUNTERS = {

@@ -2,8 +2,10 @@
 
 import json
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Callable
 
 import httpx
 import openai
@@ -22,6 +24,16 @@ ENDLESS = {
     "ignore_eos": True,
     "stream": True,
 }
+
+
+BUSY = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def gauges(server: ServerProcess) -> dict[str, float]:
@@ -74,3 +86,18 @@ def test_keys_logs_and_metrics_of_a_running_server(tmp_path) -> None:
     records = [json.loads(line) for line in stdout.splitlines()]
     assert [r["status"] for r in records if r["method"] == "POST"] == [200, 200]
     assert all(r["request_id"] and r["completed"] for r in records)
+
+
+def test_a_crowd_that_opens_streams_and_leaves_holds_nothing(server) -> None:
+    """How fast it is forgotten is measured by `python -m bench.clients`."""
+    content = json.dumps(ENDLESS | {"n": 1})
+    head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    request = "\r\n".join([*head, f"Content-Length: {len(content)}", "", content])
+    crowd = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(200)]
+    for connection in crowd:
+        connection.sendall(request.encode())
+    wait_until(lambda: gauges(server)["speed:num_requests_running"] > 0)
+    for connection in crowd:
+        connection.close()
+    wait_until(lambda: not any(gauges(server)[f"speed:{name}"] for name in BUSY))
+    assert server.complete(max_tokens=3, ignore_eos=True).json()["usage"]["completion_tokens"] == 3
