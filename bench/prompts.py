@@ -39,3 +39,11 @@ def prompts_for(model_path: str, vocab_size: int, count: int, length: int, seed:
     if not file.exists():
         return random_prompts(vocab_size, count, length, seed)
     return held_out_prompts(Tokenizer.from_file(str(file)), count, length, seed)
+
+
+def copy_prompts(prompts: list[list[int]]) -> list[list[int]]:
+    """Prompts whose likely continuation stands in them: each text, and its first eighth once more.
+
+    What editing, quoting and renaming look like to a model: long stretches of the output are in the prompt.
+    """
+    return [[*prompt, *prompt[: len(prompt) // 8]] for prompt in prompts]

@@ -135,6 +135,13 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=latency.run)
 
 
+def _add_throughput(parser: argparse.ArgumentParser) -> None:
+    from bench import throughput  # noqa: PLC0415
+
+    throughput.add_arguments(parser)
+    parser.set_defaults(run=throughput.run)
+
+
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     from model import inspect  # noqa: PLC0415
 
@@ -170,6 +177,7 @@ def build_parser(argv: Iterable[str]) -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure")
     benchmarks = bench.add_subparsers(metavar="benchmark", required=True)
     latency = benchmarks.add_parser("latency", help="passes and time per token, with and without speculation")
+    throughput = benchmarks.add_parser("throughput", help="tokens/s over the number of requests at once")
     distill = given[:2] == ["train", "distill"]
     if distill:
         train = train.add_subparsers(metavar="way", required=True).add_parser("distill")
@@ -178,6 +186,7 @@ def build_parser(argv: Iterable[str]) -> argparse.ArgumentParser:
         (["inspect"], inspect, _add_inspect),
         (["train"], train, _add_distill if distill else _add_train),
         (["bench", "latency"], latency, _add_latency),
+        (["bench", "throughput"], throughput, _add_throughput),
     ):
         if words[: len(name)] == name:
             add(subparser)
