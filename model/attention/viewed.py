@@ -1,7 +1,9 @@
 """CPU attention: reads the cache through views, without a copy, where a sequence's pages are neighbours.
 
 The rows of a wave stand at neighbouring loops of the same positions, so one view (loops, kv_heads,
-positions, head_dim) serves them all in one call. Scattered pages are gathered, one sequence at a time.
+positions, head_dim) serves them all in one call. A sequence that lies in a few stretches of pages (a
+shared prefix and its own, say) is attended to stretch by stretch, and the parts are joined by their
+log-sum-exp (3 to 6 % of a pass; copying would be 20 to 60 %); one that is scattered further is gathered.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -13,8 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.store import KVStore, RowRun
-from model.cache import PageTable
+from model.cache import PageTable, Segment
 from model.layers import Attend
+
+MOST_PARTS = 4  # stretches of a context beyond which copying it is faster
+# What scaled_dot_product_attention calls on a CPU; this one also gives the log-sum-exp of the scores.
+_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class ViewedAttention:
@@ -84,24 +90,53 @@ class _Call:
         self.num_loops = len(runs)
         self.num_rows = runs[0].num_rows
         self.rows = slice(first, first + sum(run.num_rows for run in runs))
-        self.index = None if self.table.base is not None else self._slots()
+        self.parts = self._parts()
+        self.index = None if self.table.base is not None or self.parts else self._slots()
         self.spans = {windowed: self._span(windowed) for windowed in set(store.windowed)}
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Output (rows, heads, head_dim) of the group's queries q, of the same shape."""
-        first, mask = self.spans[self.store.windowed[layer]]
-        keys = self._context_of(self.store.keys[layer], first)
-        values = self._context_of(self.store.values[layer], first)
+        span = self.spans[self.store.windowed[layer]]
         # Query heads that share a K/V head stand in the place of tokens: no head is repeated.
         rows, heads, head_dim = q.shape
         grouped = q.view(self.num_loops, self.num_rows, heads // self.store.group, self.store.group, head_dim)
         if self.num_rows == 1:
-            out = F.scaled_dot_product_attention(grouped[:, 0], keys, values, attn_mask=mask)
-            return out.reshape(rows, heads, head_dim)
+            return self._attend(layer, grouped[:, 0], span).reshape(rows, heads, head_dim)
         queries = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (1, kv_heads, group * num_rows, head_dim)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        out = self._attend(layer, queries, span)
         out = out.view(1, out.shape[1], self.store.group, self.num_rows, head_dim)
         return out.permute(0, 3, 1, 2, 4).reshape(rows, heads, head_dim)
+
+    def _attend(self, layer: int, queries: Tensor, span: _Span) -> Tensor:
+        """Of queries (loops, kv_heads, rows, head_dim) to the cache of a layer, same shape."""
+        if self.parts:
+            return self._attend_by_parts(layer, queries, span.mask)
+        keys = self._context_of(self.store.keys[layer], span.first)
+        values = self._context_of(self.store.values[layer], span.first)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=span.mask)
+
+    def _attend_by_parts(self, layer: int, queries: Tensor, mask: Tensor | None) -> Tensor:
+        """The same over stretches; the rows stand in the last one and see all of those before it."""
+        out, total = queries, None
+        for part in self.parts:
+            keys, values = (
+                cache[layer][self.loops].narrow(1, part.slot, part.length).transpose(1, 2)
+                for cache in (self.store.keys, self.store.values)
+            )
+            part_mask = None if mask is None or part is not self.parts[-1] else mask[..., part.start :]
+            more, weight = _flash_attention(queries, keys, values, attn_mask=part_mask)
+            if total is None:
+                out, total = more, weight
+            else:
+                out = torch.lerp(out, more, torch.sigmoid(weight - total)[..., None].to(out.dtype))
+                total = torch.logaddexp(total, weight)
+        return out
+
+    def _parts(self) -> list[Segment]:
+        """The stretches of the context if they are few and attention can go through them, else none."""
+        parts = self.table.segments_of(self.context)
+        in_last = all(run.start >= parts[-1].start for run in self.runs)
+        return parts if 1 < len(parts) <= MOST_PARTS and in_last and not any(self.store.windowed) else []
 
     def _context_of(self, cache: Tensor, first: int) -> Tensor:
         """(loops of the group, kv_heads, context from `first`, head_dim); a view, but of scattered pages."""

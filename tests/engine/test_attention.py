@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from model.attention import GatheredAttention, InvariantAttention, KVStore, ViewedAttention
 from model.attention.store import RowRun
-from model.cache import PagePool, PageTable
+from model.cache import PageTable
 from model.config import LoopedConfig
 from model.layers import causal_attention
 from tests.tiny_models import tiny_config
@@ -24,30 +24,31 @@ CONFIG = CONFIGS["none"]
 HEADS, KV_HEADS, DIM = CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim
 
 
-def two_tables(scattered: bool) -> tuple[PagePool, list[PageTable]]:
-    """Tables of two sequences whose pages are neighbours, or no two of which are."""
-    pool = PagePool(4 * LENGTH // PAGE, PAGE)
-    if scattered:
-        held = [opened(pool, PAGE) for _ in range(pool.num_pages)]
-        for table in held[::2]:
-            pool.free(table)
-    return pool, [opened(pool, LENGTH) for _ in range(2)]
+NUM_PAGES = 4 * LENGTH // PAGE
+LAYOUTS: dict[str, list[list[int]]] = {
+    "neighbours": [[*range(10)], [*range(20, 30)]],
+    "stretches": [[*range(6), *range(30, 34)], [*range(10, 13), *range(34, 37), *range(20, 24)]],
+    "scattered": [[*range(0, 20, 2)], [*range(39, 19, -2)]],
+}
 
 
-def opened(pool: PagePool, num_tokens: int) -> PageTable:
-    table = pool.open([], num_tokens, num_tokens)
-    assert table is not None
-    return table
+def tables_of(layout: str) -> list[PageTable]:
+    """Tables of two sequences, whose pages are neighbours, lie in a few stretches, or anywhere."""
+    tables = [PageTable(PAGE), PageTable(PAGE)]
+    for table, pages in zip(tables, LAYOUTS[layout], strict=True):
+        for page in pages:
+            table.append(page)
+    return tables
 
 
 def cache_and_truth(
-    scattered: bool, seed: int, config: LoopedConfig = CONFIG
+    layout: str, seed: int, config: LoopedConfig = CONFIG
 ) -> tuple[KVStore, list[PageTable], torch.Tensor, torch.Tensor]:
     """Two sequences' random q, k, v at every loop, K/V stored; truth is (sequences, loops, tokens, ...)."""
     generator = torch.Generator().manual_seed(seed)
-    pool, tables = two_tables(scattered)
-    assert all((table.base is None) == scattered for table in tables)
-    store = KVStore(config, pool.num_tokens, torch.device("cpu"), torch.float32)
+    tables = tables_of(layout)
+    assert all((table.base is None) == (layout != "neighbours") for table in tables)
+    store = KVStore(config, NUM_PAGES * PAGE, torch.device("cpu"), torch.float32)
     q = torch.randn(2, 4, LENGTH, HEADS, DIM, generator=generator)
     k, v = torch.randn(2, 2, 4, LENGTH, KV_HEADS, DIM, generator=generator)
     for sequence, table in enumerate(tables):
@@ -79,14 +80,14 @@ def implementations() -> list[type]:
     first=runs_of_one_sequence,
     second=runs_of_one_sequence,
     width_one=st.booleans(),
-    scattered=st.booleans(),
+    layout=st.sampled_from(sorted(LAYOUTS)),
     seed=st.integers(0, 3),
     window=st.sampled_from(sorted(WINDOWS)),
 )
 @settings(max_examples=50, deadline=None)
-def test_ragged_rows_equal_plain_causal_attention(number, first, second, width_one, scattered, seed, window):
+def test_ragged_rows_equal_plain_causal_attention(number, first, second, width_one, layout, seed, window):
     """Waves, prompt chunks, any loops, pages, windows. The rows' K/V are written again, as in a pass."""
-    store, tables, q, truth = cache_and_truth(scattered, seed, CONFIGS[window])
+    store, tables, q, truth = cache_and_truth(layout, seed, CONFIGS[window])
     rows = [
         (sequence, RowRun(tables[sequence], start, 1 if width_one else count, loop))
         for sequence, runs in enumerate((first, second))
@@ -116,7 +117,7 @@ def test_a_window_of_so_many_tokens_counts_the_token_itself(window: int) -> None
 def test_a_binding_that_only_reads_leaves_the_cache_as_it_is() -> None:
     """IQuest's later loops read what the first one stored; k and v are not the first loop's."""
     store, tables, q, truth = cache_and_truth(
-        scattered=False, seed=2, config=CONFIGS["from the second loop on"]
+        layout="neighbours", seed=2, config=CONFIGS["from the second loop on"]
     )
     run = RowRun(tables[0], 21, 3, 0)
     before = store.keys[0].clone(), store.values[0].clone()
@@ -132,16 +133,16 @@ def test_a_binding_that_only_reads_leaves_the_cache_as_it_is() -> None:
     first=runs_of_one_sequence,
     second=runs_of_one_sequence,
     in_bf16=st.booleans(),
-    scattered=st.booleans(),
+    layout=st.sampled_from(sorted(LAYOUTS)),
     seed=st.integers(0, 3),
     window=st.sampled_from(sorted(WINDOWS)),
 )
 @settings(max_examples=50, deadline=None)
 def test_invariant_attention_gives_a_row_the_bits_it_gets_alone(
-    first, second, in_bf16, scattered, seed, window
+    first, second, in_bf16, layout, seed, window
 ):
     """Whatever stands beside a row, and wherever its sequence's pages lie."""
-    batch, alone = (cache_and_truth(pages, seed, CONFIGS[window]) for pages in (scattered, False))
+    batch, alone = (cache_and_truth(pages, seed, CONFIGS[window]) for pages in (layout, "neighbours"))
     rows = [
         (sequence, loop, start, count)
         for sequence, runs in enumerate((first, second))
@@ -169,7 +170,7 @@ def test_invariant_attention_gives_a_row_the_bits_it_gets_alone(
 
 def test_what_an_earlier_owner_left_in_a_page_cannot_reach_a_row_under_the_mask() -> None:
     """The rest of a page is read under a mask, and no mask hides a NaN: the cache never holds one."""
-    store, tables, q, truth = cache_and_truth(scattered=False, seed=2)
+    store, tables, q, truth = cache_and_truth(layout="neighbours", seed=2)
     attention, bad = InvariantAttention(store), torch.full((1, KV_HEADS, DIM), torch.nan)
     attention.bind([RowRun(tables[0], 21, 1, 2)])(0, q[0, 2, 21:22], bad, bad / 0)
     run = RowRun(tables[0], 20, 1, 2)
@@ -181,7 +182,7 @@ def test_what_an_earlier_owner_left_in_a_page_cannot_reach_a_row_under_the_mask(
 
 def test_a_row_does_not_see_what_stands_behind_it() -> None:
     """After a flush stale entries remain behind the end; they must not matter."""
-    store, tables, q, truth = cache_and_truth(scattered=False, seed=1)
+    store, tables, q, truth = cache_and_truth(layout="neighbours", seed=1)
     store.keys[0][:, tables[0].slot(20) :] = 1e4
     run = RowRun(tables[0], 19, 1, 2)
     entries = store.entries([run])
