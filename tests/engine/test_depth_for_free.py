@@ -1,0 +1,100 @@
+"""Looped against unshared depth, in the small: the same batches for all, and figures that add up."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import depth_for_free, depth_variants
+from bench.depth_report import Row, claims
+from bench.depth_variants import Variant, recipe_of, variants
+from model import load_model
+from model.training.recipe import Recipe, load_recipe
+from model.training.text_task import TextTask
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    full = load_recipe(depth_for_free.RECIPE)
+    model = replace(
+        full.model, vocab_size=300, hidden_size=32, intermediate_size=48, num_heads=2, head_dim=16
+    )
+    stages = tuple(replace(stage, steps=2, sequence_length=32) for stage in full.stages[1:])
+    return replace(full, model=replace(model, num_kv_heads=1), stages=stages, tokens_per_step=64)
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for index in range(120):
+        lines = [f"def function_{index}_{line}(x):\n    return x + {line}\n" for line in range(40)]
+        (folder / f"module_{index}.py").write_text("".join(lines))
+    monkeypatch.setattr(depth_variants, "standard_library", lambda: folder)
+    return folder
+
+
+def test_all_models_see_the_same_batches_at_the_same_rates(recipe) -> None:
+    chosen = variants(recipe, [2, 4])
+    assert [v.name for v in chosen] == ["2x1", "2x2", "2x4", "4x1", "8x1"]
+    own = [recipe_of(recipe, variant) for variant in chosen]
+    tokens = torch.arange(1000).numpy().astype("uint16")
+    for step in range(recipe.total_steps):
+        stage, rate = own[0].at(step)
+        for other in own[1:]:
+            assert other.at(step)[1] == rate
+            batches = [TextTask(tokens, r).batch(r.at(step)[0], step) for r in (own[0], other)]
+            assert torch.equal(*batches)
+    assert own[2].at(recipe.total_steps - 1)[0].num_loops == 4
+    assert own[4].at(recipe.total_steps - 1)[0].num_loops == 1
+    assert stage.num_loops == 1
+
+
+def test_trained_in_slices_measured_and_reported(recipe, corpus, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(depth_variants, "HELD_OUT_WINDOWS", 3)
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    chosen = variants(recipe, [2])
+    assert [v.name for v in chosen] == ["2x1", "2x2", "4x1"]
+    slices = 0
+    while not _trained(recipe, chosen, runs):
+        slices += 1
+    assert slices > 2
+    monkeypatch.setattr(depth_for_free, "load_recipe", lambda _: recipe)
+    monkeypatch.setattr(
+        depth_for_free, "held_out_prompts", lambda _tokenizer, count, _length: [[7, 8, 9]] * count
+    )
+    options = ["measure", "--runs", str(runs), "--output", str(results), "--depths", "2", "--threads", "1"]
+    monkeypatch.setattr("sys.argv", ["bench", *options, "--num-prompts", "2", "--max-tokens", "6"])
+    assert depth_for_free.main() == 0
+    rows = json.loads((results / "depth_for_free.json").read_text())
+    assert [(row["variant"], row["speculation"]) for row in rows] == [
+        ("2x1", False),
+        ("2x2", False),
+        ("2x2", True),
+        ("4x1", False),
+    ]
+    assert [row["passes_per_token"] for row in rows if not row["speculation"]] == [1.0, 2.0, 1.0]
+    assert all(row["equal_texts"] == 1.0 for row in rows)
+    stored = sum(p.numel() for p in load_model(runs / "2x2" / "model").model.parameters())
+    assert [row["parameters"] for row in rows[:3]] == [stored] * 3
+    assert (results / "depth_for_free.svg").read_text().count("2 x 2") >= 1
+    assert "| 2 |" in (results / "depth_for_free.md").read_text()
+
+
+def test_the_claims_are_ratios_to_the_block_run_once() -> None:
+    def row(layers: int, loops: int, speculation: bool, loss: float, milliseconds: float) -> Row:
+        shared = loops > 1 or layers == 2
+        variant = Variant(layers, loops)
+        return Row(variant, shared, speculation, 1, [loss], [1.0], milliseconds, 1.0, 1.0, 1.0)
+
+    rows = [row(2, 1, False, 3.0, 2.0), row(2, 4, False, 2.7, 8.0), row(2, 4, True, 2.7, 2.5)]
+    assert claims(rows)[0].share_of_gain is None
+    (claim,) = claims([*rows, row(8, 1, False, 2.6, 8.0)])
+    assert claim == pytest.approx((4, 4.0, 1.25, 0.75))
+
+
+def _trained(recipe: Recipe, chosen: list[Variant], runs: Path) -> bool:
+    done = [depth_variants.train(recipe, variant, runs, 0, False) for variant in chosen]
+    return all(done)
