@@ -55,7 +55,10 @@ def main() -> int:
     if args.only:
         chosen = [variant for variant in chosen if variant.name in args.only]
     if args.action == "train":
-        done = [train(recipe, variant, args.runs, args.max_minutes, args.compile) for variant in chosen]
+        done = [
+            train(recipe, variant, args.runs, args.max_minutes, compiled=args.compile, device=args.device)
+            for variant in chosen
+        ]
         return 0 if all(done) else UNFINISHED
     write_report(measure(recipe, chosen, args), recipe, args.output)
     return 0
@@ -153,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", type=lambda text: text.split(","), help="names such as 2x4, comma-separated"
     )
+    parser.add_argument("--device", default="cpu", help="train: cpu or cuda; decoding is measured on the CPU")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument(
         "--max-minutes", type=float, default=24 * 60.0, help="train: of each model in this slice"

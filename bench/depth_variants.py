@@ -52,7 +52,15 @@ def recipe_of(recipe: Recipe, variant: Variant) -> Recipe:
     return replace(recipe, model=model, stages=tuple(map(staged, recipe.stages)))
 
 
-def train(recipe: Recipe, variant: Variant, runs: Path, max_minutes: float, compiled: bool) -> bool:
+def train(
+    recipe: Recipe,
+    variant: Variant,
+    runs: Path,
+    max_minutes: float,
+    *,
+    compiled: bool = False,
+    device: str = "cpu",
+) -> bool:
     """Trains one variant, or goes on with it; True when its checkpoint is in `runs`/name/model."""
     folder = runs / variant.name
     if (folder / "model" / "config.json").exists():
@@ -60,7 +68,7 @@ def train(recipe: Recipe, variant: Variant, runs: Path, max_minutes: float, comp
     folder.mkdir(parents=True, exist_ok=True)
     prepare(recipe, standard_library(), runs)
     own = recipe_of(recipe, variant)
-    trainer = Trainer(own, TextTask(np.load(runs / "train.npy"), own), folder, new_model(own))
+    trainer = Trainer(own, TextTask(np.load(runs / "train.npy"), own), folder, new_model(own).to(device))
     if compiled:
         trainer.compile()
     if not trainer.run(max_minutes):

@@ -96,5 +96,5 @@ def test_the_claims_are_ratios_to_the_block_run_once() -> None:
 
 
 def _trained(recipe: Recipe, chosen: list[Variant], runs: Path) -> bool:
-    done = [depth_variants.train(recipe, variant, runs, 0, False) for variant in chosen]
+    done = [depth_variants.train(recipe, variant, runs, 0) for variant in chosen]
     return all(done)
