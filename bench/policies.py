@@ -126,6 +126,7 @@ def main() -> int:
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--num-prompts", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--plot", type=Path, help="an .svg file to write")
@@ -134,6 +135,7 @@ def main() -> int:
         model_path=args.model,
         device=args.device,
         dtype=args.dtype,
+        threads=args.threads,
         row_budget=ROW_BUDGET,
         prefix_caching=False,  # each prompt runs once for every policy
     )

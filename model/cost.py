@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 
+MARGIN = 1.2  # rows that barely pay are left: prices are measured, and chances estimated, with errors
+
+
 class PassPrice(NamedTuple):
     """Milliseconds of a pass of certain rows, one a sequence, and of each row beyond."""
 
@@ -20,8 +23,8 @@ class PassPrice(NamedTuple):
 class PassCost(Protocol):
     """Decides on speculative rows."""
 
-    def price(self, num_sequences: int, context: float) -> PassPrice:
-        """Price of a pass over `num_sequences` with `context` tokens each."""
+    def price(self, num_sequences: int, context: float, drawn: float = 0.0) -> PassPrice:
+        """Price of a pass over `num_sequences` with `context` tokens each; a share `drawn` of them sample."""
 
     @property
     def most_rows(self) -> int:
@@ -38,9 +41,10 @@ class Outlay:
         self._milliseconds = price.base + price.row * max(0, rows - num_sequences)
         self._useful = float(rows)
 
-    def is_worth(self, chance: float) -> bool:
-        """Whether rows that are of use with probability `chance` raise the useful rows per millisecond."""
-        return chance * self._milliseconds >= self._useful * self._row_price
+    @property
+    def least_chance(self) -> float:
+        """How likely to be of use a further row must be to raise the useful rows per millisecond."""
+        return MARGIN * self._useful * self._row_price / self._milliseconds
 
     def add(self, rows: int, chance: float) -> None:
         """Takes such rows in."""
@@ -55,9 +59,9 @@ class FixedBudget:
     def __init__(self, most_rows: int) -> None:
         self.most_rows = most_rows
 
-    def price(self, num_sequences: int, context: float) -> PassPrice:
+    def price(self, num_sequences: int, context: float, drawn: float = 0.0) -> PassPrice:
         """See PassCost."""
-        del num_sequences, context
+        del num_sequences, context, drawn
         return PassPrice(1.0, 0.0)
 
 
@@ -65,7 +69,8 @@ class MeasuredCost:
     """Interpolates prices measured over a grid of sequences x context.
 
     `prices[i][j]` belongs to num_sequences[i] and contexts[j]; both ascend. Outside the grid the base
-    price grows in proportion and the price of a row stays.
+    price grows in proportion and the price of a row stays. `draw` is what a row costs more, in
+    milliseconds, if its token is sampled.
     """
 
     def __init__(
@@ -74,18 +79,20 @@ class MeasuredCost:
         contexts: Sequence[int],
         prices: Sequence[Sequence[PassPrice]],
         most_rows: int,
+        draw: float = 0.0,
     ) -> None:
         self.num_sequences, self.contexts, self.prices = num_sequences, contexts, prices
+        self.draw = draw
         self.most_rows = most_rows
 
-    def price(self, num_sequences: int, context: float) -> PassPrice:
+    def price(self, num_sequences: int, context: float, drawn: float = 0.0) -> PassPrice:
         """See PassCost."""
         j, right = _place(self.contexts, context)
-        left_price = self._over_sequences(num_sequences, j)
-        if not right:
-            return left_price
-        right_price = self._over_sequences(num_sequences, j + 1)
-        return PassPrice(*(a + (b - a) * right for a, b in zip(left_price, right_price, strict=True)))
+        price = self._over_sequences(num_sequences, j)
+        if right:
+            there = self._over_sequences(num_sequences, j + 1)
+            price = PassPrice(*(a + (b - a) * right for a, b in zip(price, there, strict=True)))
+        return price._replace(row=price.row + self.draw * drawn)
 
     def _over_sequences(self, num_sequences: int, j: int) -> PassPrice:
         i, right = _place(self.num_sequences, num_sequences)

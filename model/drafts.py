@@ -8,7 +8,7 @@ commits nothing but what the last depth says: a policy decides what is tried, ne
     recheck   every depth from the first one on is compared (SPEED, 2310.12072)
     lookup    recheck, and behind a guess the tokens that followed the same n-gram earlier in the text
               (prompt lookup; several tokens enter in one pass, so passes per token can fall below 1)
-    adaptive  lookup, but a depth whose guesses have been useless is read out only now and then
+    adaptive  lookup, but a depth whose guesses are not worth a row at present is read out only now and then
     none      no speculation
 """
 
@@ -77,9 +77,12 @@ class DraftPolicy:
         self.depths = depths
         self.agreement = Agreement(SEQUENCE_MEMORY, experience.depths)
 
-    def reads(self, depth: int, position: int) -> bool:
-        """Whether the row at `position` is read out after `depth` loops, short of the last."""
-        del position
+    def reads(self, depth: int, position: int, least_chance: float = 0.0) -> bool:
+        """Whether the row at `position` is read out after `depth` loops, short of the last.
+
+        Rows that are of use with less than `least_chance` are not run at present.
+        """
+        del position, least_chance
         return depth in self.depths
 
     def overrules(self, depth: int, trust: float) -> bool:
@@ -158,11 +161,11 @@ class LookupPolicy(DraftPolicy):
 class AdaptivePolicy(LookupPolicy):
     """`adaptive`: as `lookup`, without the readouts that experience says are useless."""
 
-    def reads(self, depth: int, position: int) -> bool:
+    def reads(self, depth: int, position: int, least_chance: float = 0.0) -> bool:
         """See DraftPolicy."""
         if depth not in self.depths:
             return False
-        return position % PROBE_EVERY == 0 or self.agreement.rate(depth) >= USELESS
+        return position % PROBE_EVERY == 0 or self.agreement.rate(depth) >= max(USELESS, least_chance)
 
 
 class Match(NamedTuple):

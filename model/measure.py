@@ -39,6 +39,7 @@ class _Kept(msgspec.Struct):
     num_sequences: list[int]
     contexts: list[int]
     prices: list[list[tuple[float, float]]]
+    draw: float
 
 
 def measured_cost(engine: Engine) -> MeasuredCost:
@@ -49,7 +50,7 @@ def measured_cost(engine: Engine) -> MeasuredCost:
         kept = _measure(engine)
         _write(file, kept)
     prices = [[PassPrice(*price) for price in row] for row in kept.prices]
-    return MeasuredCost(kept.num_sequences, kept.contexts, prices, MOST_ROWS)
+    return MeasuredCost(kept.num_sequences, kept.contexts, prices, MOST_ROWS, kept.draw)
 
 
 def _measure(engine: Engine) -> _Kept:
@@ -57,7 +58,7 @@ def _measure(engine: Engine) -> _Kept:
     room = engine.pool.num_tokens
     longest = engine.max_model_len - engine.model.config.num_loops
     contexts = [context for context in CONTEXTS if context <= longest] or [max(1, longest)]
-    kept, started = _Kept([], contexts, []), perf_counter()
+    kept, started = _Kept([], contexts, [], _draw_price(engine)), perf_counter()
     for num in SEQUENCES:
         fits = num * (contexts[-1] + engine.pool.page_size + engine.model.config.num_loops) <= room
         if kept.prices and (num > most or not fits or perf_counter() - started > SECONDS / 2):
@@ -88,12 +89,38 @@ def _price(engine: Engine, num_sequences: int, context: int) -> tuple[float, flo
     return base, max(0.0, whole - base) / (num_sequences * (width - 1))
 
 
-def _sequence(engine: Engine, length: int) -> Sequence:
+def _draw_price(engine: Engine) -> float:
+    """Milliseconds by which a row costs more if its token is sampled: noise and filters.
+
+    Each pass draws at other positions, as decoding does: noise is kept for a while.
+    """
+    length = WAVE_ROWS * (REPEATS + 3)
+    if length >= engine.max_model_len:
+        return 0.0
+    seconds = []
+    for temperature in (0.0, 1.0):
+        sequence = _sequence(engine, length, temperature)
+        starts = range(0, length - WAVE_ROWS, WAVE_ROWS)
+        loop = engine.model.config.num_loops - 1
+        batches = [[ScheduledRun(sequence, start, WAVE_ROWS, loop, WAVE_ROWS)] for start in starts]
+        seconds.append(min(_once(engine, batch) for batch in batches))
+        assert sequence.table is not None
+        engine.pool.free(sequence.table)
+    return max(0.0, seconds[1] - seconds[0]) * 1000 / WAVE_ROWS
+
+
+def _once(engine: Engine, batch: list[ScheduledRun]) -> float:
+    started = perf_counter()
+    engine.runner.forward(batch)
+    return perf_counter() - started
+
+
+def _sequence(engine: Engine, length: int, temperature: float = 0.0) -> Sequence:
     request = GenerationRequest(
         request_id="measure",
         prompt_token_ids=[0] * length,
         max_tokens=1,
-        sampling=SamplingParams(temperature=0),
+        sampling=SamplingParams(temperature=temperature),
     )
     loops = engine.model.config.num_loops
     wave = Wave([0] * length, loops, make_policy("none", frozenset()), length + 1)

@@ -118,14 +118,15 @@ class Scheduler:
         self._make_room()
         taken = dict.fromkeys(self.running, 0)  # how many of its first runs each sequence runs
         rows = self._take_certain(taken) + self._take_prompts(taken)
-        rows += self._take_speculative(taken, rows)
+        added, least_chance = self._take_speculative(taken, rows)
+        rows += added
         self._in_pass = [(seq, seq.wave.runs[:num]) for seq, num in taken.items() if num]
         if rows:
             self.counts.passes += 1
             self.counts.rows += rows
             self.counts.pass_rows[1 << (rows - 1).bit_length()] += 1
         return [
-            ScheduledRun(seq, run.start, run.num_rows, run.depth, seq.wave.num_readouts(run))
+            ScheduledRun(seq, run.start, run.num_rows, run.depth, seq.wave.num_readouts(run, least_chance))
             for seq, runs in self._in_pass
             for run in reversed(runs)
         ]
@@ -248,12 +249,16 @@ class Scheduler:
                 left -= run.num_rows
         return self.limits.prefill_rows - left
 
-    def _take_speculative(self, taken: dict[Sequence, int], rows: int) -> int:
-        """Adds drafts, the likeliest to be of use first, while each is worth its time; rows added."""
+    def _take_speculative(self, taken: dict[Sequence, int], rows: int) -> tuple[int, float]:
+        """Adds drafts, the likeliest to be of use first, while each is worth its time.
+
+        Returns the rows added, and how likely to be of use one more would have to be.
+        """
         if not taken:
-            return 0
+            return 0, 0.0
         context = sum(len(sequence.wave.tokens) for sequence in taken) / len(taken)
-        outlay = Outlay(self.cost.price(len(taken), context), len(taken), rows)
+        drawn = sum(sequence.request.sampling.temperature > 0 for sequence in taken) / len(taken)
+        outlay = Outlay(self.cost.price(len(taken), context, drawn), len(taken), rows)
         order = count()  # among equals, every sequence gets its turn
         drafts: list[tuple[float, int, Sequence]] = []
 
@@ -266,14 +271,14 @@ class Scheduler:
         while drafts:
             chance, sequence = -drafts[0][0], heapq.heappop(drafts)[2]
             run = sequence.wave.runs[taken[sequence]]
-            if outlay.rows + run.num_rows > self.cost.most_rows or not outlay.is_worth(chance):
+            if outlay.rows + run.num_rows > self.cost.most_rows or chance < outlay.least_chance:
                 break
             assert sequence.table is not None
             if self.pool.grow(sequence.table, run.last + 1):
                 outlay.add(run.num_rows, chance)
                 taken[sequence] += 1
                 offer(sequence, chance)
-        return outlay.rows - rows
+        return outlay.rows - rows, outlay.least_chance
 
     def _advance(self, sequence: Sequence, runs: list[Run], predictions: dict[int, int]) -> TokenEvent | None:
         wave = sequence.wave

@@ -173,8 +173,11 @@ class Wave:
             del self.tokens[run.start + 1 :]
             run.num_rows = 1
 
-    def num_readouts(self, run: Run) -> int:
-        """How many of the run's last rows the pass that it takes part in next must read out."""
+    def num_readouts(self, run: Run, least_chance: float = 0.0) -> int:
+        """How many of the run's last rows the pass that it takes part in next must read out.
+
+        A draft that is right with less than `least_chance` would not be followed up anyway.
+        """
         rows = run.last - max(run.start, self.num_known - 1) + 1
         if rows <= 0 or self.length_limit == self.prompt_length:
             return 0  # the next token is known, or none is wanted
@@ -182,7 +185,7 @@ class Wave:
         if depth == self.num_loops:
             return rows
         useless = run.num_rows == 1 and run.last + 2 >= self.length_limit  # nothing would follow it
-        return rows if not useless and self.policy.reads(depth, run.start) else 0
+        return rows if not useless and self.policy.reads(depth, run.start, least_chance) else 0
 
     def update(self, runs: list[Run], predictions: Mapping[int, int]) -> list[int]:
         """Takes in a pass in which `runs`, the first ones of the wave, did one loop.

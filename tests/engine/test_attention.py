@@ -138,9 +138,7 @@ def test_a_binding_that_only_reads_leaves_the_cache_as_it_is() -> None:
     window=st.sampled_from(sorted(WINDOWS)),
 )
 @settings(max_examples=50, deadline=None)
-def test_invariant_attention_gives_a_row_the_bits_it_gets_alone(
-    first, second, in_bf16, layout, seed, window
-):
+def test_invariant_attention_gives_a_row_the_bits_it_gets_alone(first, second, in_bf16, layout, seed, window):
     """Whatever stands beside a row, and wherever its sequence's pages lie."""
     batch, alone = (cache_and_truth(pages, seed, CONFIGS[window]) for pages in (layout, "neighbours"))
     rows = [

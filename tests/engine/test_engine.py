@@ -326,3 +326,34 @@ def test_pass_costs_are_measured_once_and_kept(tmp_path, monkeypatch) -> None:
     kept[0].write_text("{")
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         measured_cost(shared)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pre_emption_and_shared_prefixes_change_no_text_of_any_shape(shape: str) -> None:
+    """Nine requests in two groups that begin alike, memory for about three, others aborted among them."""
+    model = tiny_model(**SHAPES[shape])
+    begin = [[i % 61 for i in range(33)], [(7 * i) % 61 for i in range(20)]]
+    wanted = [request(i, [*begin[i % 2], i], SamplingParams(seed=i), max_tokens=60) for i in range(6)]
+    alone = [texts(engine(model, policy="none"), [each])[0] for each in wanted]
+    short = engine(model, tokens=128, max_num_seqs=9)
+    for i in range(6, 9):
+        short.add(request(i, [*begin[0], i], GREEDY, max_tokens=40))
+    for _ in range(5):
+        short.step()
+    for i in range(6, 9):
+        short.abort(str(i))
+    assert texts_among(short, wanted) == alone
+    assert short.stats.prefix_cache_hits > 0
+    assert short.stats.preemptions > 0
+
+
+def texts_among(engine: Engine, requests: list[GenerationRequest]) -> list[list[int]]:
+    """As `texts`, in an engine that still has others to answer."""
+    said: dict[str, list[int]] = {each.request_id: [] for each in requests}
+    for each in requests:
+        engine.add(each)
+    while engine.has_work:
+        for event in engine.step():
+            said.setdefault(event.request_id, []).extend(event.token_ids)
+    engine.check_integrity()
+    return [said[each.request_id] for each in requests]
