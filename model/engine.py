@@ -100,6 +100,7 @@ class Engine:
             draft_policy=self.draft_policy,
             draft_policies=list(POLICIES),
             row_budget=self.scheduler.cost.most_rows,
+            has_noisy_start=self.model.config.has_noisy_start,
         )
 
     @property
@@ -212,7 +213,7 @@ class Engine:
             ending_tokens=self._ending_tokens(request),
             constraint=constraint,
         )
-        noise = request.sampling.seed if self.model.config.has_noisy_start else ""
+        noise = (request.init_scale, request.sampling.seed) if request.init_scale > 0 else ""
         salt = f"{num_loops}\n{noise}\n{request.cache_salt}"  # all that K/V depends on beside the tokens
         return Sequence(request, wave, PrefixKeys(salt, PAGE_SIZE))
 
@@ -235,6 +236,10 @@ class Engine:
             )
         if request.num_loops is not None and not 1 <= request.num_loops <= loops:
             return f"num_loops {request.num_loops} is outside 1..{loops}"
+        if request.init_scale and not self.model.config.has_noisy_start:
+            return (
+                f"init_scale is {request.init_scale}, but the state of this model does not start from noise"
+            )
         if request.draft_policy not in {None, *POLICIES}:
             return f"draft_policy {request.draft_policy!r} is not known; {', '.join(POLICIES)} are"
         if request.grammar is not None and self._grammars is None:

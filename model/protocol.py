@@ -74,6 +74,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     speculation: bool = True
     num_loops: int | None = None  # None: the model's own
+    init_scale: float = 0.0  # of the noise, decided by the seed, that a recurrent model's state starts from
     priority: int = 0  # smaller is served first
     logprobs: int | None = None  # likeliest tokens to report beside each chosen one; None: nothing
     prompt_logprobs: int | None = None  # the same for the prompt's tokens, the first excepted
@@ -130,6 +131,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     draft_policy: str = "single"
     draft_policies: list[str] = []  # those that a request may ask for
     row_budget: int = 0
+    has_noisy_start: bool = False  # whether requests may have an `init_scale` above 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

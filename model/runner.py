@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.attention import KVStore, PagedAttention, attention_for
 from model.attention.store import RowRun, zeros
+from model.initial_state import state_noise
 from model.layers import Attend
 from model.looped import LoopedTransformer
 from model.readout import PromptReadout, Reader
@@ -63,7 +64,21 @@ class Runner:
         slots = self._slots(batch)
         if self._entered is not self._states:
             self._entered.index_copy_(0, slots, entered)
-        self._states.index_copy_(0, slots, self.model.initial_state(entered))
+        self._states.index_copy_(0, slots, self._initial_states(batch, entered))
+
+    def _initial_states(self, batch: SequenceOf[ScheduledRun], entered: Tensor) -> Tensor:
+        """States before the first loop, (rows, hidden): noise for the requests that ask for it."""
+        states, first = self.model.initial_state(entered), 0
+        for item in batch:
+            request = item.sequence.request
+            if request.init_scale > 0:
+                noise = state_noise(request.sampling.seed, item.start, item.num_rows, states.shape[1])
+                noise *= request.init_scale * self.model.config.initial_state_std
+                # as in to_device: pinned, so that the copy waits for no pass
+                pinned = noise if self.store.device.type == "cpu" else noise.pin_memory()
+                states[first : first + item.num_rows].copy_(pinned, non_blocking=True)
+            first += item.num_rows
+        return states
 
     def _loop(self, batch: SequenceOf[ScheduledRun]) -> Tensor:
         """One loop for all rows; their new states (rows, hidden), also kept for their next pass."""

@@ -124,6 +124,7 @@ def _common_request(body: SamplingFields) -> GenerationRequest:
         ignore_eos=body.ignore_eos,
         speculation=body.speculation,
         num_loops=body.num_loops,
+        init_scale=body.init_scale,
         priority=body.priority,
         logprobs=0 if ranked and body.num_logprobs is None else body.num_logprobs,
         prompt_logprobs=body.num_logprobs if body.echoes else None,
@@ -162,6 +163,11 @@ def check_against_model(fields: SamplingFields, info: EngineInfo) -> None:
     if fields.num_loops is not None and fields.num_loops > info.num_loops:
         raise InvalidRequestError(
             f"num_loops is {fields.num_loops}, but the model has {info.num_loops} loops", param="num_loops"
+        )
+    if fields.init_scale and not info.has_noisy_start:
+        raise InvalidRequestError(
+            f"init_scale is {fields.init_scale:g}, but the state of this model does not start from noise",
+            param="init_scale",
         )
     if fields.draft_policy is not None and fields.draft_policy not in info.draft_policies:
         known = ", ".join(info.draft_policies)

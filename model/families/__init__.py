@@ -23,6 +23,14 @@ FAMILIES = (
     raven.OLMO,
 )
 
+_HRM = (
+    "its prompt attends both ways (prefix_lm), so K/V of a prompt position depend on the tokens behind it and "
+    "the prompt can be neither read in chunks nor shared as a prefix; and its cycles alternate two stacks of "
+    "layers, where this engine runs one block for rows at any depth"
+)
+# Looped models that people may try, by architecture and model_type, and why they can't be served.
+_NOT_SERVED = {"HrmTextForCausalLM": _HRM, "hrm_text": _HRM}
+
 
 def families_of(raw: Mapping[str, Any]) -> tuple[Family, ...]:
     """The families that a config.json's content may belong to; raises ConfigError listing the served ones.
@@ -40,7 +48,10 @@ def families_of(raw: Mapping[str, Any]) -> tuple[Family, ...]:
         served = {family.model_type for family in FAMILIES}
     if not found:
         key = "architectures" if names else "model_type"
-        raise ConfigError(f"{key} is {raw.get(key)!r}; {', '.join(sorted(served))} can be served")
+        value = raw.get(key)
+        only = value[0] if isinstance(value, list) and len(value) == 1 else value
+        reason = f": {_NOT_SERVED[only]}" if isinstance(only, str) and only in _NOT_SERVED else ""
+        raise ConfigError(f"{key} is {value!r}; {', '.join(sorted(served))} can be served{reason}")
     return found
 
 

@@ -62,6 +62,12 @@ class SamplingFields(RequestModel):
     skip_special_tokens: bool = True
     speculation: bool = Field(True, description="false: the same text, one loop after the other")
     num_loops: int | None = Field(None, ge=1, description="run at a smaller depth than the model's own")
+    init_scale: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="recurrent-depth models: scale of the noise that the state starts from (by the seed)",
+    )
     draft_policy: NonEmpty | None = Field(None, description="one of the engine's; the text is the same")
 
     @model_validator(mode="after")

@@ -90,6 +90,7 @@ async def test_every_field_reaches_the_engine(served):
         "logprobs": 3,
         "cache_salt": "mine",
         "draft_policy": "earliest",
+        "init_scale": 0.0,
     }
     response = await served.post(top_k=-1, logit_bias={"65": 1.5}, **sampling, **others)
     assert response.status_code == 200

@@ -118,6 +118,8 @@ BAD_FIELDS = [
     ({"speculation": "on"}, "speculation"),
     ({"num_loops": 0}, "num_loops"),
     ({"num_loops": 5}, "num_loops"),
+    ({"init_scale": -0.1}, "init_scale"),
+    ({"init_scale": 1.0}, "init_scale"),  # the fake model's state starts from its input
     ({"logprobs": -1}, "logprobs"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"),

@@ -249,6 +249,14 @@ def test_an_unknown_architecture_is_an_error_that_lists_the_served_ones(fields):
         read({**LLAMA, **fields})
 
 
+@pytest.mark.parametrize(
+    "fields", [{"architectures": ["HrmTextForCausalLM"]}, {"architectures": None, "model_type": "hrm_text"}]
+)
+def test_a_looped_model_that_the_engine_cannot_run_is_refused_with_the_reason(fields):
+    with pytest.raises(ConfigError, match="attends both ways"):
+        read({**LLAMA, **fields})
+
+
 def test_model_type_decides_where_no_architecture_is_given():
     assert family_of({"model_type": "nanbeige"}).name == "nanbeige"
 
