@@ -24,9 +24,9 @@ FAMILIES = (
 )
 
 _HRM = (
-    "its prompt attends both ways (prefix_lm), so K/V of a prompt position depend on the tokens behind it and "
-    "the prompt can be neither read in chunks nor shared as a prefix; and its cycles alternate two stacks of "
-    "layers, where this engine runs one block for rows at any depth"
+    "its prompt attends both ways (prefix_lm), so K/V of a prompt position depend on the tokens behind it, "
+    "and the prompt can be neither read in chunks nor shared as a prefix; and its cycles alternate two "
+    "stacks of layers, where this engine runs one block for rows at any depth"
 )
 # Looped models that people may try, by architecture and model_type, and why they can't be served.
 _NOT_SERVED = {"HrmTextForCausalLM": _HRM, "hrm_text": _HRM}
