@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-
 MARGIN = 1.2  # rows that barely pay are left: prices are measured, and chances estimated, with errors
 
 
