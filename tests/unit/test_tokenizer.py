@@ -1,9 +1,12 @@
 """Tokens as bytes, and prompts that ask for what stands between two texts."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from server.settings import embedded_model
 from server.tokenizer import TextCodec, printable
@@ -81,3 +84,34 @@ def test_special_tokens_only_if_wanted():
 def test_a_tokenizer_without_decoder():
     codec = TextCodec(Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
     assert codec.token_bytes(1).strip() == b"b"
+
+
+BOS_ALREADY = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+
+
+@pytest.mark.parametrize("post_processor", [None, BOS_ALREADY], ids=["plain", "adds_bos"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"bos_token": "<s>", "eos_token": "<eos>"},
+        {"bos_token": "<s>", "add_bos_token": True},
+        {"bos_token": {"content": "<s>", "__type": "AddedToken"}, "add_bos_token": True},
+        {"bos_token": "<s>", "add_bos_token": False},
+        {"bos_token": None, "add_bos_token": True},
+        {"bos_token": "<s>", "eos_token": "<eos>", "add_bos_token": True, "add_eos_token": True},
+        {"eos_token": "<eos>", "add_eos_token": True},
+    ],
+    ids=str,
+)
+def test_special_tokens_stand_where_transformers_puts_them(tmp_path, post_processor, config):
+    """By tokenizer.json's post-processor: beside it, transformers 5 does not listen to add_bos_token."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<s>"])
+    if post_processor is not None:
+        tokenizer.post_processor = post_processor
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert TextCodec.from_folder(tmp_path).encode("hi") == reference.encode("hi")
