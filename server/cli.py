@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser(arguments).parse_args(arguments)
     try:
         status: int = args.run(args)
-    except UsageError as error:
+    except (UsageError, HubError) as error:
         print(f"speed: error: {error}", file=sys.stderr)
         return USAGE_ERROR
     return status

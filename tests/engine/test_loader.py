@@ -366,6 +366,14 @@ print(memory("VmHWM") - before)
 """
 
 
+def test_where_loading_takes_long_it_says_how_far_it_is(folder, monkeypatch, capsys):
+    monkeypatch.setattr("model.loader.SECONDS_BETWEEN_LINES", 0)
+    load_model(folder)
+    error = capsys.readouterr().err
+    assert re.search(r"loading: +9\d%", error)
+    assert "B/s" in error
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_little_more_than_the_weights(folder, tmp_path_factory):
     """One file of 170 MB: mapping all of it at once, or a second copy, would peak at twice that."""

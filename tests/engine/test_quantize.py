@@ -95,6 +95,18 @@ def test_every_layer_but_the_gate_is_replaced_and_is_a_quarter_of_its_size():
     assert Int8Linear(linear()).weight.dtype == torch.int8
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_product_is_that_of_the_same_int8_weights(dtype):
+    layer, x = linear(bias=True, dtype=dtype), rows(17, dtype=dtype)
+    wanted = Int8Linear(layer)(x).float()
+    model = nn.Sequential(layer.cuda())
+    assert quantize_linears(model) == 1
+    assert isinstance(model[0], Int8Linear)
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (model(x.cuda()).float().cpu() - wanted).abs().max() < limit * wanted.abs().max()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_quantised_model_computes_with_the_weights_it_stands_for(shape):
     model = tiny_model(**SHAPES[shape])
