@@ -15,7 +15,7 @@ import torch
 from model.engine import Engine
 from model.protocol import GenerationRequest
 
-MATRIX = ("linear", "matmul", "mm", "addmm", "_linear_pointwise")
+MATRIX = ("linear", "matmul", "mm", "addmm", "_linear_pointwise", "qlinear_pointwise")
 ATTENTION = ("scaled_dot_product_attention", "_scaled_dot_product")
 TENSOR_WORK = ("angles", "enter", "loop", "finish", "head")  # of the model
 
