@@ -27,8 +27,9 @@ for arguments in json.loads(sys.argv[1]):
 assert "torch" not in sys.modules
 """
 INDEX = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+# Every content is another one: the cache keeps equal files once.
 FILES = {
-    "config.json": b"{}",
+    "config.json": b'{"of": "whole"}',
     "tokenizer.json": b"{}",
     "model.safetensors": b"weights",
     "pytorch_model.bin": b"a pickle",
@@ -38,7 +39,7 @@ FILES = {
     "consolidated.safetensors": b"the same again",
 }
 SHARDED = {
-    "config.json": b"{}",
+    "config.json": b'{"of": "sharded"}',
     "model.safetensors.index.json": json.dumps(INDEX).encode(),
     "model-1.safetensors": b"one",
     "model-2.safetensors": b"two",
