@@ -62,6 +62,21 @@ async def test_greedy_continuations_are_the_references(folder):
         assert await asyncio.gather(*depths) == [wanted(depth) for depth in range(1, loops)]
 
 
+@pytest.mark.skipif(not FOLDERS, reason="no shared/golden beside the repository")
+async def test_a_start_from_noise_is_reproduced_by_its_seed():
+    """With and without speculation, alone or beside others; zeros, the default, know no seed."""
+    folder = GOLDEN / "huginn_r4"
+    prompt, other = [5, 6, 7, 8, 9], [1] * 30
+    async with serving(folder) as client:
+        (first,) = await complete(client, folder, prompt=prompt, init_scale=1.0, seed=1)
+        noisy = {"init_scale": 1.0, "prompt": [other, prompt]}
+        assert (await complete(client, folder, seed=1, **noisy))[1] == first
+        assert (await complete(client, folder, seed=1, speculation=False, **noisy))[1] == first
+        assert (await complete(client, folder, seed=2, **noisy))[1] != first
+        zeros = [await complete(client, folder, prompt=prompt, seed=seed) for seed in (1, 2)]
+        assert zeros[0] == zeros[1] != [first]
+
+
 def test_vectors_are_there():
     """Without this, a moved folder would turn the test above into nothing."""
     if not GOLDEN.is_dir():
