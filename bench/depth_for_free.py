@@ -73,16 +73,16 @@ def measure(recipe: Recipe, chosen: list[Variant], args: argparse.Namespace) -> 
     modes = [(v, speculation) for v in chosen for speculation in (False, True)[: 1 + (v.loops > 1)]]
     decoded = _decode_in_turn(engines, modes, prompts, args.max_tokens)
     rows = []
-    for variant, speculation in tqdm(modes, desc="evaluating", unit="model"):
-        loaded = load_model(args.runs / variant.name / "model", dtype="float32")
-        runs, plain = decoded[variant, speculation], decoded[variant, False]
-        evaluation = evaluate(loaded.model, windows)
+    models = {v: load_model(args.runs / v.name / "model", dtype="float32").model for v in chosen}
+    figures = {v: evaluate(model, windows) for v, model in tqdm(models.items(), "evaluating", unit="model")}
+    for variant, speculation in modes:
+        runs, plain, evaluation = decoded[variant, speculation], decoded[variant, False], figures[variant]
         rows.append(
             Row(
                 variant=variant,
                 shared=variant.loops > 1 or variant.layers == recipe.model.num_block_layers,
                 speculation=speculation,
-                parameters=sum(p.numel() for p in loaded.model.parameters()),
+                parameters=sum(p.numel() for p in models[variant].parameters()),
                 loss=evaluation.loss,
                 agreement=evaluation.agreement,
                 milliseconds_per_token=1e3 * statistics.median(r.seconds_per_token for r in runs),

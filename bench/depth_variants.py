@@ -15,12 +15,12 @@ from torch import Tensor
 
 from model.loader import save_checkpoint
 from model.training.corpus import standard_library
-from model.training.main import prepare
+from model.training.main import TOKENIZER, prepare
 from model.training.recipe import Recipe, Stage
 from model.training.text_task import TextTask, spread_windows
 from model.training.trainer import Trainer, new_model
 
-HELD_OUT_WINDOWS = 300
+HELD_OUT_WINDOWS = 100
 
 
 class Variant(NamedTuple):
@@ -75,6 +75,7 @@ def train(
         return False
     (folder / "seconds.json").write_text(json.dumps(trainer.seconds))
     save_checkpoint(trainer.model, folder / "model", torch.float32)
+    (folder / "model" / TOKENIZER).write_bytes((runs / TOKENIZER).read_bytes())
     return True
 
 
