@@ -158,7 +158,7 @@ class Scheduler:
         Who begins with the very tokens that a running sequence is reading right now waits for it.
         """
         deferred: list[Sequence] = []
-        while self._waiting and len(self.running) < self.limits.max_num_seqs:
+        while self._waiting and len(self.running) + len(deferred) < self.limits.max_num_seqs:
             sequence = self._waiting[0][1]
             digests = self._digests(sequence)
             shared = self.pool.lookup(digests)
