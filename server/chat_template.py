@@ -18,13 +18,14 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import InvalidRequestError, quote
+from server.settings import SettingsError
 
 TEMPLATE_FILE = "chat_template.jinja"
 DEFAULT = "default"  # the name of the template to use where a model has several
 
 
-class ChatTemplateError(ValueError):
-    """A template that cannot be read or compiled; the message names the file and what is wrong."""
+class ChatTemplateError(SettingsError):
+    """A template that cannot be read or compiled; the message says what is wrong with which file."""
 
 
 class _GenerationTag(Extension):
@@ -76,7 +77,7 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except TemplateError as error:
-            raise ChatTemplateError(f"not a Jinja template: {error}") from None
+            raise ChatTemplateError(f"the chat template is not Jinja: {error}") from None
         self._special_tokens = dict(special_tokens or {})
 
     def render(
@@ -112,7 +113,7 @@ class ChatTemplate:
 def load_chat_template(folder: Path, file: Path | None = None) -> ChatTemplate | None:
     """The template in `file`, else the one of the model in `folder`, else None.
 
-    Raises ChatTemplateError, or OSError if `file` cannot be read.
+    Raises ChatTemplateError.
     """
     config = _read_json(folder / "tokenizer_config.json")
     source = _read_text(file) if file is not None else _own_source(folder, config)
@@ -128,7 +129,9 @@ def _own_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     named = {entry["name"]: entry["template"] for entry in template}
     if DEFAULT not in named and len(named) > 1:
         names = ", ".join(sorted(named))
-        raise ChatTemplateError(f"none of the model's chat templates is the default: {names}")
+        raise ChatTemplateError(
+            f"none of the model's chat templates ({names}) is the default: choose with --chat-template FILE"
+        )
     source: str | None = named.get(DEFAULT, next(iter(named.values()), None))
     return source
 
@@ -147,8 +150,8 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ChatTemplateError(f"{path.name} is not UTF-8") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatTemplateError(f"the chat template {path} cannot be read: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except ValueError:
-        raise ChatTemplateError(f"{path.name} is not JSON") from None
+        value = None
     if not isinstance(value, dict):
-        raise ChatTemplateError(f"{path.name} is no JSON object")
+        raise ChatTemplateError(f"{path} is not a JSON object")
     return value

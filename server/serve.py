@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from model.worker import EngineOptions, EngineProcess
 from server.app import create_app
 from server.batcher import RequestBatcher
-from server.chat_template import ChatTemplateError, load_chat_template
+from server.chat_template import load_chat_template
 from server.defaults import NO_DEFAULTS, load_defaults
 from server.logs import configure_logging
 from server.settings import Settings, SettingsError
@@ -96,12 +96,8 @@ def serve(settings: Settings) -> int:
     """Serves until a signal arrives; returns the exit status."""
     configure_logging(settings)
     check_certificate(settings)
-    try:
-        template = load_chat_template(Path(settings.model), settings.chat_template)
-    except (OSError, ChatTemplateError) as error:
-        print(f"speed: error: the chat template cannot be used: {error}", file=sys.stderr)
-        return LOAD_FAILED
     folder = Path(settings.model)
+    template = load_chat_template(folder, settings.chat_template)
     defaults = load_defaults(folder) if settings.generation_config == "auto" else NO_DEFAULTS
     engine = EngineProcess(engine_options(settings))
     app = create_app(engine, load_codec(folder), settings, template, defaults)

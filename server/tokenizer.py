@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from server.errors import NoTokenizerError
 from server.settings import SettingsError
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 TOKENS_REMEMBERED = 2**16  # whose bytes are kept: those beside a chosen token are often the same ones
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

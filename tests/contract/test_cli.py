@@ -69,6 +69,11 @@ def test_folder_without_a_model(capsys, tmp_path):
     assert "config.json" in capsys.readouterr().err
 
 
+def test_chat_template_that_is_not_there(capsys):
+    assert main(["serve", "--chat-template", "/no/such/file"]) == 2
+    assert "/no/such/file" in capsys.readouterr().err
+
+
 def test_help_names_every_option_and_imports_no_framework():
     code = (
         "import sys, server.cli\n"

@@ -10,6 +10,7 @@ from model.protocol import GenerationRequest
 from tests.contract.conftest import TEXT, Served, serving
 from tests.fake_engine import EOS, FakeEngine
 from tests.text_tools import byte_codec, ids_of
+from tests.unit.test_tokenizer import fim_codec
 
 USAGE = {
     "prompt_tokens": 2,
@@ -292,3 +293,35 @@ async def test_request_with_charset_and_large_prompt(served: Served):
         "/v1/completions", content=body, headers={"content-type": "application/json; charset=utf-8"}
     )
     assert response.json()["usage"]["prompt_tokens"] == 100
+
+
+@pytest.mark.parametrize("prompt", ["def ", [100, 101, 102, 32]], ids=str)
+async def test_suffix_asks_for_what_stands_between(prompt):
+    codec = fim_codec(["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
+    async with serving(codec=codec) as served:
+        body = (await served.post(prompt=prompt, suffix=" end", logprobs=0)).json()
+        assert body["choices"][0]["text"] == TEXT
+        assert body["usage"]["prompt_tokens"] == 11
+        await served.post(prompt=prompt, suffix="")
+    assert [request.prompt_token_ids for request in served.engine.requests] == [
+        [257, *ids_of("def "), 258, *ids_of(" end"), 259],
+        ids_of("def "),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "max_tokens", "kept"),
+    [
+        (4, 100, "6789"),
+        (10, 100, "0123456789"),
+        (100, 100, "0123456789"),
+        (-1, 195, "56789"),
+        (-1, 190, "0123456789"),
+    ],
+)
+async def test_prompts_are_cut_at_their_beginning_if_asked(served, limit, max_tokens, kept):
+    fields = {"truncate_prompt_tokens": limit, "max_tokens": max_tokens, "echo": True, "logprobs": 0}
+    body = (await served.post(prompt=["0123456789", "ab"], **fields)).json()
+    assert [bytes(request.prompt_token_ids).decode() for request in served.engine.requests] == [kept, "ab"]
+    assert [choice["text"] for choice in body["choices"]] == [kept + TEXT, "ab" + TEXT]
+    assert body["choices"][0]["logprobs"]["text_offset"][: len(kept) + 1] == list(range(len(kept) + 1))

@@ -81,5 +81,6 @@ class ServerProcess:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess() as running:
+    template = str(Path(__file__).with_name("chat_template.jinja"))
+    with ServerProcess("--served-model-name", "default,alias", "--chat-template", template) as running:
         yield running

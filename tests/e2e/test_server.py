@@ -45,7 +45,7 @@ def test_the_command_of_the_readme_streams_the_text_that_is_given_whole_otherwis
 
 def test_the_openai_package_reads_whole_and_streamed_answers(server) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    assert [model.id for model in client.models.list()] == ["default"]
+    assert [model.id for model in client.models.list()] == ["default", "alias"]
     fields = {"model": "default", "prompt": PROMPTS[1], "max_tokens": 24, "temperature": 0.0}
     whole = client.completions.create(**fields)
     with client.completions.create(**fields, stream=True) as stream:

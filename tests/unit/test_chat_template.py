@@ -102,7 +102,7 @@ def test_of_several_templates_the_default(tmp_path, templates, expected):
     ("content", "words"),
     [
         ({"chat_template": [{"name": "a", "template": ""}, {"name": "b", "template": ""}]}, "a, b"),
-        ({"chat_template": "{% if %}"}, "not a Jinja template"),
+        ({"chat_template": "{% if %}"}, "not Jinja"),
         ("{", "tokenizer_config.json"),
         ("[]", "tokenizer_config.json"),
     ],
@@ -111,3 +111,12 @@ def test_what_cannot_be_used_is_named(tmp_path, content, words):
     folder_with(tmp_path, tokenizer_config__json=content)
     with pytest.raises(ChatTemplateError, match=words):
         load_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
+    file = tmp_path / "mine.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ChatTemplateError, match=r"mine\.jinja"):
+        load_chat_template(tmp_path, file)

@@ -1,0 +1,180 @@
+"""The embedded model through the `openai` package: what users write works, streamed as well as whole."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+PROMPT = "import os\nimport "
+MESSAGES = [{"role": "user", "content": "Grüße, 世界 🙂"}]
+
+
+@pytest.fixture
+def client(server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as one:
+        yield one
+
+
+def complete(client: openai.OpenAI, **fields):
+    return client.completions.create(**{"model": "default", "prompt": PROMPT, "temperature": 0} | fields)
+
+
+def chat(client: openai.OpenAI, **fields):
+    defaults = {"model": "default", "messages": MESSAGES, "temperature": 0, "max_completion_tokens": 24}
+    return client.chat.completions.create(**defaults | fields)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "sampled"])
+def test_completions_with_logprobs_whole_and_streamed(client, sampling) -> None:
+    fields = {"logprobs": 3, "echo": True, "max_tokens": 24, "n": 2, "stop": "\n\n", **sampling}
+    whole = complete(client, **fields)
+    joined: dict[int, dict] = {}
+    for chunk in complete(client, stream=True, stream_options={"include_usage": True}, **fields):
+        usage = chunk.usage
+        for part in chunk.choices:
+            choice = joined.setdefault(part.index, {"text": "", "tokens": [], "token_logprobs": []})
+            choice["text"] += part.text
+            choice["tokens"] += part.logprobs.tokens
+            choice["token_logprobs"] += part.logprobs.token_logprobs
+            choice["finish_reason"] = part.finish_reason
+    assert usage.completion_tokens == whole.usage.completion_tokens
+    for choice in whole.choices:
+        streamed, logprobs = joined[choice.index], choice.logprobs
+        assert streamed["text"] == choice.text
+        assert streamed["tokens"] == logprobs.tokens
+        assert streamed["finish_reason"] == choice.finish_reason
+        assert logprobs.token_logprobs[0] is None
+        # Not equal to the last digit: the two ran beside different other work.
+        assert streamed["token_logprobs"][1:] == pytest.approx(logprobs.token_logprobs[1:], abs=1e-4)
+        for token, logprob, top in zip(
+            logprobs.tokens[1:], logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True
+        ):
+            assert top[token] == logprob <= max(top.values())
+            assert 3 <= len(top) <= 4
+
+
+def test_greedy_tokens_are_the_likeliest(client) -> None:
+    choice = complete(client, logprobs=1, max_tokens=16).choices[0]
+    for logprob, top in zip(choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True):
+        assert max(top.values()) == logprob
+
+
+def test_best_of_is_the_likeliest_of_the_candidates(client) -> None:
+    fields = {"temperature": 1.0, "seed": 7, "max_tokens": 12}
+    every = complete(client, n=5, logprobs=0, **fields).choices
+    means = [math.fsum(c.logprobs.token_logprobs) / len(c.logprobs.token_logprobs) for c in every]
+    best = complete(client, n=2, best_of=5, **fields)
+    order = sorted(range(5), key=lambda i: -means[i])
+    assert [choice.text for choice in best.choices] == [every[i].text for i in order[:2]]
+
+
+def test_chat(client) -> None:
+    answer = chat(client, logprobs=True, top_logprobs=2)
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.finish_reason) in {("assistant", "length"), ("assistant", "stop")}
+    content = choice.logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    text = b"".join(bytes(token.bytes) for token in content).decode(errors="replace")
+    assert text.startswith(choice.message.content)
+    assert all(len(token.top_logprobs) == 2 for token in content)
+
+
+def test_chat_streaming(client) -> None:
+    whole = chat(client)
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+    assert "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+
+
+def test_chat_answers_until_the_context_is_full(client) -> None:
+    answer = chat(client, max_completion_tokens=None, extra_body={"ignore_eos": True})
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.total_tokens == client.models.retrieve("default").max_model_len
+
+
+class Point(BaseModel):
+    x: int
+    y: int
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["cat", "dog"]},
+        "size": {"type": "integer", "minimum": 0, "maximum": 999},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    },
+    "required": ["kind", "size", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_structured_output(client, temperature) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "animal", "strict": True, "schema": SCHEMA}}
+    fields = {"response_format": form, "max_completion_tokens": 200, "temperature": temperature, "seed": 1}
+    with_drafts, without = (chat(client, extra_body={"speculation": on}, **fields) for on in (True, False))
+    assert with_drafts.choices[0].message.content == without.choices[0].message.content
+    assert with_drafts.choices[0].finish_reason == "stop"
+    value = json.loads(with_drafts.choices[0].message.content)
+    assert set(value) == {"kind", "size", "tags"}
+    assert value["kind"] in {"cat", "dog"}
+    assert 0 <= value["size"] <= 999
+    assert set(value["tags"]) <= {"a", "b"}
+
+
+def test_parse_returns_the_class(client) -> None:
+    answer = client.chat.completions.parse(
+        model="default", messages=MESSAGES, response_format=Point, temperature=0, max_completion_tokens=100
+    )
+    assert isinstance(answer.choices[0].message.parsed, Point)
+
+
+@pytest.mark.parametrize(
+    ("structured", "pattern"),
+    [
+        ({"regex": "[a-c]{3}-[0-9]{2}"}, "[a-c]{3}-[0-9]{2}"),
+        ({"choice": ["yes", "no", "世界"]}, "yes|no|世界"),
+        ({"grammar": 'start: "(" /[0-9]/ ("," /[0-9]/)~1..2 ")"'}, r"\([0-9](,[0-9]){1,2}\)"),
+    ],
+    ids=["regex", "choice", "grammar"],
+)
+def test_structured_completions(client, structured, pattern) -> None:
+    for stream in (False, True):
+        answer = complete(client, max_tokens=40, stream=stream, extra_body={"structured_outputs": structured})
+        chunks = answer if stream else [answer]
+        choices = [choice for chunk in chunks for choice in chunk.choices]
+        assert re.fullmatch(pattern, "".join(choice.text for choice in choices))
+        assert choices[-1].finish_reason == "stop"
+
+
+def test_a_bad_grammar_is_an_answer_and_the_engine_lives(client, server) -> None:
+    worker = server.worker.pid
+    for structured in ({"regex": "("}, {"grammar": "start: nobody"}, {"json": {"type": "cat"}}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(client, extra_body={"structured_outputs": structured})
+        assert caught.value.param == "structured_outputs"
+    assert complete(client, max_tokens=2).choices
+    assert server.worker.pid == worker
+
+
+async def test_asynchronous_client(server) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        fields = {"model": "default", "prompt": PROMPT, "temperature": 0, "max_tokens": 12}
+        whole = await client.completions.create(**fields)
+        stream = await client.completions.create(stream=True, **fields)
+        assert "".join([chunk.choices[0].text async for chunk in stream]) == whole.choices[0].text
+
+
+def test_tools_are_refused_in_words(client) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    with pytest.raises(openai.BadRequestError, match="not supported") as caught:
+        chat(client, tools=[tool])
+    assert caught.value.param == "tools"
