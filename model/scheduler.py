@@ -167,7 +167,9 @@ class Scheduler:
                 continue
             wave = sequence.wave
             spare = len(self.running)  # each may need one more page soon
-            sequence.table = self.pool.open(shared, wave.num_known + 1, wave.length_limit, spare)
+            sequence.table = self.pool.open(
+                shared, min(wave.num_known + 1, wave.length_limit), wave.length_limit, spare
+            )
             if sequence.table is None:
                 break
             heapq.heappop(self._waiting)

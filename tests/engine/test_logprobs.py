@@ -147,3 +147,15 @@ def test_ranks_count_from_one_and_the_top_is_ordered() -> None:
     assert logprob == pytest.approx(2 - math.log(sum(weights)), abs=1e-6)
     assert top[2] == 2
     assert top[3:] == pytest.approx([3 - math.log(sum(weights))] * 2 + [2 - math.log(sum(weights))], abs=1e-6)
+
+
+def test_a_prompt_that_fills_the_whole_cache_is_scored_too() -> None:
+    """It waited for ever: one position more than it needs was asked for before its first pass."""
+    model = tiny_model()
+    asked = [
+        request(index, [index] * 128, GREEDY, max_tokens=0, prompt_logprobs=0, cache_salt=str(index))
+        for index in range(3)
+    ]
+    for events in run(engine(model, tokens=128), asked):
+        assert [event.finish_reason for event in events] == ["length"]
+        assert len(events[0].prompt_logprobs or []) == 128
