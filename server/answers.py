@@ -114,4 +114,5 @@ def _prediction_details(choices: Iterable[Choice]) -> CompletionTokensDetails:
     return CompletionTokensDetails(
         accepted_prediction_tokens=sum(choice.stats.accepted_drafts for choice in choices),
         rejected_prediction_tokens=sum(choice.stats.rejected_drafts for choice in choices),
+        decode_passes=sum(choice.stats.passes for choice in choices),
     )

@@ -16,7 +16,7 @@ from server.logs import AccessLogMiddleware
 from server.metrics import Metrics
 from server.middleware import BodyLimitMiddleware, OriginMiddleware, RequestIdMiddleware, RootPathMiddleware
 from server.openapi import install_document
-from server.routes import chat, completions, models, operations, tokenize
+from server.routes import chat, completions, models, operations, playground, tokenize
 from server.settings import Settings
 from server.state import ServerState
 from server.tokenizer import TextCodec
@@ -59,7 +59,7 @@ def create_app(
         created=int(time.time()),
     )
     install_error_handlers(app)
-    for module in (completions, chat, tokenize, models, operations):
+    for module in (completions, chat, tokenize, models, operations, playground):
         app.include_router(module.router)
     keys = load_api_keys(settings)
     _add_middleware(app, settings, keys)

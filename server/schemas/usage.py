@@ -10,10 +10,11 @@ class PromptTokensDetails(BaseModel):
 
 
 class CompletionTokensDetails(BaseModel):
-    """Drafted tokens that the full depth confirmed and contradicted."""
+    """Drafted tokens that the full depth confirmed and contradicted; ours: passes after the first token."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
+    decode_passes: int
 
 
 class Usage(BaseModel):

@@ -89,7 +89,11 @@ async def test_whole_answer(served):
             "completion_tokens": num_tokens,
             "total_tokens": len(PROMPT_IDS) + num_tokens,
             "prompt_tokens_details": {"cached_tokens": 1},
-            "completion_tokens_details": {"accepted_prediction_tokens": 2, "rejected_prediction_tokens": 1},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": 2,
+                "rejected_prediction_tokens": 1,
+                "decode_passes": 3,
+            },
         },
     }
     (request,) = served.engine.requests

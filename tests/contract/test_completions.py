@@ -17,7 +17,11 @@ USAGE = {
     "completion_tokens": len(ids_of(TEXT)),
     "total_tokens": 2 + len(ids_of(TEXT)),
     "prompt_tokens_details": {"cached_tokens": 1},
-    "completion_tokens_details": {"accepted_prediction_tokens": 2, "rejected_prediction_tokens": 1},
+    "completion_tokens_details": {
+        "accepted_prediction_tokens": 2,
+        "rejected_prediction_tokens": 1,
+        "decode_passes": 3,
+    },
 }
 
 

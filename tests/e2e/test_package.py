@@ -21,6 +21,8 @@ def test_the_wheel_holds_the_command_the_model_and_the_recipe(distribution) -> N
     for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
         assert f"model/weights/default/{name}" in files
     assert "model/training/stdlib.toml" in files
+    for name in ("index.html", "app.js", "style.css"):
+        assert f"server/playground/{name}" in files
     assert [entry.value for entry in distribution.entry_points if entry.name == "speed"] == [
         "server.cli:main"
     ]
