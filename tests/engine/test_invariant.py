@@ -62,9 +62,13 @@ def requests(count: int, speculation: bool, seed: int = 0) -> list[GenerationReq
 class Recorded:
     """Texts, and the logits that decided each of their tokens."""
 
-    def __init__(self, model: LoopedTransformer, kv_cache_tokens: int = 1024, **limits: int) -> None:
+    def __init__(
+        self, model: LoopedTransformer, kv_cache_tokens: int = 1024, row_budget: int = 32, **limits: int
+    ) -> None:
         limits = {"prefill_chunk_size": 16, "prefill_rows": 64, **limits}
-        config = EngineConfig(kv_cache_tokens=kv_cache_tokens, limits=SchedulerLimits(**limits))
+        config = EngineConfig(
+            kv_cache_tokens=kv_cache_tokens, row_budget=row_budget, limits=SchedulerLimits(**limits)
+        )
         self.engine = Engine(model, config)
         self.logits: dict[tuple[str, int], torch.Tensor] = {}
         sampler = self.engine.runner.sampler

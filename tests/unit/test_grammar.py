@@ -91,8 +91,8 @@ def test_a_grammar_that_cannot_be_compiled_is_refused_with_its_reason(kind, text
 
 
 def test_a_grammar_that_takes_long_is_given_up() -> None:
-    """2,800 bytes that keep the compiler busy for more than a second: 2^300 letters."""
-    with pytest.raises(GrammarError, match=r"more than 0\.5 s"):
+    """2,800 bytes that mean 2^300 letters; the compiler's own limit may be faster than the clock."""
+    with pytest.raises(GrammarError, match=r"more than 0\.5 s|too big"):
         check_grammar(Grammar(kind="lark", text=product(300)))
 
 
