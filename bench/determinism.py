@@ -25,8 +25,8 @@ from model.serving import build_engine
 from model.worker import EngineOptions
 
 AT_ONCE = 16
-NUM_PROMPTS, PROMPT_TOKENS = 1000, 128  # what the requests' prompts are cut from
-MAX_TOKENS = (4, 4, 6, 8, 8, 12, 16, 32)
+NUM_PROMPTS, PROMPT_TOKENS = 400, 96  # what the requests' prompts are cut from
+MAX_TOKENS = (4, 4, 4, 4, 4, 4, 6, 8, 8, 32)
 SAMPLINGS = ((0.0, 1.0), (0.0, 1.0), (0.8, 0.95), (1.0, 1.0))  # temperature, top_p
 WAYS = {  # speculation, how many at once; the slower half of them only for every eighth group
     "speculative in a batch": (True, AT_ONCE),
