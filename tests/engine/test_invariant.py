@@ -26,6 +26,7 @@ from model.looped import LoopedTransformer
 from model.packed import PackedLinear
 from model.protocol import GenerationRequest, SamplingParams
 from model.quantize import quantize_linears
+from model.sampling import Sampler
 from model.scheduler import SchedulerLimits
 from model.serving import build_engine
 from model.worker import EngineOptions
@@ -205,6 +206,21 @@ def test_rotary_embedding_is_a_function_of_the_position(interleaved: bool, dtype
     for row, position in enumerate(positions):
         angles = InvariantRotary(config)(position[None], dtype)
         assert torch.equal(ours.rotate(x[row : row + 1], *angles)[0], got[row])
+
+
+def test_rows_are_filtered_and_drawn_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several rows' logarithms go partly through a vector kernel and partly through a scalar one."""
+    drawn: list[int] = []
+    draw = Sampler._draw_scores
+
+    def recorded(self, scores, readouts):
+        drawn.append(len(scores))
+        return draw(self, scores, readouts)
+
+    monkeypatch.setattr(Sampler, "_draw_scores", recorded)
+    engine = Recorded(invariant_model(torch.float32))
+    assert engine.texts(requests(8, speculation=True)) == engine.texts(requests(8, speculation=True))
+    assert set(drawn) == {1}
 
 
 def test_what_cannot_be_made_invariant_is_refused() -> None:
