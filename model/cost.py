@@ -13,10 +13,14 @@ MARGIN = 1.2  # rows that barely pay are left: prices are measured, and chances 
 
 
 class PassPrice(NamedTuple):
-    """Milliseconds of a pass of certain rows, one a sequence, and of each row beyond."""
+    """Milliseconds of a pass of certain rows, one a sequence, and of each row beyond.
+
+    `draw` is what a readout costs more because its token is sampled.
+    """
 
     base: float
     row: float
+    draw: float = 0.0
 
 
 class PassCost(Protocol):
@@ -36,7 +40,7 @@ class Outlay:
     def __init__(self, price: PassPrice, num_sequences: int, rows: int) -> None:
         """A pass of `rows` certain rows of `num_sequences` sequences."""
         self.rows = rows
-        self._row_price = price.row
+        self._row_price, self._draw_price = price.row, price.draw
         self._milliseconds = price.base + price.row * max(0, rows - num_sequences)
         self._useful = float(rows)
 
@@ -44,6 +48,11 @@ class Outlay:
     def least_chance(self) -> float:
         """How likely to be of use a further row must be to raise the useful rows per millisecond."""
         return MARGIN * self._useful * self._row_price / self._milliseconds
+
+    def least_chance_of_readout(self, loops_ahead: int) -> float:
+        """How likely to be right a draft must be that would start its row so many loops early."""
+        price = self._row_price + self._draw_price / loops_ahead
+        return MARGIN * self._useful * price / self._milliseconds
 
     def add(self, rows: int, chance: float) -> None:
         """Takes such rows in."""
@@ -91,7 +100,7 @@ class MeasuredCost:
         if right:
             there = self._over_sequences(num_sequences, j + 1)
             price = PassPrice(*(a + (b - a) * right for a, b in zip(price, there, strict=True)))
-        return price._replace(row=price.row + self.draw * drawn)
+        return price._replace(draw=self.draw * drawn)
 
     def _over_sequences(self, num_sequences: int, j: int) -> PassPrice:
         i, right = _place(self.num_sequences, num_sequences)

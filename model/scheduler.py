@@ -19,7 +19,7 @@ from time import monotonic
 import msgspec
 
 from model.cache import PagePool
-from model.cost import FixedBudget, Outlay, PassCost
+from model.cost import FixedBudget, Outlay, PassCost, PassPrice
 from model.protocol import FinishReason, TokenEvent
 from model.sequence import ScheduledRun, Sequence
 from model.wave import Run, Wave
@@ -74,6 +74,7 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap by rank
         self._arrivals = count()
         self._in_pass: list[tuple[Sequence, list[Run]]] = []
+        self._least_chance = 0.0  # that rows of the last pass had to be of use with
 
     @property
     def num_waiting(self) -> int:
@@ -118,15 +119,16 @@ class Scheduler:
         self._make_room()
         taken = dict.fromkeys(self.running, 0)  # how many of its first runs each sequence runs
         rows = self._take_certain(taken) + self._take_prompts(taken)
-        added, least_chance = self._take_speculative(taken, rows)
-        rows += added
+        outlay = self._take_speculative(taken, rows)
+        rows, self._least_chance = outlay.rows, outlay.least_chance
+        least = outlay.least_chance_of_readout
         self._in_pass = [(seq, seq.wave.runs[:num]) for seq, num in taken.items() if num]
         if rows:
             self.counts.passes += 1
             self.counts.rows += rows
             self.counts.pass_rows[1 << (rows - 1).bit_length()] += 1
         return [
-            ScheduledRun(seq, run.start, run.num_rows, run.depth, seq.wave.num_readouts(run, least_chance))
+            ScheduledRun(seq, run.start, run.num_rows, run.depth, seq.wave.num_readouts(run, least))
             for seq, runs in self._in_pass
             for run in reversed(runs)
         ]
@@ -235,6 +237,8 @@ class Scheduler:
         for sequence in taken:
             if not sequence.wave.is_reading_prompt:
                 taken[sequence] = 1
+                if sequence.wave.proposal_chance < self._least_chance:
+                    sequence.wave.narrow()
                 rows += sequence.wave.runs[0].num_rows
         return rows
 
@@ -251,13 +255,10 @@ class Scheduler:
                 left -= run.num_rows
         return self.limits.prefill_rows - left
 
-    def _take_speculative(self, taken: dict[Sequence, int], rows: int) -> tuple[int, float]:
-        """Adds drafts, the likeliest to be of use first, while each is worth its time.
-
-        Returns the rows added, and how likely to be of use one more would have to be.
-        """
+    def _take_speculative(self, taken: dict[Sequence, int], rows: int) -> Outlay:
+        """Adds drafts, the likeliest to be of use first, while each is worth its time; what it comes to."""
         if not taken:
-            return 0, 0.0
+            return Outlay(PassPrice(1.0, 0.0), 0, rows)
         context = sum(len(sequence.wave.tokens) for sequence in taken) / len(taken)
         drawn = sum(sequence.request.sampling.temperature > 0 for sequence in taken) / len(taken)
         outlay = Outlay(self.cost.price(len(taken), context, drawn), len(taken), rows)
@@ -280,7 +281,7 @@ class Scheduler:
                 outlay.add(run.num_rows, chance)
                 taken[sequence] += 1
                 offer(sequence, chance)
-        return outlay.rows - rows, outlay.least_chance
+        return outlay
 
     def _advance(self, sequence: Sequence, runs: list[Run], predictions: dict[int, int]) -> TokenEvent | None:
         wave = sequence.wave

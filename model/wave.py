@@ -19,7 +19,7 @@ already done the same loop, so the K/V that it reads is there; every token up to
 final; a token behind it is a draft. What the last depth says is committed, whatever the drafts were.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -173,10 +173,22 @@ class Wave:
             del self.tokens[run.start + 1 :]
             run.num_rows = 1
 
-    def num_readouts(self, run: Run, least_chance: float = 0.0) -> int:
+    @property
+    def proposal_chance(self) -> float:
+        """How likely, on average, the rows behind the first one of the certain run are to be of use.
+
+        1 unless they are a proposal that no pass has run, which `narrow` could take back.
+        """
+        run = self.runs[0]
+        if len(self.runs) > 1 or run.num_rows == 1 or run.depth or run.start < self.num_known:
+            return 1.0
+        return (run.survival * run.num_rows - 1) / (run.num_rows - 1)
+
+    def num_readouts(self, run: Run, least_chance: Callable[[int], float] = lambda _: 0.0) -> int:
         """How many of the run's last rows the pass that it takes part in next must read out.
 
-        A draft that is right with less than `least_chance` would not be followed up anyway.
+        `least_chance` says how likely to be right a draft must be to be worth its readout, given by how
+        many loops it would start its row early.
         """
         rows = run.last - max(run.start, self.num_known - 1) + 1
         if rows <= 0 or self.length_limit == self.prompt_length:
@@ -185,7 +197,9 @@ class Wave:
         if depth == self.num_loops:
             return rows
         useless = run.num_rows == 1 and run.last + 2 >= self.length_limit  # nothing would follow it
-        return rows if not useless and self.policy.reads(depth, run.start, least_chance) else 0
+        if useless or not self.policy.reads(depth, run.start, least_chance(self.num_loops - depth)):
+            return 0
+        return rows
 
     def update(self, runs: list[Run], predictions: Mapping[int, int]) -> list[int]:
         """Takes in a pass in which `runs`, the first ones of the wave, did one loop.
