@@ -259,11 +259,29 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
 
     With a `window` a token sees so many tokens, itself and those before it.
     """
+    if window is None and q.requires_grad and q.device.type == "cpu":
+        return _trained_attention(q, k, v)
     grouped = q.shape[-2] != k.shape[-2]
     q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
     mask = None if window is None else _band(q.shape[-2], window, q.device)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(-2, -3)
+
+
+def _trained_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention spelt out, shapes as above: on a CPU torch's fused one is nine times as slow backwards.
+
+    (bf16, 58 sequences of 66 tokens, two AMX cores: 9 ms against 82.)
+    """
+    batch, tokens, heads, size = q.shape
+    groups, shared = k.shape[-2], heads // k.shape[-2]
+    q = q.view(batch, tokens, groups, shared, size).permute(0, 2, 3, 1, 4).reshape(-1, shared * tokens, size)
+    k, v = (x.transpose(1, 2).reshape(batch * groups, tokens, size) for x in (k, v))
+    later = torch.full((tokens, tokens), -torch.inf, device=q.device).triu_(1)
+    scores = torch.bmm(q, k.transpose(1, 2)).view(-1, shared, tokens, tokens).float() * size**-0.5 + later
+    shares = scores.softmax(-1).to(v.dtype).view(-1, shared * tokens, tokens)
+    out = torch.bmm(shares, v).view(batch, groups, shared, tokens, size)
+    return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, size)
 
 
 def _band(tokens: int, window: int, device: torch.device) -> Tensor:

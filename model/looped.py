@@ -75,7 +75,7 @@ class LoopedTransformer(nn.Module):
         out of it (`skips_first_adapter`) needs to know.
         """
         if self.config.input_injection:
-            mixed = self.adapter(torch.cat((state, entered), -1))
+            mixed = self.adapter(torch.cat((state, entered), -1)).to(entered.dtype)  # autocast narrows it
             state = mixed if first is None else torch.where(first, entered, mixed)
         state = self._run(self.config.block, state, angles, attend)
         return self.norm(state) if self.config.norm_after_loop else state

@@ -6,7 +6,6 @@ Invariant: logits of one chunk and one loop are the most that is alive at a time
 targets), whatever the batch and the number of loops.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +15,14 @@ from torch import Tensor
 from model.looped import LoopedTransformer
 from model.training.recipe import Stage
 
-CHUNK = 2048  # tokens
+CHUNK = 512  # tokens
 
-# Tokens start .. stop - 1 of the batch -> probabilities that a teacher gives their targets (tokens,
-# vocab), and which of the tokens have such (tokens,).
-Teacher = Callable[[slice], tuple[Tensor, Tensor]]
+
+class Taught(NamedTuple):
+    """What a teacher holds for likely in the place of each target: a few tokens, any other at chance 0."""
+
+    ids: Tensor  # (tokens, n)
+    chances: Tensor  # (tokens, n), a row sums to 1; or to 0: the teacher has no word on this token
 
 
 class LoopLosses(NamedTuple):
@@ -39,9 +41,15 @@ class Weights(NamedTuple):
 
 
 def loop_losses(
-    model: LoopedTransformer, tokens: Tensor, stage: Stage, teacher: Teacher | None = None
+    model: LoopedTransformer,
+    tokens: Tensor,
+    stage: Stage,
+    taught: Taught | None = None,
+    kept: Tensor | None = None,
 ) -> LoopLosses:
     """Losses of tokens (batch, length + 1): loop r weighs r ** depth_power, the weights summing to 1.
+
+    `kept` (batch, length), bool: which targets count; None is all. `taught` is of those.
 
     With an `agreement_weight`, early loops also learn KL(final || early); the final readout is a
     constant there, so it isn't dragged towards the early ones. Where a teacher gives a token no
@@ -49,9 +57,12 @@ def loop_losses(
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
     hidden = torch.stack([model.whole_finish(state) for state in model.depths(inputs, stage.num_loops)])
-    weights = loop_weights(stage, teacher is not None)
+    hidden = hidden.flatten(1, 2)
+    if kept is not None:
+        hidden, targets = hidden[:, kept.flatten()], targets[kept.flatten()]
+    weights = loop_weights(stage, taught is not None)
     total, per_loop = _Readouts.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(1, 2), model.head.weight, targets, weights, teacher
+        hidden, model.head.weight, targets, weights, taught
     )
     return LoopLosses(total, per_loop)
 
@@ -79,7 +90,7 @@ class _Readouts(torch.autograd.Function):
         head: Tensor,  # (vocab, hidden)
         targets: Tensor,  # (tokens,)
         weights: Weights,
-        teacher: Teacher | None,
+        taught: Taught | None,
     ) -> tuple[Tensor, Tensor]:
         loops, count = hidden.shape[:2]
         hidden_grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
@@ -87,14 +98,14 @@ class _Readouts(torch.autograd.Function):
         per_loop = torch.zeros(loops, device=hidden.device)
         for start in range(0, count, CHUNK):
             rows = slice(start, min(start + CHUNK, count))
-            taught = None if teacher is None else teacher(rows)
-            chunk = _Chunk(head, targets[rows], weights, taught, count)
+            part = None if taught is None else Taught(*(each[rows] for each in taught))
+            chunk = _Chunk(head, targets[rows], weights, part, count)
             for loop in reversed(range(loops)):
                 loss, cross_entropy, grad = chunk.loop(hidden[loop, rows], loop)
                 total += loss
                 per_loop[loop] += cross_entropy
-                hidden_grad[loop, rows] = grad @ head
-                head_grad += grad.to(hidden.dtype).t() @ hidden[loop, rows]
+                hidden_grad[loop, rows] = grad @ head.to(grad.dtype)
+                head_grad += grad.t() @ hidden[loop, rows].to(grad.dtype)
         ctx.save_for_backward(hidden_grad, head_grad.to(head.dtype))
         ctx.mark_non_differentiable(per_loop)
         return total, per_loop
@@ -106,47 +117,46 @@ class _Readouts(torch.autograd.Function):
 
 
 class _Chunk:
-    """The readouts of one chunk of tokens, last loop first: the others are pulled towards it."""
+    """The readouts of one chunk of tokens, last loop first: the others are pulled towards it.
+
+    Passes over (tokens, vocab) are what this costs on a CPU, so there are few, in the logits' own dtype; in
+    bf16 the losses are off by the rounding of a probability, a few thousandths of a nat.
+    """
 
     def __init__(
-        self,
-        head: Tensor,
-        targets: Tensor,
-        weights: Weights,
-        taught: tuple[Tensor, Tensor] | None,
-        count: int,
+        self, head: Tensor, targets: Tensor, weights: Weights, taught: Taught | None, count: int
     ) -> None:
-        self.head, self.targets, self.weights, self.count = head, targets, weights, count
+        self.head, self.targets, self.weights, self.count = head, targets[:, None], weights, count
         self.taught = taught
-        self.final: Tensor | None = None  # log-probabilities of the last loop
+        self.final: tuple[Tensor, Tensor, Tensor] | None = None  # the last loop's logits, chances, log-sums
 
     def loop(self, hidden: Tensor, loop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, cross-entropy, and the loss's gradient by the logits, of one loop; means over all tokens."""
         data, teacher, agreement = (float(weight[loop]) for weight in self.weights)
-        log_p = F.log_softmax((hidden @ self.head.t()).float(), -1)
+        logits = hidden @ self.head.t()  # (tokens, vocab)
+        chances = logits.softmax(-1)
+        log_sum = logits.amax(-1).float() - chances.amax(-1).float().log()  # of exp(logits)
+        cross_entropy = log_sum - logits.gather(1, self.targets).squeeze(1)
         pulled = self.final if agreement else None
         if self.final is None:
-            self.final = log_p.clone()
-        chosen = log_p.gather(1, self.targets[:, None]).squeeze(1)
-        on_data = torch.full_like(chosen, data + teacher)  # each token's weight of the cross-entropy
-        loss = torch.zeros((), device=hidden.device)
-        grad = torch.exp(log_p).mul_(data + teacher + agreement)
+            self.final = logits, chances.clone(), log_sum
+        on_data = torch.full_like(log_sum, data + teacher)  # each token's weight of the cross-entropy
+        grad, loss = chances.mul_((data + teacher + agreement) / self.count), torch.zeros_like(log_sum)
         if teacher and self.taught is not None:
-            q, known = self.taught
-            on_data -= teacher * known
-            loss += teacher * (_divergence(q, torch.log(q.clamp_min(1e-20)), log_p) * known).sum()
-            grad -= q * (teacher * known)[:, None]
+            ids, q = self.taught
+            known = teacher * q.sum(-1)
+            on_data -= known
+            log_q, log_p = torch.log(q.clamp_min(1e-20)), logits.gather(1, ids).float() - log_sum[:, None]
+            loss += teacher * (q * (log_q - log_p)).sum(-1)
+            grad.scatter_add_(1, ids, (-teacher / self.count * q).to(grad.dtype))
         if pulled is not None:
-            loss += agreement * _divergence(pulled.exp(), pulled, log_p).sum()
-            grad.sub_(pulled.exp(), alpha=agreement)
-        loss -= (chosen * on_data).sum()
-        grad.scatter_add_(1, self.targets[:, None], -on_data[:, None])
-        return loss / self.count, -chosen.sum() / self.count, grad.div_(self.count)
-
-
-def _divergence(q: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(q || p) of each token, (tokens,)."""
-    return (q * (log_q - log_p)).sum(-1)
+            last, target, last_sum = pulled
+            apart = torch.linalg.vecdot(target, last - logits).float()
+            loss += agreement * (apart + log_sum - last_sum)
+            grad.sub_(target, alpha=agreement / self.count)
+        loss += cross_entropy * on_data
+        grad.scatter_add_(1, self.targets, (-on_data / self.count).to(grad.dtype)[:, None])
+        return loss.sum() / self.count, cross_entropy.sum() / self.count, grad
 
 
 class Evaluation(NamedTuple):
@@ -157,16 +167,20 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: LoopedTransformer, windows: Tensor) -> Evaluation:
-    """Loss and agreement per loop over windows (count, length + 1), a few windows at a time."""
+def evaluate(model: LoopedTransformer, windows: Tensor, kept: Tensor | None = None) -> Evaluation:
+    """Loss and agreement per loop over windows (count, length + 1), a few windows at a time.
+
+    `kept` (count, length), bool: which targets count; None is all.
+    """
     loops = model.config.num_loops
     loss, agreement = torch.zeros(loops), torch.zeros(loops)
-    for batch in torch.split(windows.to(model.device), 4):
-        readouts = [model.whole_readout(s).float().flatten(0, 1) for s in model.depths(batch[:, :-1])]
-        targets, final = batch[:, 1:].flatten(), readouts[-1].argmax(-1)
-        share = len(batch) / len(windows)
-        losses = torch.stack([F.cross_entropy(logits, targets) for logits in readouts])
-        equal = torch.stack([(r.argmax(-1) == final).float().mean() for r in readouts])
-        loss += share * losses.cpu()
-        agreement += share * equal.cpu()
-    return Evaluation(loss.tolist(), agreement.tolist())
+    kept = torch.ones_like(windows[:, 1:], dtype=torch.bool) if kept is None else kept
+    for batch, chosen in zip(torch.split(windows, 4), torch.split(kept, 4), strict=True):
+        counted = chosen.flatten().to(model.device)
+        states = model.depths(batch[:, :-1].to(model.device))
+        readouts = [model.whole_readout(state).float().flatten(0, 1)[counted] for state in states]
+        targets, final = batch[:, 1:].to(model.device).flatten()[counted], readouts[-1].argmax(-1)
+        loss += torch.stack([F.cross_entropy(r, targets, reduction="sum") for r in readouts]).cpu()
+        agreement += torch.stack([(r.argmax(-1) == final).sum() for r in readouts]).cpu()
+    total = int(kept.sum())
+    return Evaluation((loss / total).tolist(), (agreement / total).tolist())

@@ -41,6 +41,7 @@ class Recipe:
     other_learning_rate: float  # AdamW, for embedding and norms
     weight_decay: float
     seed: int
+    adapter_learning_rate: float = 1e-5  # AdamW, for the adapter of a model with input injection
 
     @property
     def total_steps(self) -> int:

@@ -135,15 +135,24 @@ def initialise(model: LoopedTransformer) -> None:
 
 
 def _optimizers(model: LoopedTransformer, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embedding and norms."""
+    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embedding, norms and adapter.
+
+    The adapter reads a state whose channels are tens of times those of the input that it is mixed with: at
+    the others' rate one step of it changes more than the model can follow.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (matrices if parameter.ndim == 2 and name.startswith("layers.") else others).append(parameter)
+        if not name.startswith("adapter."):
+            (matrices if parameter.ndim == 2 and name.startswith("layers.") else others).append(parameter)
     muon = torch.optim.Muon(
         matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay, momentum=0.95
     )
-    adam = torch.optim.AdamW(others, lr=recipe.other_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    adapter = [parameter for name, parameter in model.named_parameters() if name.startswith("adapter.")]
+    groups: list[dict[str, Any]] = [{"params": others, "lr": recipe.other_learning_rate}]
+    if adapter:
+        groups.append({"params": adapter, "lr": recipe.adapter_learning_rate})
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

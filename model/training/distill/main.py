@@ -1,4 +1,4 @@
-"""`speed train distill`: teacher -> generated texts -> student -> exported checkpoint, each resumable.
+"""`speed train distill`: teacher -> texts -> labels -> student -> exported checkpoint, each resumable.
 
 Knows nothing about serving. A run is one folder; every action goes on where it stopped, and ends within
 `--max-minutes` with exit status 3 when there is more to do, since GPU time comes in pieces.
@@ -9,25 +9,41 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from model.loader import load_model
-from model.looped import LoopedTransformer
-from model.serving import build_engine, resolve_device
-from model.training.distill.data import read_streams, save_shard, shard_path
+from model.packed import pack_linears
+from model.serving import resolve_device
+from model.training.corpus import END_OF_TEXT
+from model.training.distill.batch import BatchWriter
+from model.training.distill.data import (
+    Examples,
+    Heads,
+    labels_path,
+    read_examples,
+    read_shard,
+    save_labels,
+    save_shard,
+    shard_numbers,
+    shard_path,
+)
 from model.training.distill.export import export
-from model.training.distill.generate import Writer
+from model.training.distill.generate import TURN_END, TURN_START, Writer, id_of, turn
+from model.training.distill.labels import Labeller
+from model.training.distill.primer import primer
+from model.training.distill.pruning import Pruner
+from model.training.distill.questions import load_questions
 from model.training.distill.recipe import DistillRecipe, load_distill_recipe
 from model.training.distill.student import student_from_teacher
 from model.training.distill.task import DistillTask
 from model.training.distill.teacher import convert_teacher
-from model.training.distill.vocabulary import cut_tokenizer, pieces_of
+from model.training.distill.vocabulary import Pieces, cut_tokenizer, pieces_of
 from model.training.plot import plot_losses
 from model.training.trainer import Trainer
-from model.worker import EngineOptions
 
 UNFINISHED, USAGE_ERROR = 3, 2  # exit statuses
 TEXTS = "texts"  # folder of the shards in a run
@@ -44,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     teacher.set_defaults(run=_reporting(_teacher))
     for name, run, text in (
         ("generate", _generate, "texts by the teacher"),
+        ("label", _label, "what the teacher says of its texts, token by token"),
+        ("layers", _layers, "which of its layers the teacher misses least (for the recipe)"),
         ("train", _train, "the student, on these texts"),
         ("export", _export, "the student as a model folder with its card"),
     ):
@@ -60,7 +78,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the teacher: float32, bfloat16")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     parser.add_argument("--max-minutes", type=float, default=8.0, help="stop this slice after so long")
-    parser.add_argument("--num-seqs", type=int, default=512, help="generate: texts written at a time")
+    parser.add_argument("--num-seqs", type=int, default=256, help="generate: texts written at a time")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=None, help="train: default: on a GPU"
     )
@@ -85,23 +103,17 @@ def _teacher(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    recipe, folder = load_distill_recipe(args.recipe), args.folder / TEXTS
+    recipe, folder = _recipe(args), args.folder / TEXTS
     missing = [number for number in range(recipe.shards) if not shard_path(folder, number).exists()]
     if not missing:
         return 0
-    longest = recipe.generation.longest
-    engine = build_engine(
-        EngineOptions(
-            model_path=str(args.teacher),
-            device=args.device,
-            dtype=args.dtype,
-            threads=args.threads,
-            max_model_len=longest,
-            max_num_seqs=args.num_seqs,
-        )
-    )
+    stop, device = time.monotonic() + 60 * args.max_minutes, _device(args)
     tokenizer = Tokenizer.from_file(str(args.teacher / "tokenizer.json"))
-    writer, ends = Writer(engine.run, tokenizer, recipe.generation), time.monotonic() + 60 * args.max_minutes
+    teacher = load_model(args.teacher, device, args.dtype).model
+    pack_linears(teacher)
+    stops = frozenset(id_of(tokenizer, token) for token in (TURN_END, END_OF_TEXT))
+    batches = BatchWriter(teacher, stops, args.num_seqs)
+    writer = Writer(batches.write, tokenizer, recipe.generation, load_questions())
     done = recipe.shards - len(missing)
     with tqdm(total=recipe.shards, initial=done, unit="shard", desc="writing texts") as bar:
         for number in missing:
@@ -109,13 +121,49 @@ def _generate(args: argparse.Namespace) -> int:
             save_shard(folder, number, texts)
             bar.set_postfix_str(f"{sum(map(bool, texts)) / len(texts):.0%} of the texts kept")
             bar.update()
-            if time.monotonic() > ends:
+            if time.monotonic() > stop:
                 break
     return _status(all(shard_path(folder, number).exists() for number in missing), "generate")
 
 
+def _device(args: argparse.Namespace) -> torch.device:
+    """The device asked for; on a CPU with the threads asked for."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return resolve_device(args.device)
+
+
+def _label(args: argparse.Namespace) -> int:
+    stop, recipe, folder = time.monotonic() + 60 * args.max_minutes, _recipe(args), args.folder / TEXTS
+    missing = [number for number in shard_numbers(folder) if not labels_path(folder, number).exists()]
+    teacher = load_model(args.teacher, _device(args), args.dtype).model
+    pack_linears(teacher)
+    words = _vocabulary(args, recipe)
+    system = turn(words.full, "system", recipe.generation.system)
+    labeller = Labeller(teacher, words.pieces, system, id_of(words.full, TURN_START))
+    for done, number in enumerate(tqdm(missing, unit="shard", desc="labelling texts"), start=1):
+        save_labels(folder, number, labeller.labels([text for _, text in read_shard(folder, number)]))
+        if time.monotonic() > stop:
+            return _status(done == len(missing), "label")
+    return 0
+
+
+def _layers(args: argparse.Namespace) -> int:
+    recipe, folder = _recipe(args), args.folder / TEXTS
+    texts = [text for number in shard_numbers(folder) for _, text in read_shard(folder, number)]
+    pruner = Pruner(load_model(args.teacher, _device(args), args.dtype).model, texts[: args.num_seqs])
+    left = list(range(pruner.teacher.config.num_layers))
+    for layer, loss in tqdm(pruner.removals(), total=len(left) - 1, unit="layer", desc="removing"):
+        left.remove(layer)
+        tqdm.write(f"{len(left)} layers, {loss:.3f} nats a token: {left}")
+        if len(left) == recipe.training.model.num_layers:
+            break
+    print(f"teacher_layers = {left}")
+    return 0
+
+
 def _train(args: argparse.Namespace) -> int:
-    trainer, _, _ = _trainer(args)
+    trainer, _ = _trainer(args)
     if args.compile or (args.compile is None and trainer.model.device.type == "cuda"):
         trainer.compile()
     finished = trainer.run(args.max_minutes)
@@ -124,28 +172,44 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    trainer, task, held_out = _trainer(args)
+    trainer, examples = _trainer(args)
     if trainer.step < trainer.recipe.total_steps:
         print(f"step {trainer.step} of {trainer.recipe.total_steps}: exported as it is")
-    figures = export(trainer, len(task.stream.starts), held_out, args.teacher, args.folder / "model")
+    figures = export(trainer, examples, args.teacher, args.folder / "model")
     for depth, (loss, share) in enumerate(zip(*figures, strict=True), start=1):
         print(f"loop {depth}: held-out loss {loss:.4f} nats/token, agreement with the last {share:.3f}")
     return 0
 
 
-def _trainer(args: argparse.Namespace) -> tuple[Trainer, DistillTask, DistillTask]:
-    """The run as far as it has come, its task, and the held-out texts as a task of their own."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    recipe: DistillRecipe = load_distill_recipe(args.recipe)
-    device = resolve_device(args.device)
-    teacher: LoopedTransformer = load_model(args.teacher, device, args.dtype).model
+class _Vocabulary(NamedTuple):
+    """The teacher's tokenizer, the student's, and how tokens of the one fall into those of the other."""
+
+    full: Tokenizer
+    cut: Tokenizer
+    pieces: Pieces
+
+
+def _vocabulary(args: argparse.Namespace, recipe: DistillRecipe) -> _Vocabulary:
     full = Tokenizer.from_file(str(args.teacher / "tokenizer.json"))
-    pieces = pieces_of(full, cut_tokenizer(full, recipe.training.model.vocab_size))
-    streams = read_streams(args.folder / TEXTS, pieces)
-    train, held_out = (DistillTask(each, teacher, pieces, recipe.training) for each in streams)
-    student = student_from_teacher(recipe.training, teacher, recipe.start)
-    return Trainer(recipe.training, train, args.folder, student), train, held_out
+    cut = cut_tokenizer(full, recipe.training.model.vocab_size)
+    return _Vocabulary(full, cut, pieces_of(full, cut))
+
+
+def _recipe(args: argparse.Namespace) -> DistillRecipe:
+    return load_distill_recipe(args.recipe)
+
+
+def _trainer(args: argparse.Namespace) -> tuple[Trainer, Examples]:
+    """The run as far as it has come, and its texts."""
+    recipe, device = _recipe(args), _device(args)
+    words = _vocabulary(args, recipe)
+    heads = Heads(words.cut, TURN_START, TURN_END)
+    examples = read_examples(args.folder / TEXTS, words.pieces, heads)
+    own = [heads.example(talk) for talk in primer()]
+    task = DistillTask(examples.train, own, recipe.primer_share, recipe.training)
+    teacher = load_model(args.teacher, device, "float32").model
+    student = student_from_teacher(recipe.training, teacher, recipe.teacher_layers)
+    return Trainer(recipe.training, task, args.folder, student), examples
 
 
 def _status(finished: bool, action: str) -> int:

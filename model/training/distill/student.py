@@ -3,49 +3,46 @@
 Knows nothing about training. Invariant: widths are the teacher's; only layers and vocabulary are fewer.
 """
 
-from enum import Enum
-
 import torch
 
 from model.looped import LoopedTransformer
 from model.training.recipe import Recipe
 
 
-class Start(Enum):
-    """Which of the teacher's layers a block of L starts from (Bae et al. 2024, arXiv 2410.20672).
+@torch.no_grad()
+def student_from_teacher(
+    recipe: Recipe, teacher: LoopedTransformer, layers: tuple[int, ...]
+) -> LoopedTransformer:
+    """The recipe's model, on the teacher's device in fp32: its layers are the teacher's `layers`, in order.
 
-    STEPWISE  L layers in depth order, evenly spread from the first to the last
-    AVERAGE   layer j is the mean of layers j, j + L, j + 2L, ...: of all that it stands for when looped
-    """
-
-    STEPWISE = "stepwise"
-    AVERAGE = "average"
-
-
-def student_from_teacher(recipe: Recipe, teacher: LoopedTransformer, start: Start) -> LoopedTransformer:
-    """The recipe's model, on the teacher's device in fp32, with weights from `teacher`.
-
-    Raises ValueError when their widths differ.
+    The adapter, where there is one, passes the prelude's output on and leaves the state out: at first every
+    loop computes the same, the teacher without the layers that were left away, so that loops begin as no
+    harm and training can only make use of them. Raises ValueError when widths or the number of layers differ.
     """
     model = LoopedTransformer(recipe.model).to(teacher.device)
-    block = recipe.model.num_block_layers
-    given, wanted = teacher.state_dict(), model.state_dict()
-    chosen = _sources(block, teacher.config.num_block_layers, start)
-    for name, weight in wanted.items():
-        if name.startswith("layers."):
-            _, number, rest = name.split(".", 2)
-            sources = [given[f"layers.{layer}.{rest}"] for layer in chosen[int(number)]]
-        else:
-            sources = [given[name][: len(weight)]]
-        if sources[0].shape != weight.shape:
-            shapes = f"{tuple(weight.shape)}, the teacher's {tuple(sources[0].shape)}"
+    if len(layers) != recipe.model.num_layers or max(layers) >= teacher.config.num_layers:
+        raise ValueError(
+            f"teacher_layers {list(layers)}: {recipe.model.num_layers} of the teacher's "
+            f"{teacher.config.num_layers} layers are wanted"
+        )
+    given = teacher.state_dict()
+    for name, weight in model.state_dict().items():
+        source = _source(name, weight, given, layers)
+        if source.shape != weight.shape:
+            shapes = f"{tuple(weight.shape)}, the teacher's {tuple(source.shape)}"
             raise ValueError(f"the student's {name} is {shapes}: the recipe's widths must be the teacher's")
-        weight.copy_(torch.stack([source.float() for source in sources]).mean(0))
+        weight.copy_(source)
     return model
 
 
-def _sources(block: int, depth: int, start: Start) -> list[list[int]]:
-    """The teacher's layers that each of the block's is the mean of."""
-    if start is Start.AVERAGE:
-        return [list(range(layer, depth, block)) for layer in range(block)]
-    return [[round(layer * (depth - 1) / max(1, block - 1))] for layer in range(block)]
+def _source(
+    name: str, weight: torch.Tensor, given: dict[str, torch.Tensor], layers: tuple[int, ...]
+) -> torch.Tensor:
+    """What a parameter of the student begins as."""
+    if name == "adapter.weight":
+        width = len(weight)
+        return torch.cat((torch.zeros(width, width), torch.eye(width)), 1)
+    if name.startswith("layers."):
+        _, number, rest = name.split(".", 2)
+        return given[f"layers.{layers[int(number)]}.{rest}"]
+    return given[name][: len(weight)]

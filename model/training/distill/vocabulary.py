@@ -12,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-BYTES = 256
-
 
 class VocabularyError(ValueError):
     """A tokenizer that can't be cut; the message names what is in the way."""
@@ -25,8 +23,10 @@ def cut_tokenizer(full: Tokenizer, size: int) -> Tokenizer:
     vocab: dict[str, int] = raw["model"]["vocab"]
     kept = {token: index for token, index in vocab.items() if index < size}
     outside = [each["content"] for each in raw["added_tokens"] if each["id"] >= size]
-    if outside or sum(len(token) == 1 for token in kept) < BYTES or len(kept) != size:
-        raise VocabularyError(f"{size} tokens don't hold all bytes and the special tokens {outside}")
+    # Not all 256: a tokenizer may lack bytes that its texts never held.
+    lost = [token for token, index in vocab.items() if len(token) == 1 and index >= size]
+    if outside or lost or len(kept) != size:
+        raise VocabularyError(f"{size} tokens don't hold the bytes {lost} and the special tokens {outside}")
     raw["model"]["vocab"] = kept
     raw["model"]["merges"] = [pair for pair in raw["model"]["merges"] if "".join(pair) in kept]
     return Tokenizer.from_str(json.dumps(raw))
