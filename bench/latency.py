@@ -24,7 +24,7 @@ from model.hub import model_folder
 from model.loader import load_skeleton
 from model.looped import LoopedTransformer
 from model.protocol import GenerationRequest, SamplingParams, SequenceStats
-from model.serving import build_engine
+from model.serving import build_engine, resolve_device, resolve_quantization
 from model.worker import EngineOptions
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model" / "weights" / "default"
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:i")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
-    parser.add_argument("--quantization", default="none", choices=["none", "int8"])
+    parser.add_argument("--quantization", default="auto", choices=["auto", "none", "int8"])
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--draft-depths", default=None, help="comma-separated (default: the model's)")
     parser.add_argument("--deterministic", action="store_true", help="batch-invariant arithmetic")
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs `speed bench latency`; the last line printed is one JSON object."""
     folder = model_folder(args.model)
+    args.quantization = resolve_quantization(args.quantization, folder, resolve_device(args.device))
     started = time.perf_counter()
     engine = _load(args, folder)
     load_seconds, peak = time.perf_counter() - started, peak_memory()

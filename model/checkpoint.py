@@ -35,7 +35,7 @@ class StoredTensor(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Its size on disk, taking 4 bytes for a number of unknown size."""
-        return {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(self.dtype, 4) * math.prod(self.shape)
+        return {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1}.get(self.dtype, 4) * math.prod(self.shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from model.loader import DTYPES, load_model, load_skeleton
 from model.looped import LoopedTransformer
 from model.packed import pack_linears
 from model.quality import Decoding, TextQuality, decode_prompts, judge_text
-from model.quantize import quantize_linears
 from model.runner import bytes_per_token
-from model.serving import resolve_device
+from model.serving import resolve_device, resolve_quantization
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "default"
 USAGE_ERROR = 2
@@ -66,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a Hugging Face id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:i")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
-    parser.add_argument("--quantization", default="none", choices=["none", "int8"])
+    parser.add_argument("--quantization", default="auto", choices=["auto", "none", "int8"])
     parser.add_argument(
         "--text",
         type=Path,
@@ -98,17 +97,18 @@ def inspect(args: argparse.Namespace) -> Report:
     name = str(args.dtype)
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
-    facts = gather_facts(args.model, load_skeleton(folder).to(DTYPES[name]), args.quantization, device)
+    quantization = resolve_quantization(args.quantization, folder, device)
+    facts = gather_facts(args.model, load_skeleton(folder).to(DTYPES[name]), quantization, device)
     if args.text is None:
         return Report(facts)
     drafts = None if args.draft_depths is None else tuple(int(d) for d in args.draft_depths.split(","))
     ids = read_ids(folder, args.text)[: args.max_tokens]
-    loaded = load_model(folder, device, name)
-    model, window = loaded.model, min(args.window, loaded.config.max_positions)
+    model = load_model(folder, device, name).model
+    window = min(args.window, model.config.max_positions)
     text = judge_text(model, ids, window, drafts or ())
     quantized = None
-    if args.quantization == "int8":
-        quantize_linears(model)
+    if quantization == "int8":
+        model = load_model(folder, device, name, int8=True).model
         quantized = judge_text(model, ids, window, drafts or ())
     pack_linears(model)
     return Report(facts, text, quantized, decode_prompts(model, ids, drafts, args.num_prompts))

@@ -1,15 +1,15 @@
 """From a checkpoint folder to a model ready to run, and back.
 
-Knows the families only through their tables. Invariant: a model is returned whole or not at all; every
-parameter is filled by exactly the tensors that its family's table names, and every tensor on disk is
-accounted for.
+Knows the families only through their tables. A matrix that is stored in int8 is widened, or kept as it is
+where int8 is asked for. Invariant: a model is returned whole or not at all; every parameter is filled by
+exactly the tensors that its family's table names, and every tensor on disk is accounted for.
 """
 
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -19,22 +19,33 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from model.checkpoint import CheckpointError, StoredTensor, read_json, read_tensors, stored_tensors
+from model.checkpoint import CheckpointError, Piece, StoredTensor, read_json, read_tensors, stored_tensors
+from model.compressed import can_be_int8, in_int8, read_scales, scale_name, useless_scales, widen
 from model.config import LoopedConfig
 from model.ending import ending_tokens
-from model.families import Family, Place, families_of, family_of, nanbeige
+from model.families import Family, Place, families_of, family_of, nanbeige, raven
+from model.families.quantized import int8_fields, stored_in_int8
 from model.hub import SINGLE_FILE
 from model.looped import LoopedTransformer
+from model.placement import EMBEDDING, HEAD, Match, is_tied_head, match
+from model.quantize import hold_in_int8, quantized, use_integer_products
 
-__all__ = ["CheckpointError", "LoadedModel", "load_config", "load_model", "load_skeleton", "save_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "LoadedModel",
+    "is_stored_in_int8",
+    "load_config",
+    "load_model",
+    "load_skeleton",
+    "save_checkpoint",
+]
 
 CONFIG_FILE = "config.json"
-HEAD = "head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECONDS_BETWEEN_LINES = 5.0  # of progress, in a log
-_STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,7 @@ class _Checkpoint(NamedTuple):
     folder: Path
     family: Family
     config: LoopedConfig
+    int8: bool  # whether matrices are stored in int8
 
 
 def load_config(path: str | Path, *, generation_config: bool = True) -> LoopedConfig:
@@ -112,6 +124,11 @@ def load_config(path: str | Path, *, generation_config: bool = True) -> LoopedCo
     return _open(path, generation_config).config
 
 
+def is_stored_in_int8(path: str | Path) -> bool:
+    """Whether a checkpoint folder's config.json says int8 matrices; raises as `load_config` does."""
+    return stored_in_int8(read_json(Path(path) / CONFIG_FILE))
+
+
 def load_skeleton(path: str | Path) -> LoopedTransformer:
     """The model of a checkpoint folder without its weights, on the meta device; only headers are read.
 
@@ -120,7 +137,7 @@ def load_skeleton(path: str | Path) -> LoopedTransformer:
     checkpoint = _open(path)
     stored = stored_tensors(checkpoint.folder)
     model = _without_weights(checkpoint, stored)
-    _matched(checkpoint, model, stored)
+    _refuse(checkpoint, _match(checkpoint, model, stored).problems)
     return model
 
 
@@ -130,38 +147,60 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     *,
     generation_config: bool = True,
+    int8: bool = False,
 ) -> LoadedModel:
     """Loads a checkpoint folder onto a device; "auto" is float32 on the CPU and bfloat16 elsewhere.
 
-    Tensors are read piece by piece straight into their place, so that memory peaks at little more than
-    the weights. Raises CheckpointError (with every missing, unexpected and misshapen name), ConfigError
-    or ValueError; all are ValueError.
+    `int8` holds linear layers in int8, as `quantize_linears` does to a loaded model, but an int8 matrix
+    on disk is kept bit for bit. Tensors are read piece by piece straight into their place, so that memory
+    peaks at little more than the weights. Raises CheckpointError (with every missing, unexpected and
+    misshapen name), ConfigError or ValueError; all are ValueError.
     """
     wanted_device = _device(device)
     wanted_dtype = _dtype(dtype, wanted_device)
     checkpoint = _open(path, generation_config)
     stored = stored_tensors(checkpoint.folder)
     model = _without_weights(checkpoint, stored)
-    places = _matched(checkpoint, model, stored)
-    model = model.to(wanted_dtype).to_empty(device=wanted_device)
-    model.tie()
-    _fill(checkpoint, model, {name: stored[name] for name in places}, places)
+    found = _match(checkpoint, model, stored)
+    scales = read_scales(found.scales)
+    _refuse(checkpoint, [*found.problems, *useless_scales(scales)])
+    model = model.to(wanted_dtype)
+    if int8:
+        hold_in_int8(model)
+    _allocate(model, wanted_device)
+    if not int8:  # there a tied head has weights of its own
+        model.tie()
+    filling = _Filling(model.state_dict(), checkpoint.config, found.places, scales)
+    _fill(filling, {name: stored[name] for name in found.places})
+    use_integer_products(model)
     return LoadedModel(model.eval().requires_grad_(False), checkpoint.config)
 
 
-def save_checkpoint(model: LoopedTransformer, folder: Path, dtype: torch.dtype) -> None:
-    """Writes config.json and model.safetensors in the nanbeige layout, replacing what is there.
+def save_checkpoint(
+    model: LoopedTransformer, folder: Path, dtype: torch.dtype, *, int8: bool = False
+) -> None:
+    """Writes config.json and model.safetensors, replacing what is there.
 
-    Raises ValueError, before anything is written, for a model that the layout cannot hold. Each file
-    is put in place whole.
+    A model with input injection is written in the layout of a retrofitted Llama (raven), any other in
+    nanbeige's. With `int8` matrices are stored in int8, rounded from the model's own dtype, and only the
+    rest in `dtype`. Raises ValueError, before anything is written, for a model that the layout cannot
+    hold. Each file is put in place whole.
     """
-    raw = {**nanbeige.write_config(model.config), "torch_dtype": str(dtype).removeprefix("torch.")}
     config, parameters = model.config, model.state_dict()
-    tensors = {
-        name: parameters[place.parameter][place.rows(config)].to("cpu", dtype, copy=True).contiguous()
-        for name, place in nanbeige.FAMILY.places(config)
-        if place and place.parameter in parameters and not _is_tied_head(config, place)
+    injected = config.input_injection
+    family, write_config = (
+        (raven.LLAMA, raven.write_config) if injected else (nanbeige.FAMILY, nanbeige.write_config)
+    )
+    raw = {**write_config(config), **(int8_fields() if int8 else {})}
+    raw["torch_dtype"] = str(dtype).removeprefix("torch.")
+    parts = {
+        name: parameters[place.parameter][place.rows(config)]
+        for name, place in family.places(config)
+        if place and place.parameter in parameters and not is_tied_head(config, place)
     }
+    matrices = {n: part for n, part in parts.items() if int8 and can_be_int8(n, part.shape)}
+    rest = {n: part.to("cpu", dtype, copy=True) for n, part in parts.items() if n not in matrices}
+    tensors = {name: tensor.contiguous() for name, tensor in {**rest, **in_int8(matrices)}.items()}
     folder.mkdir(parents=True, exist_ok=True)
     weights, text = folder / f"{SINGLE_FILE}.partial", folder / f"{CONFIG_FILE}.partial"
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -179,7 +218,7 @@ def _open(path: str | Path, generation_config: bool = True) -> _Checkpoint:
     family = family_of(raw, stored_tensors(folder) if len(families_of(raw)) > 1 else ())
     config = family.read_config(raw)
     ending = ending_tokens(folder, config, read_json, generation_config=generation_config)
-    return _Checkpoint(folder, family, replace(config, eos_token_ids=ending))
+    return _Checkpoint(folder, family, replace(config, eos_token_ids=ending), stored_in_int8(raw))
 
 
 def _without_weights(checkpoint: _Checkpoint, stored: dict[str, StoredTensor]) -> LoopedTransformer:
@@ -193,10 +232,37 @@ def _without_weights(checkpoint: _Checkpoint, stored: dict[str, StoredTensor]) -
             f"{where} says head_dim {config.head_dim}, but no tensor has over {largest} numbers"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             return LoopedTransformer(config)
     except (RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{where} gives sizes that no model can have: {error}") from error
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves `nn.init` out: there is nothing to fill yet, and on the meta device it imports torch's compiler.
+
+    That import takes longer than all else here: 1.0 of 1.3 s for 61 million parameters in int8.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", *args[:1])
+        return func(*args, **(kwargs or {}))
+
+
+def _allocate(model: LoopedTransformer, device: torch.device) -> None:
+    """As `to_empty`, whose empty_like imports sympy for a tensor on the meta device: a third of a second."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    model._apply(empty)  # type: ignore[no-untyped-call]
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -225,64 +291,79 @@ def _progress(num_bytes: int) -> "tqdm[NoReturn]":
     return tqdm(desc="loading", total=num_bytes, mininterval=pause, delay=pause, **options)
 
 
-def _is_tied_head(config: LoopedConfig, place: Place) -> bool:
-    return config.tie_embeddings and place.parameter == HEAD
+def _match(checkpoint: _Checkpoint, model: LoopedTransformer, stored: dict[str, StoredTensor]) -> Match:
+    return match(checkpoint.family, checkpoint.config, model.state_dict(), stored, checkpoint.int8)
 
 
-def _matched(
-    checkpoint: _Checkpoint, model: LoopedTransformer, stored: dict[str, StoredTensor]
-) -> dict[str, Place]:
-    """Stored name -> place, dropped tensors left out; raises CheckpointError with all that is wrong."""
-    folder, family, config = checkpoint
-    parameters = model.state_dict()
-    table = {n: p for n, p in family.places(config) if p is None or p.parameter in parameters}
-    problems = [
-        f"missing: {n}" for n, p in table.items() if p and n not in stored and not _is_tied_head(config, p)
-    ]
-    problems += [f"unexpected: {name}" for name in stored if name not in table]
-    places = {name: place for name, place in table.items() if place and name in stored}
-    problems += [
-        p for name, place in places.items() for p in _misfits(name, place, stored[name], parameters, config)
-    ]
+def _refuse(checkpoint: _Checkpoint, problems: list[str]) -> None:
+    """Raises CheckpointError with all that is wrong, if anything is."""
     if problems:
-        listed = "\n  ".join(problems)
+        listed, family = "\n  ".join(problems), checkpoint.config.family
         raise CheckpointError(
-            f"{folder}: the tensors do not match {CONFIG_FILE} ({config.family}):\n  {listed}"
+            f"{checkpoint.folder}: the tensors do not match {CONFIG_FILE} ({family}):\n  {listed}"
         )
-    return places
 
 
-def _misfits(
-    name: str, place: Place, stored: StoredTensor, parameters: dict[str, Tensor], config: LoopedConfig
-) -> Iterator[str]:
-    filled = tuple(parameters[place.parameter][place.rows(config)].shape)
-    wanted = place.shape(config) if place.shape else filled
-    if stored.shape != wanted:
-        yield f"shape: {name} is {list(stored.shape)}, {list(wanted)} is wanted"
-    if stored.dtype not in _STORED_DTYPES:
-        yield f"dtype: {name} is {stored.dtype}; {', '.join(_STORED_DTYPES)} can be read"
+class _Filling(NamedTuple):
+    """A model on its way: its parameters and buffers by name, where each tensor goes, and int8's scales."""
+
+    parameters: dict[str, Tensor]
+    config: LoopedConfig
+    places: dict[str, Place]
+    scales: dict[str, Tensor]
+
+    def scales_of(self, piece: Piece) -> Tensor | None:
+        """(rows,), for a piece of an int8 matrix."""
+        scales = self.scales.get(scale_name(piece.name))
+        return None if scales is None else scales[piece.start : piece.start + len(piece.rows)]
+
+    def write(self, piece: Piece, shape: tuple[int, ...]) -> None:
+        """Copies a piece of a tensor of this shape to where it belongs; a tied head may be held apart."""
+        place = self.places[piece.name]
+        self._write(piece, shape, place)
+        if (
+            place.parameter == EMBEDDING
+            and self.config.tie_embeddings
+            and _scales_name(HEAD) in self.parameters
+        ):
+            self._write(piece, shape, replace(place, parameter=HEAD))
+
+    def _write(self, piece: Piece, shape: tuple[int, ...], place: Place) -> None:
+        part = place.rows(self.config)
+        target = _rows_of(self.parameters[place.parameter][part].view(shape), piece.start, piece.rows)
+        scales, held = self.scales_of(piece), self.parameters.get(_scales_name(place.parameter))
+        if held is not None:
+            weight, scales = quantized(piece.rows) if scales is None else (piece.rows, scales)
+            target.copy_(weight)
+            _rows_of(held[part], piece.start, piece.rows).copy_(scales)
+        elif scales is not None:
+            widen(piece.rows, scales, target)
+        else:
+            target.copy_(piece.rows)
+
+
+def _scales_name(parameter: str) -> str:
+    """The buffer beside the weight of an `Int8Linear`."""
+    return f"{parameter.removesuffix('weight')}scales"
 
 
 @torch.no_grad()
-def _fill(
-    checkpoint: _Checkpoint,
-    model: LoopedTransformer,
-    stored: dict[str, StoredTensor],
-    places: dict[str, Place],
-) -> None:
+def _fill(filling: _Filling, stored: dict[str, StoredTensor]) -> None:
     """Copies every tensor into its rows; a tied head that is stored too is compared, last, and dropped."""
-    parameters = model.state_dict()
-    tied = {name: tensor for name, tensor in stored.items() if _is_tied_head(checkpoint.config, places[name])}
+    tied = {n: tensor for n, tensor in stored.items() if is_tied_head(filling.config, filling.places[n])}
     own = {name: tensor for name, tensor in stored.items() if name not in tied}
     with _progress(sum(tensor.num_bytes for tensor in own.values())) as progress:
-        for name, start, rows in read_tensors(own):
-            target = parameters[places[name].parameter][places[name].rows(checkpoint.config)]
-            _rows_of(target.view(own[name].shape), start, rows).copy_(rows)
-            progress.update(rows.nbytes)
-    for name, start, rows in read_tensors(tied):
-        if not torch.equal(rows.to(model.device, model.dtype), _rows_of(parameters[HEAD], start, rows)):
+        for piece in read_tensors(own):
+            filling.write(piece, own[piece.name].shape)
+            progress.update(piece.rows.nbytes)
+    embedding = filling.parameters[EMBEDDING]
+    for piece in read_tensors(tied):
+        wanted = _rows_of(embedding, piece.start, piece.rows)
+        given, scales = torch.empty_like(wanted), filling.scales_of(piece)
+        given.copy_(piece.rows) if scales is None else widen(piece.rows, scales, given)
+        if not torch.equal(given, wanted):
             raise CheckpointError(
-                f"{tied[name].file}: {name} differs from the embedding that the config ties it to"
+                f"{tied[piece.name].file}: {piece.name} differs from the embedding that the config ties it to"
             )
 
 

@@ -21,11 +21,14 @@ from model.packed import PACKED_FOR_ROWS, padded_rows
 LARGEST = 127  # of a quantised weight
 UNITS = 127 * 256  # of the largest activation of a row: its high byte is then at most 127
 CHUNK = 1024  # rows of a weight that are quantised together
-MOST_INPUTS = (2**31 - 1) // (LARGEST * 128)  # beyond it a sum of products may not fit 32 bits
+MOST_INPUTS = (2**31 - 1) // (128 * 128)  # beyond it a sum of products may not fit 32 bits
 
 
 class Int8Linear(nn.Module):
-    """x @ (scales * weight).T + bias with an int8 weight, widened for every product; any device."""
+    """x @ (scales * weight).T + bias with an int8 weight, widened for every product; any device.
+
+    `weight` (out, in) and fp32 `scales` (out,) are buffers that a loader may fill.
+    """
 
     weight: Tensor
     scales: Tensor
@@ -33,6 +36,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scales = quantized(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
@@ -47,12 +51,13 @@ class Int8Linear(nn.Module):
 class IntegerLinear(nn.Module):
     """The same on a CPU by integer products, exact but for the rounding of activations to 16 bits."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear | Int8Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, self._scales = quantized(linear.weight.detach())
+        held = linear if isinstance(linear, Int8Linear) else Int8Linear(linear)
+        self._scales = held.scales
         shape = [2 * PACKED_FOR_ROWS, self.in_features]
-        self._weight = torch.ops.onednn.qlinear_prepack(weight, shape)
+        self._weight = torch.ops.onednn.qlinear_prepack(held.weight, shape)
         self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
         self._bias = None if linear.bias is None else linear.bias.detach()
         self._call = torch.ops.onednn.qlinear_pointwise.default
@@ -87,10 +92,14 @@ class IntegerLinear(nn.Module):
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 weight (out, in) and fp32 scales (out,): weight is about scales[:, None] * int8."""
+    """int8 weight (out, in) and fp32 scales (out,): weight is about scales[:, None] * int8.
+
+    Of a weight on the meta device only the places.
+    """
     stored = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), device=weight.device)
-    for start in range(0, len(weight), CHUNK):  # a head's fp32 copy may be a quarter of the model
+    num_rows = 0 if weight.is_meta else len(weight)
+    for start in range(0, num_rows, CHUNK):  # a head's fp32 copy may be a quarter of the model
         part = weight[start : start + CHUNK].float()
         scale = (part.abs().amax(1) / LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
         stored[start : start + CHUNK] = torch.round(part / scale[:, None])
@@ -119,21 +128,43 @@ def quantize_linears(model: nn.Module) -> int:
     The exit gate, a single row, stays. A head that was tied to the embedding gets weights of its own. The
     model can no longer be trained, moved or saved.
     """
+    count = hold_in_int8(model)
+    use_integer_products(model)
+    return count
+
+
+def hold_in_int8(model: nn.Module) -> int:
+    """The first half of `quantize_linears`: an `Int8Linear` for every nn.Linear, on any device, meta too."""
     places = [
         (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
+        for parent, name, child in _children(model)
         if isinstance(child, nn.Linear) and child.out_features > 1
     ]
-    integer = _integer_products_are_exact()
     for parent, name in places:  # one after the other: the old weight is freed before the next is quantised
-        linear: nn.Linear = getattr(parent, name)
-        fits = linear.weight.device.type == "cpu" and linear.in_features <= MOST_INPUTS
-        setattr(parent, name, IntegerLinear(linear) if integer and fits else Int8Linear(linear))
+        setattr(parent, name, Int8Linear(getattr(parent, name)))
     return len(places)
 
 
-def _integer_products_are_exact() -> bool:
+def use_integer_products(model: nn.Module) -> None:
+    """The second: an `IntegerLinear` for every `Int8Linear` where this machine's products are exact."""
+    if not integer_products_are_exact():
+        return
+    places = [
+        (parent, name)
+        for parent, name, child in _children(model)
+        if isinstance(child, Int8Linear)
+        and child.weight.device.type == "cpu"
+        and child.in_features <= MOST_INPUTS
+    ]
+    for parent, name in places:
+        setattr(parent, name, IntegerLinear(getattr(parent, name)))
+
+
+def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    return [(parent, *named) for parent in model.modules() for named in parent.named_children()]
+
+
+def integer_products_are_exact() -> bool:
     """Whether torch has the operators, and this CPU's instructions don't saturate at 16 bits on the way."""
     probe = nn.Linear(64, 32, bias=False)
     nn.init.ones_(probe.weight)

@@ -9,12 +9,12 @@ import torch
 from model.config import LoopedConfig
 from model.engine import Engine, EngineConfig
 from model.invariant import make_invariant
-from model.loader import load_model
+from model.loader import is_stored_in_int8, load_model
 from model.matching import Vocabulary
 from model.measure import measured_cost
 from model.packed import pack_linears
 from model.protocol import GenerationRequest, SamplingParams
-from model.quantize import quantize_linears
+from model.quantize import integer_products_are_exact
 from model.scheduler import DEFAULT_ROW_BUDGET, SchedulerLimits
 from model.worker import EngineOptions
 
@@ -29,11 +29,13 @@ def build_engine(options: EngineOptions) -> Engine:
     device = resolve_device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    quantization = resolve_quantization(options.quantization, options.model_path, device)
     loaded = load_model(
         options.model_path,
         device=device,
         dtype=options.dtype,
         generation_config=options.generation_config,
+        int8=quantization == "int8",
     )
     limits = SchedulerLimits(
         max_num_seqs=options.max_num_seqs,
@@ -50,8 +52,6 @@ def build_engine(options: EngineOptions) -> Engine:
         row_budget=options.row_budget or DEFAULT_ROW_BUDGET,
         limits=limits,
     )
-    if options.quantization == "int8":
-        quantize_linears(loaded.model)
     if options.deterministic:
         make_invariant(loaded.model)
     else:
@@ -83,6 +83,17 @@ def resolve_device(name: str) -> torch.device:
         if (device.index or 0) >= count:
             raise ValueError(f"device {name}: this machine has {count} CUDA devices")
     return device
+
+
+def resolve_quantization(name: str, folder: str | Path, device: torch.device) -> str:
+    """What `--quantization` means for a checkpoint, "none" or "int8"; raises what `load_config` does.
+
+    "auto" keeps int8 where the checkpoint has it and products of integers are exact: on most CPUs.
+    """
+    if name != "auto":
+        return name
+    kept = is_stored_in_int8(folder) and device.type == "cpu" and integer_products_are_exact()
+    return "int8" if kept else "none"
 
 
 def _warm_up(engine: Engine) -> None:

@@ -47,7 +47,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     device: str = "auto"  # auto, cpu, cuda, cuda:i
     dtype: str = "auto"  # auto, float32, bfloat16, float16
-    quantization: str = "none"  # none, int8
+    quantization: str = "auto"  # auto, none, int8
     generation_config: bool = True  # whether generation_config.json names ending tokens
     draft_depths: tuple[int, ...] | None = None
     max_model_len: int | None = None

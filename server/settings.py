@@ -126,10 +126,11 @@ class Settings(BaseSettings):
         json_schema_extra=MODEL,
         description="type of weights and cache: auto, float32, bfloat16 or float16",
     )
-    quantization: Literal["none", "int8"] = Field(
-        "none",
+    quantization: Literal["auto", "none", "int8"] = Field(
+        "auto",
         json_schema_extra=MODEL,
-        description="none, or int8: weights of one byte (speed inspect says what it costs in loss)",
+        description="none; int8: weights of one byte (speed inspect says what it costs in loss); auto: int8 "
+        "for a model that is stored so, where the CPU multiplies integers exactly",
     )
     max_model_len: int | None = Field(
         None,

@@ -65,5 +65,6 @@ SHAPES: dict[str, dict[str, object]] = {
         "qk_norm": True,
     },
     "started_from_the_input": {"input_injection": True, "initial_state": InitialState.INPUT},
+    "without_coda": {"num_prelude_layers": 1, "input_injection": True, "tie_embeddings": True},
     "output_norm": {"norm_placement": NormPlacement.OUTPUT, "num_prelude_layers": 1, "num_coda_layers": 1},
 }

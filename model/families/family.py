@@ -5,7 +5,7 @@ for every tensor of its checkpoints; a name that the table does not give is an e
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar
@@ -129,8 +129,8 @@ class Fields:
             raise self.wrong(key, "it must be at least 1 and fit 31 bits")
         return value
 
-    def count(self, key: str, default: int) -> int:
-        """A whole number, at least 0."""
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number, at least 0; raises when it is absent and there is no default."""
         return 0 if self.raw.get(key) == 0 and type(self.raw[key]) is int else self.integer(key, default)
 
     def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
@@ -207,6 +207,11 @@ class Fields:
         if value is None:
             raise ConfigError(f"{self.prefix}{key} is missing from config.json")
         return value
+
+
+def write_token_ids(ids: Sequence[int]) -> list[int] | int | None:
+    """The ids as `Fields.token_ids` reads them: none as null, one by itself."""
+    return list(ids) if len(ids) > 1 else next(iter(ids), None)
 
 
 def _shown(value: object) -> str:

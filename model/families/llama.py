@@ -108,8 +108,8 @@ def refuse_windows(fields: Fields) -> None:
 
 
 def refuse_what_changes_attention(fields: Fields) -> None:
-    """Raises ConfigError for quantised weights and other kinds of layers."""
-    fields.refuse("quantization_config", "per_layer_config")
+    """Raises ConfigError for other kinds of layers."""
+    fields.refuse("per_layer_config")
     if not fields.flag("is_causal", True):
         raise fields.wrong("is_causal", "only causal attention is supported")
 

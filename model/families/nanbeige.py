@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from model.config import LoopedConfig, RopeConfig
-from model.families.family import Family, Fields
+from model.config import LoopedConfig
+from model.families.family import Family, Fields, write_token_ids
 from model.families.llama import BIASES, LAYER_WEIGHTS, PRE_NORMS, read_shape, refuse_windows
+from model.families.rope import write_rope
 
 _REFUSED = (
     "qk_layernorm",
@@ -71,11 +72,10 @@ def _fixed_fields() -> dict[str, Any]:
 
 
 def _shape_fields(config: LoopedConfig) -> dict[str, Any]:
-    eos = config.eos_token_ids
     return {
         "attention_bias": config.qkv_bias,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": (list(eos) if len(eos) > 1 else eos[0]) if eos else None,
+        "eos_token_id": write_token_ids(config.eos_token_ids),
         "head_dim": config.head_dim,
         "hidden_act": config.activation,
         "hidden_size": config.hidden_size,
@@ -87,37 +87,12 @@ def _shape_fields(config: LoopedConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "num_loops": config.num_loops,
         "rms_norm_eps": config.norm_eps,
-        "rope_scaling": _rope_fields(config.rope),
+        "rope_scaling": write_rope(config.rope),
         "rope_theta": config.rope.theta,
         "skip_loop_final_norm": not config.norm_after_loop,
         "tie_word_embeddings": config.tie_embeddings,
         "vocab_size": config.vocab_size,
     }
-
-
-def _rope_fields(rope: RopeConfig) -> dict[str, Any] | None:
-    by_kind: dict[str, dict[str, Any]] = {
-        "linear": {"type": "linear", "factor": rope.factor},
-        "llama3": {
-            "rope_type": "llama3",
-            "factor": rope.factor,
-            "original_max_position_embeddings": rope.original_max_positions,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-        },
-        "yarn": {
-            "rope_type": "yarn",
-            "factor": rope.factor,
-            "original_max_position_embeddings": rope.original_max_positions,
-            "attention_factor": rope.attention_factor,
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-            "mscale": rope.mscale,
-            "mscale_all_dim": rope.mscale_all_dim,
-            "truncate": rope.truncate,
-        },
-    }
-    return by_kind.get(rope.kind)
 
 
 FAMILY = Family(

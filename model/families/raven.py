@@ -2,7 +2,8 @@
 
 Knows nothing about tensors. Follows `RavenConfig` of the recurrent-pretraining and
 retrofitting-recurrence repositories. config.json is the same for all three, so the names of the tensors
-tell them apart. Prelude, looped core and coda; every loop mixes the prelude's output into the state.
+tell them apart. Prelude, looped core and coda; every loop mixes the prelude's output into the state. Our
+own models with such a mixture are written as retrofitted Llamas (`write_config`).
 Invariant: an option that names code which the published class of that block doesn't have is refused.
 """
 
@@ -12,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from model.config import ConfigError, InitialState, LoopedConfig, NormPlacement, RopeConfig
-from model.families.family import Family, Fields, Place, Section, WeightTable
-from model.families.rope import read_rope
+from model.families.family import Family, Fields, Place, Section, WeightTable, write_token_ids
+from model.families.rope import read_rope, write_rope
 
 _SECTIONS = {
     "transformer.prelude.{}": Section.PRELUDE,
@@ -129,9 +130,9 @@ def _read_shape(fields: Fields) -> LoopedConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=hidden // heads,
-        num_prelude_layers=fields.integer("n_layers_in_prelude"),
+        num_prelude_layers=fields.count("n_layers_in_prelude"),
         num_block_layers=fields.integer("n_layers_in_recurrent_block"),
-        num_coda_layers=fields.integer("n_layers_in_coda"),
+        num_coda_layers=fields.count("n_layers_in_coda"),
         num_loops=fields.integer("mean_recurrence"),
         max_positions=1,
         norm_eps=fields.number("norm_eps", 1e-6),
@@ -144,13 +145,63 @@ def _read_shape(fields: Fields) -> LoopedConfig:
     )
 
 
+def write_config(config: LoopedConfig) -> dict[str, Any]:
+    """The config.json that `read_llama` reads back as this config; ValueError where it can't hold it."""
+    if config.initial_state_std <= 0 or config.embedding_scale <= 0:
+        raise ValueError(f"the raven layout has init_values above 0 alone: {config}")
+    raw = {**_fixed_fields(), **_size_fields(config)}
+    if config.hidden_size % config.num_heads or read_llama(raw) != replace(config, family="raven"):
+        raise ValueError(f"a {config.family} model does not fit the raven (Llama) layout: {config}")
+    return raw
+
+
+def _fixed_fields() -> dict[str, Any]:
+    return {
+        "architectures": list(LLAMA.architectures),
+        "bias": False,
+        "initial_state_mode": "random",
+        "model_type": LLAMA.model_type,
+        "pad_token_id": None,
+        "qk_bias": False,
+        "test_time_noise": 0,
+        "use_cache": True,
+        **_FIXED,
+    }
+
+
+def _size_fields(config: LoopedConfig) -> dict[str, Any]:
+    scale = config.embedding_scale
+    return {
+        "block_size": config.max_positions,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": write_token_ids(config.eos_token_ids),
+        "init_values": {"embed_scale": scale, "std": config.initial_state_std / scale},
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_positions,
+        "mean_recurrence": config.num_loops,
+        "n_embd": config.hidden_size,
+        "n_heads": config.num_heads,
+        "n_layers": config.num_layers,
+        "n_layers_in_coda": config.num_coda_layers,
+        "n_layers_in_prelude": config.num_prelude_layers,
+        "n_layers_in_recurrent_block": config.num_block_layers,
+        "norm_eps": config.norm_eps,
+        "num_key_value_heads": config.num_kv_heads,
+        "padded_vocab_size": config.vocab_size,
+        "rope_scaling": write_rope(config.rope),
+        "rope_theta": config.rope.theta,
+        "tie_embeddings": config.tie_embeddings,
+        "vocab_size": config.vocab_size,
+    }
+
+
 def _refuse_other_starts(fields: Fields) -> None:
     if fields.text("initial_state_mode", "random") != "random":
         raise fields.wrong("initial_state_mode", "with these blocks only random is supported")
 
 
 def _refuse_what_changes_the_loop(fields: Fields) -> None:
-    fields.refuse("bias", "test_time_noise", "quantization_config")
+    fields.refuse("bias", "test_time_noise")
     for key, only in _FIXED.items():
         if fields.text(key, only) != only:
             raise fields.wrong(key, f"only {only} is supported")

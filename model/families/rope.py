@@ -41,6 +41,32 @@ def read_rope(fields: Fields) -> tuple[int, RopeConfig]:
     return longest, RopeConfig(theta=theta, kind=kind, **_options(kind, scaling, longest, original))
 
 
+def write_rope(rope: RopeConfig) -> dict[str, Any] | None:
+    """The `rope_scaling` that reads back as this embedding, but for theta; None where none is needed."""
+    by_kind: dict[str, dict[str, Any]] = {
+        "linear": {"type": "linear", "factor": rope.factor},
+        "llama3": {
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+        },
+        "yarn": {
+            "rope_type": "yarn",
+            "factor": rope.factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+            "attention_factor": rope.attention_factor,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "mscale": rope.mscale,
+            "mscale_all_dim": rope.mscale_all_dim,
+            "truncate": rope.truncate,
+        },
+    }
+    return by_kind.get(rope.kind)
+
+
 def _scaling(fields: Fields) -> Fields:
     """The nested object: rope_scaling where given (it wins, as in transformers), else rope_parameters."""
     scaling = fields.section("rope_scaling")

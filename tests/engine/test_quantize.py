@@ -12,15 +12,15 @@ from model.protocol import GenerationRequest, SamplingParams
 from model.quantize import (
     Int8Linear,
     IntegerLinear,
-    _integer_products_are_exact,
     fixed_point,
+    integer_products_are_exact,
     quantize_linears,
     quantized,
 )
 from tests.tiny_models import SHAPES, tiny_model
 
 integer_products = pytest.mark.skipif(
-    not _integer_products_are_exact(), reason="this CPU's integer products saturate"
+    not integer_products_are_exact(), reason="this CPU's integer products saturate"
 )
 KINDS = [Int8Linear, pytest.param(IntegerLinear, marks=integer_products)]
 

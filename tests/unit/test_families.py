@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.config import ConfigError, InitialState, LoopedConfig, NormPlacement
-from model.families import FAMILIES, family_of
+from model.families import FAMILIES, family_of, raven
 from model.families.nanbeige import write_config
+from model.families.quantized import int8_fields, stored_in_int8
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -171,7 +172,6 @@ REFUSED = {
     "partial_rotary_factor": [0.5],
     "sliding_window": [4096],
     "layer_types": [["full_attention", "sliding_attention"], "full_attention"],
-    "quantization_config": [{"quant_method": "fp8"}],
     "is_causal": [False],
 }
 
@@ -424,6 +424,32 @@ def test_a_bad_raven_field_is_an_error_that_names_it(key, value):
         read({**RAVEN, key: value}, HUGINN)
 
 
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 0), (0, 0)])
+def test_a_written_raven_config_reads_back_as_itself(rope, sizes):
+    prelude, coda = sizes
+    fields = {
+        "n_layers_in_prelude": prelude,
+        "n_layers_in_coda": coda,
+        "rope_scaling": rope,
+        "init_values": {"embed_scale": 1.0, "std": 0.02},
+        "eos_token_id": [3, 4],
+        "bos_token_id": 5,
+        "tie_embeddings": coda == 0,
+        "max_position_embeddings": 512,
+    }
+    config = read({**RAVEN, **fields}, RETROFIT)
+    assert (len(config.prelude), len(config.coda)) == sizes
+    assert read(raven.write_config(config), RETROFIT) == config
+
+
+@pytest.mark.parametrize("value", [None, -1, "0", False, 0.0])
+@pytest.mark.parametrize("key", ["n_layers_in_prelude", "n_layers_in_coda"])
+def test_a_raven_count_of_layers_that_makes_no_sense_is_an_error_that_names_it(key, value):
+    with pytest.raises(ConfigError, match=key):
+        read({**RAVEN, key: value}, RETROFIT)
+
+
 def test_numbers_of_layers_on_disk_start_anew_in_each_section():
     config = read(RAVEN, HUGINN)
     places = {n: p.parameter for n, p in family_of(RAVEN, HUGINN).places(config) if p and "norm_1" in n}
@@ -432,6 +458,105 @@ def test_numbers_of_layers_on_disk_start_anew_in_each_section():
         **{f"transformer.core_block.{i}.norm_1.weight": f"layers.{i + 1}.attn_norm.weight" for i in range(3)},
         **{f"transformer.coda.{i}.norm_1.weight": f"layers.{i + 4}.attn_norm.weight" for i in range(2)},
     }
+
+
+QUANTIZED = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "global_compression_ratio": 1.2,
+    "kv_cache_scheme": None,
+    "sparsity_config": {},
+    "ignore": ["lm_head"],
+    "version": "0.13.0",
+}
+QUANTIZED_WEIGHTS = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "channel",
+    "dynamic": False,
+    "group_size": None,
+    "block_structure": None,
+    "actorder": None,
+    "observer": "minmax",
+    "observer_kwargs": {},
+}
+
+
+def quantized(weights=None, group=None, **fields):
+    """A config.json's content, with changes to the three levels of its quantization_config."""
+    whole = {"targets": ["Linear"], "weights": {**QUANTIZED_WEIGHTS, **(weights or {})}, **(group or {})}
+    return {**LLAMA, "quantization_config": {**QUANTIZED, "config_groups": {"group_0": whole}, **fields}}
+
+
+@pytest.mark.parametrize("raw", [LLAMA, {**LLAMA, "quantization_config": None}])
+def test_a_checkpoint_that_is_not_quantised(raw):
+    assert not stored_in_int8(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        quantized(),
+        quantized(sparsity_config={"format": "dense", "sparsity_structure": "2:4"}),
+        quantized({"group_size": -1, "actorder": "static"}),
+        quantized(group={"input_activations": None, "output_activations": None, "format": "int-quantized"}),
+        int8_fields(),
+    ],
+)
+def test_int8_weights_with_a_scale_for_each_channel_are_read(raw):
+    assert stored_in_int8(raw)
+    two = quantized()["quantization_config"]
+    two["config_groups"]["group_1"] = {"targets": ["re:.*"], "weights": QUANTIZED_WEIGHTS}
+    assert stored_in_int8({"quantization_config": two})
+
+
+QUANTIZED_KEYS = (
+    sorted(QUANTIZED_WEIGHTS),
+    ["targets", "weights", "input_activations", "output_activations", "format"],
+    sorted({*QUANTIZED, "config_groups"}),
+)
+REFUSED_QUANTIZED = [
+    ("quant_method", quantized(quant_method="fp8")),
+    ("quant_method", quantized(quant_method=None)),
+    ("quant_method", {"quantization_config": {"bits": 4}}),
+    ("quantization_config", {"quantization_config": "int8"}),
+    ("format", quantized(format="pack-quantized")),
+    ("format", quantized(format=None)),
+    ("quantization_status", quantized(quantization_status="frozen")),
+    ("kv_cache_scheme", quantized(kv_cache_scheme={"num_bits": 8})),
+    ("sparsity_config", quantized(sparsity_config={"format": "sparse-bitmask"})),
+    ("transform_config", quantized(transform_config={"config_groups": {"R1": {}}})),
+    ("modules_to_convert", quantized(modules_to_convert=["lm_head"])),
+    ("config_groups", quantized(config_groups=None)),
+    ("config_groups", quantized(config_groups={})),
+    ("config_groups.W8A8", quantized(config_groups={"W8A8": ["Linear"]})),
+    ("input_activations", quantized(group={"input_activations": {"num_bits": 8}})),
+    ("output_activations", quantized(group={"output_activations": {"num_bits": 8}})),
+    ("group_0.format", quantized(group={"format": "float-quantized"})),
+    ("weights.num_bits", quantized(group={"weights": None})),
+    ("weights.num_bits", quantized({"num_bits": 4})),
+    ("weights.num_bits", quantized({"num_bits": {"mlp": 8}})),
+    ("weights.type", quantized({"type": "float"})),
+    ("weights.symmetric", quantized({"symmetric": False})),
+    ("weights.strategy", quantized({"strategy": "group", "group_size": 128})),
+    ("weights.strategy", quantized({"strategy": "tensor"})),
+    ("weights.strategy", quantized({"strategy": None})),
+    ("weights.group_size", quantized({"group_size": 64})),
+    ("weights.dynamic", quantized({"dynamic": True})),
+    ("weights.actorder", quantized({"actorder": "group"})),
+    ("weights.block_structure", quantized({"block_structure": [128, 128]})),
+    ("weights.is_mse", quantized({"is_mse": True})),
+]
+
+
+@pytest.mark.parametrize(("key", "raw"), REFUSED_QUANTIZED)
+def test_any_other_quantisation_is_an_error_that_names_the_field_and_what_is_read(key, raw):
+    with pytest.raises(ConfigError, match=rf"{key} is .*; ") as error:
+        stored_in_int8(raw)
+    if key not in ("quantization_config", "config_groups.W8A8"):
+        assert "int8, symmetric, a scale per output channel" in str(error.value)
 
 
 texts = st.text("a_0\0é\U0001f600", max_size=5)  # of all characters, the first draw takes seconds
@@ -467,6 +592,13 @@ def test_any_json_is_a_config_or_a_config_error(base, fields, rope):
     raw, names = base
     with contextlib.suppress(ConfigError):
         assert isinstance(read({**raw, "rope_parameters": rope, **fields}, names), LoopedConfig)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(*[st.dictionaries(st.sampled_from(keys), json_values, max_size=2) for keys in QUANTIZED_KEYS])
+def test_any_json_is_a_known_quantisation_or_a_config_error(weights, group, fields):
+    with contextlib.suppress(ConfigError):
+        assert isinstance(stored_in_int8(quantized(weights, group, **fields)), bool)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -8,18 +8,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Modules of the engine from the bottom up; one may import itself and what stands before it.
 ORDER = [
-    {"model.config", "model.protocol", "model.cache", "model.drafts", "model.cost", "model.hub"},
-    {"model.families", "model.layers", "model.wave", "model.checkpoint", "model.grammar", "model.ending"},
-    {"model.sequence", "model.matching"},
     {
-        "model.looped",
-        "model.sampling",
-        "model.scheduler",
+        *("model.config", "model.protocol", "model.cache", "model.drafts", "model.cost", "model.hub"),
         "model.packed",
-        "model.compiling",
-        "model.initial_state",
     },
-    {"model.attention", "model.loader", "model.readout", "model.quantize"},
+    {"model.families", "model.layers", "model.wave", "model.checkpoint", "model.grammar", "model.ending"},
+    {"model.sequence", "model.matching", "model.quantize"},
+    {
+        *("model.looped", "model.sampling", "model.scheduler", "model.compiling", "model.initial_state"),
+        "model.compressed",
+    },
+    {"model.attention", "model.placement", "model.readout"},
+    {"model.loader"},
     {"model.runner", "model.invariant"},
     {"model.engine"},
     {"model.worker", "model.measure"},
