@@ -13,21 +13,21 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
+from itertools import islice
 from typing import Any, NamedTuple
 
 import psutil
 import uvicorn
 
-from bench.paced_engine import TEXT_IDS, PacedEngine
+from bench.paced_engine import PacedEngine
 from server.app import create_app
 from server.chat_template import ChatTemplate
 from server.serve import uvicorn_config
-from server.settings import Settings
+from server.settings import Settings, embedded_model
 from server.tokenizer import TextCodec
 
 Body = dict[str, Any]
-MODEL = Path(__file__).resolve().parent.parent / "model" / "weights" / "default"
+MODEL = embedded_model()
 TEMPLATE = ChatTemplate("{% for message in messages %}{{ message.content }}\n{% endfor %}")
 COMPLETION: Body = {"prompt": "def fibonacci(n):"}
 CHAT: Body = {"messages": [{"role": "user", "content": "Fibonacci?"}]}
@@ -81,8 +81,15 @@ def serve(port: int, rate: float, passes: float) -> None:
     options: dict[str, Any] = {"port": port, "log_level": "warning", "max_queued_tokens": 2**40}
     settings = Settings(**options)
     codec = TextCodec.from_folder(MODEL)
-    engine = PacedEngine(max(TEXT_IDS) + 1, rate, passes)
+    engine = PacedEngine(word_ids(codec, 1000), rate, passes)
     uvicorn.Server(uvicorn_config(create_app(engine, codec, settings, TEMPLATE), settings)).run()
+
+
+def word_ids(codec: TextCodec, count: int) -> list[int]:
+    """The first `count` tokens, or fewer, that are a blank and letters: no text meets a stop string."""
+    pieces = ((token_id, codec.token_bytes(token_id)) for token_id in range(2**16))
+    words = (token_id for token_id, piece in pieces if piece[:1] == b" " and piece[1:].isalpha())
+    return list(islice(words, count))
 
 
 def measure(args: argparse.Namespace, path: str, fields: Body, rate: float, passes: float) -> Load:

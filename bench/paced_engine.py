@@ -6,7 +6,7 @@ pays for more than it does beside a real worker.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from time import perf_counter
 
 import msgspec
@@ -22,16 +22,17 @@ from model.protocol import (
 )
 from model.worker import Events
 
-TEXT_IDS = range(300, 1300)  # tokens of the embedded model's vocabulary, most of them words
-
 
 class PacedEngine:
-    """Gives `tokens_per_second` to all sequences together, in `passes_per_second` passes."""
+    """Gives `tokens_per_second` to all sequences together, in `passes_per_second` passes.
+
+    What it says is made of `text_ids`.
+    """
 
     num_restarts = 0
 
-    def __init__(self, vocab_size: int, tokens_per_second: float, passes_per_second: float) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, text_ids: Sequence[int], tokens_per_second: float, passes_per_second: float) -> None:
+        self._text_ids = text_ids
         self._rate = tokens_per_second
         self._period = 1 / passes_per_second
         self._running: dict[str, tuple[GenerationRequest, int]] = {}  # with tokens so far
@@ -46,7 +47,7 @@ class PacedEngine:
         """See protocol.Engine."""
         return EngineInfo(
             family="paced",
-            vocab_size=self._vocab_size,
+            vocab_size=max(self._text_ids) + 1,
             max_model_len=2**20,
             num_loops=4,
             draft_depths=[1],
@@ -102,7 +103,7 @@ class PacedEngine:
         if request_id not in self._running:
             return None
         request, count = self._running[request_id]
-        token_id = TEXT_IDS[(count * 7 + len(self._turns)) % len(TEXT_IDS)]
+        token_id = self._text_ids[(count * 7 + len(self._turns)) % len(self._text_ids)]
         finished = count + 1 == request.max_tokens
         if finished:
             del self._running[request_id]

@@ -1,11 +1,18 @@
-"""Prompts that the default model never saw: pieces of held-out files of the standard library."""
+"""Prompts of a given length in a model's own tokens, from texts that every Python brings along.
+
+A model with a chat template is asked in a conversation about English prose, another one continues Python
+code: pieces of files that `speed train` holds out.
+"""
 
 import random
+import re
 from pathlib import Path
+from pydoc_data.topics import topics
 
 from tokenizers import Tokenizer
 
 from model.training.corpus import read_corpus, standard_library
+from server.chat_template import ChatTemplate, load_chat_template
 
 
 def held_out_prompts(
@@ -27,6 +34,39 @@ def held_out_prompts(
     return prompts
 
 
+def conversation_prompts(
+    tokenizer: Tokenizer, template: ChatTemplate, count: int, length: int, seed: int = 0
+) -> list[list[int]]:
+    """`count` prompts of `length` tokens: one user's message each, a piece of Python's manual.
+
+    Raises ValueError if the template alone takes `length` tokens.
+    """
+    rng = random.Random(seed)
+    before, after = _around(tokenizer, template)
+    room = length - len(before) - len(after)
+    if room < 1:
+        raise ValueError(f"the chat template alone takes {len(before) + len(after)} tokens of {length}")
+    manual = "\n\n".join(topics.values())
+    starts = [sentence.start() for sentence in re.finditer(r"(?<=[.:]\s)\w|(?<=\n\n)\w", manual)]
+    prompts: list[list[int]] = []
+    while len(prompts) < count:
+        first = rng.choice(starts)
+        text = manual[first : first + 16 * length]
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        if len(ids) >= room:
+            prompts.append([*before, *ids[:room], *after])
+    return prompts
+
+
+def _around(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[list[int], list[int]]:
+    """What the template puts before a user's message and behind it."""
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+    text = template.render([{"role": "user", "content": mark}], add_generation_prompt=True)
+    before, _, after = text.partition(mark)
+    ids = [tokenizer.encode(part, add_special_tokens=False).ids for part in (before, after)]
+    return ids[0], ids[1]
+
+
 def random_prompts(vocab_size: int, count: int, length: int, seed: int = 0) -> list[list[int]]:
     """Random token ids, for checkpoints without a tokenizer."""
     rng = random.Random(seed)
@@ -34,11 +74,14 @@ def random_prompts(vocab_size: int, count: int, length: int, seed: int = 0) -> l
 
 
 def prompts_for(model_path: str, vocab_size: int, count: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Held-out prompts in the model's own tokens, or random ids if it has no tokenizer.json."""
+    """Conversations for a chat model, else held-out code; random ids if there is no tokenizer.json."""
     file = Path(model_path) / "tokenizer.json"
     if not file.exists():
         return random_prompts(vocab_size, count, length, seed)
-    return held_out_prompts(Tokenizer.from_file(str(file)), count, length, seed)
+    tokenizer, template = Tokenizer.from_file(str(file)), load_chat_template(Path(model_path))
+    if template is None:
+        return held_out_prompts(tokenizer, count, length, seed)
+    return conversation_prompts(tokenizer, template, count, length, seed)
 
 
 def copy_prompts(prompts: list[list[int]]) -> list[list[int]]:

@@ -53,11 +53,11 @@ def load_defaults(folder: Path) -> SamplingDefaults:
         raise SettingsError(f"{file} is not a JSON object; --generation-config none leaves it out")
     values = {name: content[name] for name in FIELDS if content.get(name) is not None}
     try:
-        SamplingFields.model_validate({"model": "", **values})
+        checked = SamplingFields.model_validate({"model": "", **values})
     except ValidationError as error:
         first = error.errors()[0]
         raise SettingsError(
             f"{file}: {first['loc'][0]} is {first['input']!r}: {first['msg']}; "
             "--generation-config none leaves it out"
         ) from None
-    return SamplingDefaults(values)
+    return SamplingDefaults({name: getattr(checked, name) for name in values})

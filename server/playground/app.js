@@ -2,6 +2,7 @@
 "use strict";
 
 const field = (id) => document.getElementById(id);
+const EXAMPLES = { completions: "def fibonacci(n):\n    ", chat: "Write one sentence about the sea." };
 let running = null; // AbortController of the request in flight
 let numRuns = 0;
 let lastRun = null; // { settings, text } of the run before
@@ -19,8 +20,18 @@ async function failure(response) {
 async function loadModels() {
   const response = await fetch("v1/models", { headers: headers() });
   if (!response.ok) throw await failure(response);
-  const names = (await response.json()).data.map((model) => model.id);
-  field("model").replaceChildren(...names.map((name) => new Option(name)));
+  const cards = (await response.json()).data;
+  field("model").replaceChildren(...cards.map((card) => new Option(card.id)));
+  const chats = cards.every((card) => card.supports_chat);
+  field("chat").disabled = !chats;
+  field("api").value = chats ? "chat" : "completions";
+  showExample();
+}
+
+// Unless the user wrote a prompt.
+function showExample() {
+  const isExample = Object.values(EXAMPLES).includes(field("prompt").value);
+  if (isExample) field("prompt").value = EXAMPLES[field("api").value];
 }
 
 function requestBody() {
@@ -133,6 +144,7 @@ async function run(event) {
 }
 
 field("form").addEventListener("submit", run);
+field("api").addEventListener("change", showExample);
 field("stop").addEventListener("click", () => running?.abort());
 field("key").addEventListener("change", () => loadModels().then(() => say(""), (error) => say(error.message, true)));
 loadModels().catch((error) => say(error.message, true));

@@ -24,7 +24,7 @@ async def get_model(name: str, state: State) -> ModelCard:
 
 
 def _card(name: str, state: ServerState) -> ModelCard:
-    card = ModelCard(id=name, created=state.created)
+    card = ModelCard(id=name, created=state.created, supports_chat=state.chat_template is not None)
     try:
         info = state.batcher.engine_info()
     except UnavailableError:

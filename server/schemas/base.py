@@ -5,9 +5,19 @@ Invariant: no field is dropped in silence. One that is unknown stays in `model_e
 """
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from functools import cache
+from typing import Annotated, ClassVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -36,8 +46,34 @@ def _allow_null(schema: JsonSchemaValue) -> None:
         schema["anyOf"].append({"type": "null"})
 
 
+def _types_in(annotation: object) -> Iterator[object]:
+    """The types that an annotation is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
+
+
+@cache
+def _integer_fields(model: type[BaseModel]) -> frozenset[str]:
+    """The fields whose numbers are all integers."""
+    types = {name: list(_types_in(field.annotation)) for name, field in model.model_fields.items()}
+    return frozenset(name for name, found in types.items() if int in found and float not in found)
+
+
+def _whole_numbers(value: object, levels: int = 2) -> object:
+    """The value with 16.0 as 16, within lists of lists too; all else is left for the type to judge."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if levels and isinstance(value, list) and any(isinstance(part, float | list) for part in value):
+        return [_whole_numbers(part, levels - 1) for part in value]
+    return value
+
+
 class RequestModel(BaseModel):
-    """Strict types, finite numbers; null is the same as absent, as in OpenAI's schema."""
+    """Strict types, finite numbers; null is the same as absent, as in OpenAI's schema.
+
+    16.0 is an integer, as in JSON Schema, which the OpenAPI document speaks; 16.5, "16" and true are none.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
@@ -55,6 +91,11 @@ class RequestModel(BaseModel):
             for name, value in data.items()
             if value is not None or not (name in cls.model_fields or name in aliases)
         }
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _take_whole_numbers(cls, value: object, info: ValidationInfo) -> object:
+        return _whole_numbers(value) if info.field_name in _integer_fields(cls) else value
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

@@ -54,6 +54,18 @@ def joined(chunks: list[dict]) -> dict[int, dict]:
     return choices
 
 
+async def test_a_float_without_a_fraction_is_an_integer(served):
+    """As in JSON Schema, in which the OpenAPI document is written; with a fraction it is a 400."""
+    fields = {"n": 2.0, "max_tokens": 3.0, "seed": -7.0, "stop_token_ids": [1.0]}
+    assert (await served.post(prompt=[[104.0, 105], [104]], **fields)).status_code == 200
+    first, *others = served.engine.requests
+    assert (first.prompt_token_ids, first.max_tokens, first.sampling.seed) == ([104, 105], 3, -7)
+    assert len(others) == 3
+    assert {type(token) for request in [first, *others] for token in request.prompt_token_ids} == {int}
+    response = await served.client.post("/detokenize", json={"tokens": [104.0, 105]})
+    assert response.json()["prompt"] == "hi"
+
+
 async def test_whole_answer(served):
     response = await served.post(seed=5)
     body = response.json()

@@ -48,6 +48,10 @@ async def test_what_the_client_leaves_out_is_the_models(served):
     assert await sampling(served, temperature=None) == (0.6, 20, 0.95, 0.0, 1.05)
 
 
+def test_a_whole_number_is_an_integer_however_it_is_written(tmp_path):
+    assert type(defaults(tmp_path, {"top_k": 20.0}).values["top_k"]) is int
+
+
 async def test_what_the_client_sends_wins_even_if_it_is_the_apis_default(served):
     assert await sampling(served, temperature=0, top_p=1.0) == (0, 20, 1.0, 0.0, 1.05)
     assert await sampling(served, top_k=0, min_p=0.1, repetition_penalty=1) == (0.6, 0, 0.95, 0.1, 1)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from server.chat_template import ChatTemplate
 from tests.contract.conftest import serving
 
 
@@ -17,6 +18,7 @@ async def test_models_lists_every_name():
             "object": "model",
             "created": card["created"],
             "owned_by": "speed",
+            "supports_chat": False,
             "max_model_len": 200,
             "num_loops": 4,
             "draft_depths": [1, 2],
@@ -27,10 +29,15 @@ async def test_models_lists_every_name():
         assert (await served.post(model="default")).status_code == 404
 
 
-async def test_models_while_loading_have_openais_fields_only(served):
+async def test_models_while_loading_have_openais_fields_and_whether_they_chat(served):
     served.engine.state = "loading"
     card = (await served.client.get("/v1/models/default")).json()
-    assert set(card) == {"id", "object", "created", "owned_by"}
+    assert set(card) == {"id", "object", "created", "owned_by", "supports_chat"}
+
+
+async def test_a_model_with_a_template_supports_chat():
+    async with serving(chat_template=ChatTemplate("{{ messages[0].content }}")) as served:
+        assert (await served.client.get("/v1/models/default")).json()["supports_chat"] is True
 
 
 async def test_health_ready_version(served):

@@ -7,6 +7,7 @@ import pytest
 from server.routes.playground import FOLDER
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
+from server.schemas.models import ModelCard
 from server.schemas.usage import CompletionTokensDetails
 from tests.contract.conftest import serving
 
@@ -48,3 +49,4 @@ def test_the_page_uses_fields_and_ids_that_exist():
     assert {"model", "speculation", "stream"} <= sent <= set(CompletionRequest.model_fields)
     assert sent <= set(ChatRequest.model_fields)
     assert set(re.findall(r"details\.(\w+)", script)) <= set(CompletionTokensDetails.model_fields)
+    assert {"id", "supports_chat"} <= set(re.findall(r"card\.(\w+)", script)) <= set(ModelCard.model_fields)

@@ -1,4 +1,4 @@
-"""The real server as a process, with the embedded model, on a free port of this machine."""
+"""The real server as a process, on a free port, with a small checkpoint made for the tests."""
 
 import os
 import signal
@@ -6,21 +6,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from tests.small_checkpoint import write_small_checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS, STOP_SECONDS = 120, 30
+GREEDY = {"temperature": 0, "repetition_penalty": 1}  # a model may have other defaults
 
 
 class ServerProcess:
-    """`speed serve` with the given flags; use as a context manager. `output` is there when it has ended."""
+    """`speed serve` with the given arguments; a context manager. `output` is there when it has ended."""
 
-    def __init__(self, *flags: str, stdout: int | None = None) -> None:
+    def __init__(self, *arguments: str, stdout: int | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -28,7 +31,7 @@ class ServerProcess:
         command = [sys.executable, "-P", "-m", "server.cli", "serve", "--port", str(self.port)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "SPEED_THREADS": "1"}
         self.process = subprocess.Popen(
-            [*command, "--log-level", "warning", *flags],
+            [*command, "--log-level", "warning", *arguments],
             env=environment,
             stdout=stdout,
             stderr=subprocess.PIPE,
@@ -75,12 +78,31 @@ class ServerProcess:
         return next(child for child in children if "model.worker" in child.cmdline())
 
     def complete(self, **fields: object) -> httpx.Response:
-        body = {"model": "default", "prompt": "def fibonacci(n):", "temperature": 0, **fields}
+        """A completion, greedy unless `fields` say otherwise."""
+        body = {"model": "default", "prompt": "The house has", **GREEDY, **fields}
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def gauges(server: ServerProcess) -> dict[str, float]:
+    """Samples of /metrics without labels other than the model's."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("speed:")}
+
+
 @pytest.fixture(scope="session")
-def server() -> Iterator[ServerProcess]:
-    template = str(Path(__file__).with_name("chat_template.jinja"))
-    with ServerProcess("--served-model-name", "default,alias", "--chat-template", template) as running:
+def checkpoint(tmp_path_factory) -> Path:
+    """Its folder's name is the one that it is served under."""
+    return write_small_checkpoint(tmp_path_factory.mktemp("checkpoints") / "default")
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint) -> Iterator[ServerProcess]:
+    with ServerProcess(str(checkpoint), "--served-model-name", "default,alias") as running:
         yield running

@@ -1,7 +1,7 @@
 """LangChain against the server: `ChatOpenAI` by LangChain's own standard suite, and `OpenAI`.
 
 The suite's unit tests are left out, since they never call a server. What is switched off or expected to
-fail below is all that the suite asks for and this server or its small model can't do, each with its reason.
+fail below is all that the suite asks for and this server or a model of noise can't do, each with its reason.
 """
 
 from collections.abc import AsyncIterator
@@ -49,6 +49,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):
             "temperature": 0,
             "max_tokens": 64,
             "stream_usage": True,
+            "extra_body": {"min_tokens": 8},  # the suite asks for some text in every answer
         }
 
     @property
@@ -61,7 +62,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):
 
     @property
     def structured_output_kwargs(self) -> dict[str, Any]:
-        # Greedy decoding of this model can write one string for ever; sampling comes upon its end.
+        # Greedy decoding can write one string for ever; sampling comes upon its end.
         return {"method": "json_schema", "temperature": 1.0, "seed": 3, "max_tokens": 900}
 
     @property
@@ -76,7 +77,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):
     def test_structured_output_pydantic_2_v1(self, model: BaseChatModel) -> None:
         super().test_structured_output_pydantic_2_v1(model)
 
-    @pytest.mark.xfail(reason="a small model doesn't write the keys that a prompt asks for", strict=True)
+    @pytest.mark.xfail(reason="a model of noise doesn't write the keys that a prompt asks for", strict=True)
     def test_json_mode(self, model: BaseChatModel) -> None:
         super().test_json_mode(model)
 
@@ -85,11 +86,12 @@ def test_openai_llm(connection) -> None:
     """Whole and streamed, several prompts and completions, stop strings."""
     llm = OpenAI(**connection, temperature=0, max_tokens=24)
     whole = llm.invoke("import os\nimport ")
+    assert whole
     assert "".join(llm.stream("import os\nimport ")) == whole
     assert llm.invoke("import os\nimport ", stop=["\n"]) == whole.split("\n")[0]
     result = llm.generate(["import os\nimport ", "def f("])
     assert result.generations[0][0].text == whole
-    assert result.llm_output["token_usage"]["total_tokens"] > 24
+    assert result.llm_output["token_usage"]["completion_tokens"] > 1
     several = OpenAI(**connection, n=2, best_of=3, seed=4, max_tokens=8)
     assert len(several.generate(["x = "]).generations[0]) == 2
 

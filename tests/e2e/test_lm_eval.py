@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from model import load_model
-from server.settings import embedded_model
 from server.tokenizer import TextCodec
 from tests.e2e.conftest import ServerProcess
 
@@ -25,11 +24,10 @@ TOLERANCE = 1e-4  # nats, of the sum over a continuation, in fp32
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval")
 
 
-def run_lm_eval(server: ServerProcess, folder: Path) -> list[dict]:
+def run_lm_eval(server: ServerProcess, checkpoint: Path, folder: Path) -> list[dict]:
     """The samples that lm-eval logs, one a document."""
-    shutil.copy(embedded_model() / "tokenizer.json", folder)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, folder)
     task = (TASK / "next_lines.yaml").read_text().replace("${DATA}", str(TASK / "next_lines.jsonl"))
     (folder / "next_lines.yaml").write_text(task)
     args = (
@@ -69,10 +67,10 @@ def scored(codec: TextCodec, model, context: str, ending: str) -> tuple[float, b
     return sum(float(logprobs[row, ids[row + 1]]) for row in rows), greedy
 
 
-def test_log_likelihoods_are_those_of_the_model(server, tmp_path):
+def test_log_likelihoods_are_those_of_the_model(server, checkpoint, tmp_path):
     """Echo, log-probabilities and prompts of token ids, five to a request."""
-    samples = run_lm_eval(server, tmp_path)
-    codec, model = TextCodec.from_folder(embedded_model()), load_model(embedded_model())
+    samples = run_lm_eval(server, checkpoint, tmp_path)
+    codec, model = TextCodec.from_folder(checkpoint), load_model(checkpoint)
     differences = []
     for sample in samples:
         for ending, ((given, is_greedy),) in zip(sample["doc"]["endings"], sample["resps"], strict=True):

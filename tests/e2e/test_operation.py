@@ -5,45 +5,30 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 
 import httpx
 import openai
 import psutil
 import pytest
 
-from tests.e2e.conftest import ServerProcess
+from tests.e2e.conftest import ServerProcess, gauges, wait_until
 
-SECRET = "swordfish"
-# About half a minute of work.
+SECRET, ANSWER = "swordfish", "porcupine"
+# Tens of seconds of work: four passes a token.
 ENDLESS = {
     "model": "default",
     "prompt": SECRET,
-    "max_tokens": 900,
+    "max_tokens": 1500,
     "n": 32,
     "ignore_eos": True,
+    "speculation": False,
     "stream": True,
 }
-
-
 BUSY = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def gauges(server: ServerProcess) -> dict[str, float]:
-    """Samples of /metrics without labels other than the model's."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("speed:")}
-
-
-def test_a_second_signal_ends_everything_at_once() -> None:
-    server = ServerProcess("--shutdown-timeout", "600")
+def test_a_second_signal_ends_everything_at_once(checkpoint) -> None:
+    server = ServerProcess(str(checkpoint), "--shutdown-timeout", "600")
     try:
         server.wait_ready()
         worker = server.worker
@@ -64,23 +49,26 @@ def test_a_second_signal_ends_everything_at_once() -> None:
         server.process.communicate()
 
 
-def test_keys_logs_and_metrics_of_a_running_server(tmp_path) -> None:
+def test_keys_logs_and_metrics_of_a_running_server(checkpoint, tmp_path) -> None:
+    """The answer is a word that nothing else writes, since only one is allowed."""
     keys = tmp_path / "keys"
     keys.write_text("right\n")
     flags = ("--api-key-file", str(keys), "--access-log", "json", "--log-level", "debug")
-    with ServerProcess(*flags, stdout=subprocess.PIPE) as server:
+    with ServerProcess(str(checkpoint), *flags, stdout=subprocess.PIPE) as server:
         with pytest.raises(openai.AuthenticationError) as caught:
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
         assert caught.value.code == "invalid_api_key"
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="right")
-        fields = {"model": "default", "prompt": SECRET, "max_tokens": 20, "temperature": 0}
-        text = client.completions.create(**fields).choices[0].text
-        assert "".join(c.choices[0].text for c in client.completions.create(**fields, stream=True)) == text
+        only = {"structured_outputs": {"choice": [ANSWER]}}
+        fields = {"model": "default", "prompt": SECRET, "max_tokens": 20, "extra_body": only}
+        assert client.completions.create(**fields).choices[0].text == ANSWER
+        streamed = client.completions.create(**fields, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in streamed) == ANSWER
         samples = gauges(server)
         assert samples["speed:request_success_total"] == 2
         assert samples["speed:time_to_first_token_seconds_count"] == 2
     stdout, stderr = server.output
-    for said in (SECRET, "right", "wrong", text):
+    for said in (SECRET, ANSWER, "right", "wrong"):
         assert said not in stdout
         assert said not in stderr
     records = [json.loads(line) for line in stdout.splitlines()]

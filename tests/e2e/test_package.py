@@ -4,6 +4,8 @@ from importlib import metadata
 
 import pytest
 
+from tests.e2e.conftest import ROOT
+
 
 @pytest.fixture
 def distribution() -> metadata.Distribution:
@@ -18,7 +20,9 @@ def distribution() -> metadata.Distribution:
 
 def test_the_wheel_holds_the_command_the_model_and_the_recipe(distribution) -> None:
     files = {str(path): path for path in distribution.files or []}
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+    embedded = {file.name for file in (ROOT / "model" / "weights" / "default").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= embedded
+    for name in embedded:
         assert f"model/weights/default/{name}" in files
     assert "model/training/stdlib.toml" in files
     for name in ("index.html", "app.js", "style.css"):

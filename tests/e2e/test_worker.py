@@ -10,8 +10,7 @@ import pytest
 
 from model.protocol import EngineUnavailableError, GenerationRequest, SamplingParams, TokenEvent
 from model.worker import EngineOptions, EngineProcess
-
-MODEL = Path(__file__).resolve().parents[2] / "model" / "weights" / "default"
+from tests.small_checkpoint import LOOPS
 
 
 def request(request_id: str, max_tokens: int = 8) -> GenerationRequest:
@@ -25,8 +24,8 @@ def request(request_id: str, max_tokens: int = 8) -> GenerationRequest:
 
 
 @asynccontextmanager
-async def running(**options) -> AsyncIterator[EngineProcess]:
-    engine = EngineProcess(EngineOptions(model_path=str(MODEL), threads=1, **options))
+async def running(checkpoint: Path) -> AsyncIterator[EngineProcess]:
+    engine = EngineProcess(EngineOptions(model_path=str(checkpoint), threads=1))
     await engine.start()
     try:
         async with asyncio.timeout(120):
@@ -49,9 +48,9 @@ async def answer(engine: EngineProcess, count: int) -> dict[str, list[TokenEvent
     return events
 
 
-async def test_requests_are_answered_together_and_aborted_alone() -> None:
-    async with running() as engine:
-        assert engine.info.num_loops == 4
+async def test_requests_are_answered_together_and_aborted_alone(checkpoint) -> None:
+    async with running(checkpoint) as engine:
+        assert engine.info.num_loops == LOOPS
         engine.submit(request("short"))
         engine.submit(request("long", 900))
         engine.abort("long")
@@ -62,8 +61,8 @@ async def test_requests_are_answered_together_and_aborted_alone() -> None:
         assert sum(len(e.token_ids) for e in events["long"]) < 900
 
 
-async def test_close_answers_what_is_in_flight_and_leaves_no_process() -> None:
-    async with running() as engine:
+async def test_close_answers_what_is_in_flight_and_leaves_no_process(checkpoint) -> None:
+    async with running(checkpoint) as engine:
         assert engine.pid is not None
         worker = psutil.Process(engine.pid)
         engine.submit(request("long", 900))

@@ -1,6 +1,7 @@
 """Deterministic mode: a row's numbers are the same, to the last bit, whatever else is in the pass."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bench.latency import DEFAULT_MODEL
+from model import save_checkpoint
 from model.config import RopeConfig
 from model.engine import Engine, EngineConfig
 from model.invariant import (
@@ -234,10 +235,11 @@ def test_what_cannot_be_made_invariant_is_refused() -> None:
         make_invariant(model)
 
 
-def test_the_option_builds_a_deterministic_engine_and_says_so() -> None:
+def test_the_option_builds_a_deterministic_engine_and_says_so(tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(), tmp_path, torch.float32)
     for deterministic in (True, False):
         options = EngineOptions(
-            model_path=str(DEFAULT_MODEL),
+            model_path=str(tmp_path),
             kv_cache_tokens=1024,
             threads=1,
             device="cpu",

@@ -1,19 +1,18 @@
 """Log-probabilities through the engine == log_softmax of whole forward passes without a cache."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import model as model_package
 from model.engine import Engine
 from model.loader import LoadedModel, load_model
 from model.looped import LoopedTransformer
 from model.protocol import GenerationRequest, SamplingParams, TokenEvent, TokenLogprobs
 from model.readout import token_logprobs
+from server.settings import embedded_model
 from tests.engine.test_engine import engine, prompts, request
 from tests.tiny_models import SHAPES, tiny_model
 
@@ -32,16 +31,18 @@ def reference(model: LoopedTransformer, ids: list[int], loops: int | None = None
     return torch.as_tensor(logits).log_softmax(-1)
 
 
-def assert_scores(scored: TokenLogprobs, token: int, logprobs: torch.Tensor, num_top: int) -> None:
+def assert_scores(
+    scored: TokenLogprobs, token: int, logprobs: torch.Tensor, num_top: int, tolerance: float = 1e-5
+) -> None:
     """Equal to the reference row; the order of near-equal tokens is free."""
     assert scored.token_id == token
-    assert scored.logprob == pytest.approx(float(logprobs[token]), abs=1e-5)
-    likelier = int((logprobs > logprobs[token] + 2e-5).sum())
-    no_less_likely = int((logprobs > logprobs[token] - 2e-5).sum())
+    assert scored.logprob == pytest.approx(float(logprobs[token]), abs=tolerance)
+    likelier = int((logprobs > logprobs[token] + 2 * tolerance).sum())
+    no_less_likely = int((logprobs > logprobs[token] - 2 * tolerance).sum())
     assert likelier + 1 <= scored.rank <= max(no_less_likely, 1)
     best = logprobs.topk(num_top).values.tolist()
-    assert [value for _, value in scored.top] == pytest.approx(best, abs=1e-5)
-    assert [float(logprobs[i]) for i, _ in scored.top] == pytest.approx(best, abs=2e-5)
+    assert [value for _, value in scored.top] == pytest.approx(best, abs=tolerance)
+    assert [float(logprobs[i]) for i, _ in scored.top] == pytest.approx(best, abs=2 * tolerance)
 
 
 def text_and_scores(events: list[TokenEvent]) -> tuple[list[int], list[TokenLogprobs]]:
@@ -110,19 +111,23 @@ def test_prompt_logprobs_score_every_prompt_token_but_the_first(
         assert_scores(scored, token, row, num_top)
 
 
-def test_in_fp32_the_default_model_scores_within_one_part_in_100_000() -> None:
-    """A prompt in two chunks and what follows it, beside another request."""
-    loaded = load_model(Path(model_package.__file__).parent / "weights" / "default", dtype="float32")
-    text = [(31 * i * i + 7 * i) % 4096 for i in range(40)]
+def test_in_fp32_the_default_model_scores_within_one_part_in_10_000() -> None:
+    """A prompt in two chunks and what follows it, beside another request.
+
+    Rounding grows with depth: 5e-5 a token was seen on a model of 60 layers, loops counted.
+    """
+    loaded = load_model(embedded_model(), dtype="float32")
+    text = [(31 * i * i + 7 * i) % loaded.config.vocab_size for i in range(40)]
+    shared = engine(loaded.model, (1,), tokens=loaded.config.max_positions)
     asked = request(0, text, GREEDY, logprobs=3, prompt_logprobs=3)
-    events, _ = run(engine(loaded.model, (1,)), [asked, request(1, text[5:20], SAMPLED)])
+    events, _ = run(shared, [asked, request(1, text[5:20], SAMPLED)])
     generated, scores = text_and_scores(events)
     rows = reference(loaded.model, text + generated)
     assert events[0].prompt_logprobs is not None
     for token, scored, row in zip(
         (text + generated)[1:], [*events[0].prompt_logprobs[1:], *scores], rows, strict=True
     ):
-        assert_scores(scored, token, row, 3)
+        assert_scores(scored, token, row, 3, tolerance=1e-4)
 
 
 def test_without_the_asking_nothing_is_scored() -> None:

@@ -1,0 +1,78 @@
+"""`speed serve` and nothing else: the embedded model starts and answers. All else is tested with less."""
+
+import json
+import re
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from server.chat_template import load_chat_template
+from server.settings import embedded_model
+from tests.e2e.conftest import ROOT, ServerProcess
+from tests.small_checkpoint import CHAT_TEMPLATE
+
+README = (ROOT / "README.md").read_text()
+ADDRESS = "http://127.0.0.1:8000"
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory) -> Iterator[ServerProcess]:
+    """With a chat template of ours if the model has none."""
+    template = tmp_path_factory.mktemp("template") / "chat_template.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    own = load_chat_template(embedded_model()) is not None
+    with ServerProcess(*([] if own else ["--chat-template", str(template)])) as running:
+        yield running
+
+
+def test_the_curl_commands_of_the_readme_are_answered(embedded) -> None:
+    commands = re.findall(rf"curl {ADDRESS}(\S+) .*?-d '(.*?)'", README, re.DOTALL)
+    assert commands
+    for path, body in commands:
+        answer = httpx.post(f"{embedded.url}{path}", json=json.loads(body), timeout=120)
+        assert answer.status_code == 200, answer.text
+        assert "choices" in answer.text
+
+
+def test_the_python_of_the_readme_runs(embedded, capsys) -> None:
+    blocks = [block for block in re.findall(r"\n((?: {4}.*\n)+)", README) if "from openai" in block]
+    assert blocks
+    for block in blocks:
+        exec(re.sub("^    ", "", block, flags=re.MULTILINE).replace(ADDRESS, embedded.url), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_stream_joined_is_the_whole_answer_and_that_without_speculation(embedded, path) -> None:
+    """And a trained model's early loops predict some of what its last one says."""
+    asked = {"prompt": "The capital of France is"} if path == "completions" else {"messages": MESSAGES}
+    body = {"model": "default", "max_tokens": 32, "seed": 3, "min_tokens": 8, **asked}
+
+    def post(**fields: object) -> httpx.Response:
+        return httpx.post(f"{embedded.url}/v1/{path}", json=body | fields, timeout=120)
+
+    whole, plain = post(draft_policy="recheck").json(), post(speculation=False).json()
+    frames = [line.removeprefix("data: ") for line in post(stream=True).text.splitlines() if line]
+    assert frames.pop() == "[DONE]"
+    streamed = "".join(text_of(choice) for frame in frames for choice in json.loads(frame)["choices"])
+    assert streamed == text_of(whole["choices"][0]) == text_of(plain["choices"][0])
+    assert whole["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 0
+
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def text_of(choice: dict) -> str:
+    """Of a completion, a chat or a piece of its stream."""
+    return str(
+        choice.get("text") or (choice.get("message") or choice.get("delta") or {}).get("content") or ""
+    )
+
+
+def test_the_openai_package_chats(embedded) -> None:
+    with openai.OpenAI(base_url=f"{embedded.url}/v1", api_key="none") as client:
+        answer = client.chat.completions.create(model="default", messages=MESSAGES, max_completion_tokens=16)
+    assert answer.choices[0].message.role == "assistant"
+    assert 0 < answer.usage.completion_tokens <= 16
