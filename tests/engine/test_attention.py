@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -188,3 +189,22 @@ def test_a_row_does_not_see_what_stands_behind_it() -> None:
         keys, values = store.keys[0].flatten(0, 1)[entries], store.values[0].flatten(0, 1)[entries]
         got = implementation(store).bind([run])(0, q[0, 2, 19:20], keys, values)
         assert torch.allclose(got, truth[0, 2, 19:20], atol=1e-5)
+
+
+def test_attention_for_training_equals_the_fused_one_forwards_and_backwards() -> None:
+    """Where gradients are wanted on a CPU another implementation runs."""
+    seeded = torch.Generator().manual_seed(0)
+    shapes = ((2, 11, 6, 8), (2, 11, 2, 8), (2, 11, 2, 8))
+    tensors = [torch.randn(shape, generator=seeded) for shape in shapes]
+    wanted = causal_attention(*tensors)
+    trained = [tensor.clone().requires_grad_(True) for tensor in tensors]
+    out = causal_attention(*trained)
+    torch.testing.assert_close(out.detach(), wanted)
+    weights = torch.randn(wanted.shape, generator=seeded)
+    (out * weights).sum().backward()
+    fused = [tensor.clone().requires_grad_(True) for tensor in tensors]
+    q, k, v = (tensor.transpose(1, 2) for tensor in fused)
+    plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    (plain * weights).sum().backward()
+    for mine, theirs in zip(trained, fused, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)

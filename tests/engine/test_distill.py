@@ -9,14 +9,20 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from bench.questions import QUESTIONS
 from model import load_model
 from model.families import llama
+from model.training.distill import labels as labelling
 from model.training.distill import main
-from model.training.distill.data import read_streams, save_shard
-from model.training.distill.generate import Generation, Writer
+from model.training.distill.batch import BatchWriter, Written
+from model.training.distill.data import Heads, batches, save_shard
+from model.training.distill.generate import Generation, Writer, turn
+from model.training.distill.labels import Labeller
+from model.training.distill.primer import primer
+from model.training.distill.pruning import Pruner
+from model.training.distill.questions import QuestionBank, load_questions
 from model.training.distill.recipe import load_distill_recipe
-from model.training.distill.student import Start, student_from_teacher
-from model.training.distill.task import DistillTask
+from model.training.distill.student import student_from_teacher
 from model.training.distill.teacher import halves_from_pairs
 from model.training.distill.vocabulary import VocabularyError, cut_tokenizer, encode, pieces_of
 from model.training.trainer import read_log
@@ -29,24 +35,30 @@ FULL, CUT = 297, 276
 
 RECIPE = """
 shards = 3
-start = "average"
-tokens_per_step = 64
+teacher_layers = [0, 1, 3]
+primer_share = 0.2
+tokens_per_step = 128
 matrix_learning_rate = 0.01
 other_learning_rate = 0.005
 weight_decay = 0.0
 seed = 3
 [generation]
+system = "Be kind."
 texts_per_shard = 40
 share_of_continuations = 0.25
+share_of_bank = 0.5
 share_of_two_turns = 0.5
 temperature = 1.0
-answer_temperature = 1.0
+answer_temperatures = [0.0, 1.0]
 max_question = 12
 max_answer = 16
 max_continuation = 24
 min_distinct = 0.1
 [model]
-family = "nanbeige"
+family = "raven"
+num_prelude_layers = 1
+input_injection = true
+initial_state_std = 0.1
 vocab_size = 276
 hidden_size = 32
 intermediate_size = 48
@@ -55,7 +67,7 @@ num_kv_heads = 2
 head_dim = 8
 num_block_layers = 2
 num_loops = 3
-max_positions = 256
+max_positions = 1024
 tie_embeddings = true
 bos_token_id = 1
 eos_token_ids = [2, 0]
@@ -133,8 +145,8 @@ def teacher_folder(full, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def written(full, tmp_path) -> Path:
-    """Shards of conversations about the rain, as a teacher would write them."""
+def written(full, teacher_folder, tmp_path) -> Path:
+    """Shards of conversations about the rain, as a teacher would write them, and labelled by it."""
     rng = np.random.default_rng(0)
     words = TEXT.split()
 
@@ -144,7 +156,8 @@ def written(full, tmp_path) -> Path:
         return full.encode(text).ids
 
     for number in range(3):
-        save_shard(tmp_path / "run" / "texts", number, [talk() if i % 5 != 1 else [] for i in range(100)])
+        save_shard(tmp_path / "run" / "texts", number, [talk() if i % 5 != 1 else [] for i in range(60)])
+    assert _run("label", tmp_path / "run", teacher_folder, tmp_path) == 0
     return tmp_path / "run"
 
 
@@ -166,83 +179,174 @@ def test_a_cut_that_loses_a_byte_is_refused(full) -> None:
         cut_tokenizer(full, 200)
 
 
-def test_the_teachers_distribution_is_that_of_the_text_so_far_summed_over_first_pieces(
-    full, teacher_folder, written, tmp_path
+@pytest.mark.parametrize("start", ["<|im_start|>", "<|endoftext|>"])
+def test_labels_are_the_teachers_distribution_of_the_text_so_far_summed_over_first_pieces(
+    full, teacher_folder, start, monkeypatch
 ) -> None:
-    """Position by position against a teacher that reads the text's own tokens up to the target."""
-    recipe = load_distill_recipe(_recipe(tmp_path))
-    cut = cut_tokenizer(full, CUT)
+    """Position by position against a teacher that reads the system prompt and the text's own tokens."""
+    monkeypatch.setattr(labelling, "LIKELIEST", likeliest := 200)  # of a teacher that holds all for likely
+    cut, loaded = cut_tokenizer(full, CUT), load_model(teacher_folder)
     pieces = pieces_of(full, cut)
-    stream = read_streams(written / "texts", pieces).train
-    loaded = load_model(teacher_folder)
-    task = DistillTask(stream, loaded.model, pieces, recipe.training)
-    start, length = int(stream.starts[5]), 24
-    batch = task.windows(np.asarray([stream.starts[2], start]), length)
-    hidden = loaded.model.whole_finish(loaded.model.depths(batch.teacher)[-1]).flatten(0, 1)
-    given = task.folded(hidden[batch.rows])[length:]
-    assert 3 < int((~batch.known[length:]).sum()) < length - 3
-    assert batch.student[1].tolist() == stream.student.ids[start : start + length + 1].tolist()
-    for position in range(length):
-        if not batch.known[length + position]:
+    system = turn(full, "system", "Be kind.")
+    labeller = Labeller(loaded.model, pieces, system, full.token_to_id("<|im_start|>"))
+    text = full.encode(start + "the train waits in the mountain, it stays").ids
+    short = full.encode("<|endoftext|>rain").ids
+    labels, _ = labeller.labels([np.asarray(each, dtype=np.uint16) for each in (text, short)])
+    encoded = encode(np.asarray(text, dtype=np.uint16), pieces)
+    assert labels.ids.shape == (len(encoded.ids) - 1, likeliest)
+    unknown = 0
+    for place, (ids, chances) in enumerate(zip(labels.ids, labels.chances, strict=True)):
+        owner, target = encoded.owner[place : place + 2]
+        if owner == target:
+            unknown += 1
+            assert not chances.any()
             continue
-        text = cut.decode(
-            stream.student.ids[start : start + position + 1].tolist(), skip_special_tokens=False
+        read = [*(system if start == "<|im_start|>" else []), *text[:target]]
+        wanted = torch.zeros(CUT).index_add_(
+            0, torch.from_numpy(pieces.first), loaded.logits(read)[-1].softmax(-1)
         )
-        probabilities = loaded.logits(full.encode(text).ids)[-1].softmax(-1)
-        wanted = torch.zeros(CUT)
-        for token, probability in enumerate(probabilities.tolist()):
-            wanted[int(pieces.first[token])] += probability
-        torch.testing.assert_close(given[position], wanted, rtol=1e-3, atol=1e-6)
+        best = wanted.topk(likeliest).values
+        got = torch.from_numpy(chances.astype(np.float32))
+        torch.testing.assert_close(got, best / best.sum(), rtol=5e-3, atol=1e-4)
+        torch.testing.assert_close(wanted[ids.astype(np.int64)], best, rtol=1e-3, atol=1e-5)
+    assert 2 < unknown < len(labels.ids) - 4
 
 
-def test_the_writer_keeps_whole_turns_that_end_and_drops_the_rest(full) -> None:
-    settings = Generation(60, 0.2, 0.5, 1.0, 1.0, 8, 8, 12, min_distinct=0.5)
-    end = full.token_to_id("<|im_end|>")
+def test_a_batch_writes_what_each_prompt_alone_would_get(teacher_folder) -> None:
+    """Greedy, prompts of many lengths, most ended early, against the slow forward pass."""
+    loaded = load_model(teacher_folder)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, FULL, int(rng.integers(1, 9))).tolist() for _ in range(11)]
 
-    def scripted(requests):
-        """Even numbers are polite, 1 of 5 never ends, 1 of 7 repeats itself."""
-        events = {}
-        for request in requests:
-            number, most = int(request.request_id), request.max_tokens
-            words = [40 + (number + i) % 100 for i in range(most - 2)]
-            words = [50] * most if number % 7 == 0 else words
-            ended = number % 5 != 0
-            tokens = [*words[: most - 1], end] if ended else (words * 2)[:most]
-            events[request.request_id] = [_Event(tokens[:3]), _Event(tokens[3:])]
-        return events
+    def alone(prompt: list[int], stops: frozenset[int]) -> Written:
+        tokens: list[int] = []
+        while len(tokens) < 12:
+            token = int(loaded.logits([*prompt, *tokens])[-1].argmax())
+            if token in stops:
+                return Written(tokens, True)
+            tokens.append(token)
+        return Written(tokens, False)
 
-    texts = Writer(scripted, full, settings).shard(0)
-    assert texts == Writer(scripted, full, settings).shard(0)
-    talks = [text for text in texts if text and text[0] == full.token_to_id("<|im_start|>")]
-    turns = {full.decode(text, skip_special_tokens=False).count("<|im_start|>assistant") for text in talks}
-    assert turns == {1, 2}
-    for number, text in enumerate(texts):
-        ends = text.count(end)
-        assert ends % 2 == 0
-        if number % 7 == 0:
-            assert not text
-        if number % 5 == 0 and ends:
-            pytest.fail("a turn without an end was kept")
-    assert any(text and text[0] == full.token_to_id("<|endoftext|>") for text in texts)
+    endless = [alone(prompt, frozenset()) for prompt in prompts]
+    stops = frozenset(each.tokens[index % 9] for index, each in enumerate(endless) if index % 4)
+    written = BatchWriter(loaded.model, stops, rows=4).write(prompts, 12, [0.0] * 11, 0)
+    assert written == [alone(prompt, stops) for prompt in prompts]
+    assert sum(each.ended for each in written) > 3
+    warm = BatchWriter(loaded.model, frozenset(), rows=4)
+    mixed = [warm.write(prompts, 12, [0.0, 5.0] * 5 + [0.0], seed) for seed in (3, 3, 4)]
+    assert mixed[0] == mixed[1] != mixed[2]
+    assert [each.tokens for each in mixed[0][::2]] == [each.tokens for each in endless[::2]]
 
 
-def test_a_student_starts_from_its_teachers_layers(teacher_folder, tmp_path) -> None:
+def test_the_writer_keeps_whole_turns_and_sentences(full) -> None:
+    bank = QuestionBank(("rain in spain?", "the train?"), ("the", "mountain"), frozenset({"the in the"}))
+    settings = Generation("Be kind.", 90, 0.2, 0.5, 0.5, 1.0, (0.0,), 8, 8, 12, min_distinct=0.5)
+    words = [full.encode(" " + word).ids[0] for word in ("stays", "rain", "spain", "waits", "mainly")]
+    stop, the = full.encode(".").ids[0], full.encode(" in the").ids
+
+    def scripted(prompts, most, heats, seed):
+        """By turns: a text that ends, one that is cut behind a sentence, one without a sentence, a circle."""
+        assert len(heats) == len(prompts)
+        kinds = [
+            Written(words[:4], True),
+            Written([*words[:2], stop, *words[2:]][:most], False),
+            Written(words * 2, False),
+            Written([words[0]] * most, True),
+            Written(the, True),
+        ]
+        return [kinds[(index + seed) % 5] for index in range(len(prompts))]
+
+    texts = Writer(scripted, full, settings, bank).shard(0)
+    assert (
+        texts
+        == Writer(scripted, full, settings, bank).shard(0)
+        != Writer(scripted, full, settings, bank).shard(1)
+    )
+    said = [full.decode(text, skip_special_tokens=False) for text in texts if text]
+    talks = [text for text in said if text.startswith("<|im_start|>user\n")]
+    assert {text.count("<|im_start|>assistant") for text in talks} == {1, 2}
+    for text in talks:
+        assert text.endswith("<|im_end|>\n")
+        assert "Be kind" not in text
+        assert "user\nthe in the<|im_end|>" not in text
+        turns = [part.split("<|im_end|>")[0] for part in text.split("<|im_start|>")[1:]]
+        assert all(turn.split("\n", 1)[1].strip() for turn in turns)
+        assert not any("stays stays stays" in turn for turn in turns[1::2])
+        assert all(turn.endswith((".", "waits", "the")) for turn in turns[1::2])
+    plain = [text for text in said if text.startswith("<|endoftext|>")]
+    assert len(plain) > 3
+    assert all(text.endswith("<|endoftext|>") for text in plain)
+    assert 30 < len(said) < 90
+
+
+def test_no_question_of_the_twenty_is_taught() -> None:
+    bank = load_questions()
+    assert not any(bank.may_ask(question) for question in QUESTIONS)
+    assert all(map(bank.may_ask, bank.whole))
+    talks = primer()
+    assert len(talks) == len(set(talks)) > 1000
+    assert all(bank.may_ask(talk.question) for talk in talks)
+    assert not bank.may_ask("hello how ARE you")
+
+
+def test_answers_are_what_the_assistant_says(full) -> None:
+    cut = cut_tokenizer(full, CUT)
+    heads = Heads(cut, "<|im_start|>", "<|im_end|>")
+    talk = [("user", "rain"), ("assistant", "the train"), ("user", "in"), ("assistant", "spain.")]
+    text = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in talk)
+    ids = np.asarray(cut.encode(text).ids, dtype=np.uint16)
+    answers = cut.decode(ids[heads.answers(ids)].tolist(), skip_special_tokens=False)
+    assert answers == "the train<|im_end|>spain.<|im_end|>"
+    assert heads.answers(np.asarray(cut.encode("<|endoftext|>rain").ids, dtype=np.uint16)).all()
+
+
+def test_batches_hold_every_text_once_and_few_enough_tokens() -> None:
+    lengths = np.random.default_rng(0).integers(5, 90, 300)
+    made = list(batches(lengths, 400, np.random.default_rng(1)))
+    assert sorted(np.concatenate(made).tolist()) == list(range(300))
+    assert all(len(part) * lengths[part].max() <= 400 for part in made)
+    assert sum(len(part) * lengths[part].max() for part in made) < 1.4 * lengths.sum()
+    assert [part.tolist() for part in made] != [
+        part.tolist() for part in batches(lengths, 400, np.random.default_rng(2))
+    ]
+    assert [len(part) for part in batches(np.asarray([500, 500]), 400, np.random.default_rng(0))] == [1, 1]
+
+
+def test_a_student_is_its_teachers_layers_and_at_first_every_loop_computes_the_same(
+    teacher_folder, tmp_path
+) -> None:
     recipe = load_distill_recipe(_recipe(tmp_path)).training
     teacher = load_model(teacher_folder).model
-    average = student_from_teacher(recipe, teacher, Start.AVERAGE)
-    stepwise = student_from_teacher(recipe, teacher, Start.STEPWISE)
-    name = "mlp.down_proj.weight"
-    given = [teacher.get_parameter(f"layers.{layer}.{name}") for layer in range(4)]
-    torch.testing.assert_close(average.get_parameter(f"layers.1.{name}"), (given[1] + given[3]) / 2)
-    assert torch.equal(stepwise.get_parameter(f"layers.0.{name}"), given[0])
-    assert torch.equal(stepwise.get_parameter(f"layers.1.{name}"), given[3])
-    assert torch.equal(stepwise.embedding.weight, teacher.embedding.weight[:CUT])
+    student = student_from_teacher(recipe, teacher, (0, 1, 3))
+    ids = torch.randint(CUT, (1, 9), generator=torch.Generator().manual_seed(0))
+    readouts = [student.whole_readout(state) for state in student.depths(ids)]
+    for readout in readouts[1:]:
+        torch.testing.assert_close(readout, readouts[0])
+    pruned = Pruner(teacher, [ids[0].numpy().astype(np.uint16)])
+    logits = torch.cat((readouts[0], torch.full((1, 9, FULL - CUT), -torch.inf)), -1)[0, :-1]
+    hidden = student.whole_finish(student.depths(ids)[0])[0, :-1]
+    full_logits = hidden @ teacher.head.weight.t()
+    torch.testing.assert_close(full_logits[:, :CUT], logits[:, :CUT])
+    wanted = torch.nn.functional.cross_entropy(full_logits, ids[0, 1:])
+    assert pruned.loss([0, 1, 3]) == pytest.approx(wanted.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="3 of the teacher's 4 layers"):
+        student_from_teacher(recipe, teacher, (0, 1))
+
+
+def test_the_layer_that_costs_least_goes_first(teacher_folder, full) -> None:
+    pruner = Pruner(load_model(teacher_folder).model, [np.asarray(full.encode(TEXT).ids, dtype=np.uint16)])
+    removed = list(pruner.removals())
+    assert len(removed) == 3
+    left = list(range(4))
+    for layer, loss in removed:
+        assert loss == min(pruner.loss([each for each in left if each != without]) for without in left)
+        left.remove(layer)
 
 
 def test_generated_trained_and_exported_in_slices_equals_in_one(teacher_folder, written, tmp_path) -> None:
     whole = tmp_path / "whole"
     (whole / "texts").mkdir(parents=True)
-    for shard in (written / "texts").iterdir():
+    for shard in (written / "texts").glob("*.npz"):
         (whole / "texts" / shard.name).write_bytes(shard.read_bytes())
     assert _run("train", whole, teacher_folder, tmp_path, minutes=10) == 0
     slices = 0
@@ -256,11 +360,8 @@ def test_generated_trained_and_exported_in_slices_equals_in_one(teacher_folder, 
     assert torch.equal(models[0].logits([1, 2, 3]), models[1].logits([1, 2, 3]))
     assert len(list(read_log(whole))) == 0  # every twentieth step has an entry
     config = json.loads((whole / "model" / "config.json").read_text())
-    assert (config["model_type"], config["skip_loop_final_norm"], config["eos_token_id"]) == (
-        "nanbeige",
-        True,
-        [2, 0],
-    )
+    assert (config["model_type"], config["eos_token_id"]) == ("huginn_raven", [2, 0])
+    assert config["quantization_config"]["format"] == "int-quantized"
     assert "chat_template" in json.loads((whole / "model" / "tokenizer_config.json").read_text())
     assert "Apache-2.0" in (whole / "model" / "README.md").read_text()
 
@@ -272,6 +373,15 @@ def test_generation_goes_on_where_it_stopped(teacher_folder, tmp_path) -> None:
     assert _run("generate", run, teacher_folder, tmp_path) == 0
     assert (run / "texts" / "shard-00000.npz").stat().st_mtime_ns == first
     assert len(list((run / "texts").glob("shard-*.npz"))) == 3
+    assert _run("label", run, teacher_folder, tmp_path, minutes=0) == main.UNFINISHED
+    assert _run("label", run, teacher_folder, tmp_path) == 0
+    assert len(list((run / "texts").glob("labels-*.npz"))) == 3
+
+
+def test_texts_without_labels_are_not_trained_on(full, teacher_folder, tmp_path, capsys) -> None:
+    save_shard(tmp_path / "bare" / "texts", 0, [full.encode("<|endoftext|>rain").ids] * 60)
+    assert _run("train", tmp_path / "bare", teacher_folder, tmp_path) == main.USAGE_ERROR
+    assert "label the texts first" in capsys.readouterr().err
 
 
 def test_what_is_not_there_is_one_line(teacher_folder, tmp_path, capsys) -> None:
@@ -289,11 +399,6 @@ def test_rotary_pairs_become_halves() -> None:
     halves = torch.arange(16.0).view(16, 1)
     pairs = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]).repeat(2) + torch.tensor([0] * 8 + [8] * 8)
     assert torch.equal(halves_from_pairs(halves[pairs], 8), halves)
-
-
-class _Event:
-    def __init__(self, tokens) -> None:
-        self.token_ids = tokens
 
 
 def _recipe(folder: Path) -> Path:

@@ -17,7 +17,7 @@ def tokens():
     return torch.randint(VOCAB, (2, 13), generator=torch.Generator().manual_seed(3))
 
 
-def obvious(model, tokens, stage, teacher=None):
+def obvious(model, tokens, stage, taught=None):
     """The same losses written down as in the paper, differentiated by torch."""
     targets = tokens[:, 1:].flatten()
     readouts = [model.whole_readout(s).flatten(0, 1) for s in model.depths(tokens[:, :-1], stage.num_loops)]
@@ -27,10 +27,11 @@ def obvious(model, tokens, stage, teacher=None):
     total = torch.zeros(())
     for logits, weight in zip(readouts, weights, strict=True):
         each = F.cross_entropy(logits, targets, reduction="none")
-        if teacher is not None:
-            q, known = teacher(slice(0, len(targets)))
-            taught = torch.where(known, F.kl_div(logits.log_softmax(-1), q, reduction="none").sum(-1), each)
-            each = (1 - stage.teacher_weight) * each + stage.teacher_weight * taught
+        if taught is not None:
+            q = torch.zeros_like(logits).scatter(1, *taught)
+            apart = F.kl_div(logits.log_softmax(-1), q, reduction="none").sum(-1)
+            apart = torch.where(taught.chances.sum(-1) > 0, apart, each)
+            each = (1 - stage.teacher_weight) * each + stage.teacher_weight * apart
         total = total + weight * each.mean()
     for logits in readouts[:-1]:
         pull = F.kl_div(logits.log_softmax(-1), final, reduction="batchmean")
@@ -51,12 +52,12 @@ def test_loss_and_gradient_equal_the_obvious_ones(tokens, with_teacher, agreemen
     model = tiny_model(vocab_size=VOCAB, num_loops=LOOPS).train().requires_grad_(True)
     stage = Stage(1, LOOPS, 12, (1.0, 1.0), 1.5, agreement, 0.6)
     given = torch.Generator().manual_seed(4)
-    q = torch.rand((24, VOCAB), generator=given).softmax(-1)
-    known = torch.rand(24, generator=given) > 0.3
-    teacher = (lambda rows: (q[rows], known[rows])) if with_teacher else None
-    wanted = obvious(model, tokens, stage, teacher)
+    ids = torch.rand((24, VOCAB), generator=given).argsort(-1)[:, :5]
+    q = torch.rand((24, 5), generator=given).softmax(-1) * (torch.rand((24, 1), generator=given) > 0.3)
+    taught = losses.Taught(ids, q) if with_teacher else None
+    wanted = obvious(model, tokens, stage, taught)
     wanted_gradients = gradients(model, wanted)
-    total, per_loop = loop_losses(model, tokens, stage, teacher)
+    total, per_loop = loop_losses(model, tokens, stage, taught)
     torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-6)
     for name, gradient in gradients(model, total).items():
         torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-6)
@@ -68,3 +69,19 @@ def test_one_loop_is_plain_cross_entropy(tokens) -> None:
     model = tiny_model(vocab_size=VOCAB, num_loops=1).train().requires_grad_(True)
     total, per_loop = loop_losses(model, tokens, Stage(1, 1, 12, (1.0, 1.0), agreement_weight=0.5))
     assert total.item() == pytest.approx(per_loop.item())
+
+
+def test_what_is_not_kept_has_no_say(tokens) -> None:
+    """Padding behind a text changes neither its loss nor its gradient."""
+    model = tiny_model(vocab_size=VOCAB, num_loops=LOOPS).train().requires_grad_(True)
+    stage = Stage(1, LOOPS, 12, (1.0, 1.0), agreement_weight=0.3)
+    wanted, per_loop = loop_losses(model, tokens[:1, :8], stage)
+    wanted_gradients = gradients(model, wanted)
+    kept = torch.zeros(1, 12, dtype=torch.bool)
+    kept[:, :7] = True
+    total, padded = loop_losses(model, tokens[:1], stage, kept=kept)
+    torch.testing.assert_close(padded, per_loop)
+    for name, gradient in gradients(model, total).items():
+        torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-6)
+    figures = losses.evaluate(model.eval(), tokens[:1], kept)
+    assert figures.loss == pytest.approx(per_loop.tolist(), rel=1e-5)

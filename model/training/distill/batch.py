@@ -113,15 +113,16 @@ class _Batch:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.k[layer, rows, column:end], self.v[layer, rows, column:end] = k, v
-            stored = (cache[layer, rows, :end].transpose(1, 2) for cache in (self.k, self.v))
+            keys, values = (cache[layer, rows, :end].transpose(1, 2) for cache in (self.k, self.v))
+            seen = mask[:, None]
             if ids.shape[1] > 1:
-                whole = q.transpose(1, 2)
-                return F.scaled_dot_product_attention(
-                    whole, *stored, mask[:, None], enable_gqa=True
-                ).transpose(1, 2)
+                whole = F.scaled_dot_product_attention(
+                    q.transpose(1, 2), keys, values, attn_mask=seen, enable_gqa=True
+                )
+                return whole.transpose(1, 2)
             # The heads of a group as so many queries: their keys are read once, not once for each.
             grouped = q.reshape(len(q), k.shape[-2], -1, q.shape[-1])
-            out = F.scaled_dot_product_attention(grouped, *stored, mask[:, None])
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen)
             return out.reshape(q.shape)
 
         model, angles = self.model, self.model.angles(positions)

@@ -8,7 +8,7 @@ wholly held out, decided by its place in its shard.
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,7 @@ def save_labels(folder: Path, number: int, labels: list[Labels]) -> None:
     _save(labels_path(folder, number), ids=ids, chances=chances)
 
 
-def _save(path: Path, **arrays: NDArray[np.generic]) -> None:
+def _save(path: Path, **arrays: Any) -> None:  # noqa: ANN401  (numpy's own signature)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name("partial.npz")
     np.savez_compressed(partial, **arrays)

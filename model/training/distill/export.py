@@ -75,10 +75,10 @@ def _card(trainer: Trainer, figures: Evaluation, num_texts: int, folder: Path) -
     return f"""# A small looped chat model
 
 {model.num_prelude_layers} layers once and {model.num_block_layers} layers {model.num_loops} times, width \
-{model.hidden_size}, {model.vocab_size} tokens, context {model.max_positions}: {parameters / 1e6:.2f} million \
-parameters, {megabytes:.1f} MB in int8 (a scale for each output channel), in the layout of a \
-retrofitted Llama (`huginn_raven`). It was taught short conversations in simple English; it knows little \
-and is often wrong.
+{model.hidden_size}, {model.vocab_size} tokens, context {model.max_positions}: \
+{parameters / 1e6:.2f} million parameters, {megabytes:.1f} MB in int8 (a scale for each output channel), \
+in the layout of a retrofitted Llama (`huginn_raven`). It was taught short conversations in simple \
+English; it knows little and is often wrong.
 
 ## Origin and licence
 

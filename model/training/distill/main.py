@@ -108,7 +108,7 @@ def _generate(args: argparse.Namespace) -> int:
     if not missing:
         return 0
     stop, device = time.monotonic() + 60 * args.max_minutes, _device(args)
-    tokenizer = Tokenizer.from_file(str(args.teacher / "tokenizer.json"))
+    tokenizer = _teachers_tokenizer(args)
     teacher = load_model(args.teacher, device, args.dtype).model
     pack_linears(teacher)
     stops = frozenset(id_of(tokenizer, token) for token in (TURN_END, END_OF_TEXT))
@@ -190,9 +190,13 @@ class _Vocabulary(NamedTuple):
 
 
 def _vocabulary(args: argparse.Namespace, recipe: DistillRecipe) -> _Vocabulary:
-    full = Tokenizer.from_file(str(args.teacher / "tokenizer.json"))
+    full = _teachers_tokenizer(args)
     cut = cut_tokenizer(full, recipe.training.model.vocab_size)
     return _Vocabulary(full, cut, pieces_of(full, cut))
+
+
+def _teachers_tokenizer(args: argparse.Namespace) -> Tokenizer:
+    return Tokenizer.from_str((args.teacher / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 def _recipe(args: argparse.Namespace) -> DistillRecipe:
