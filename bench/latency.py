@@ -1,7 +1,7 @@
-"""`speed bench latency`: the same prompts with and without speculation, one request at a time.
+"""`speed bench latency`: the same prompts with and without speculation, and at one loop, one at a time.
 
-Both ways run in one process, prompt by prompt in turn, so that a slow moment of the machine falls on
-both. Passes, rows and texts are deterministic; tokens/s are not: quote the ratio.
+All ways run in one process, prompt by prompt in turn, so that a slow moment of the machine falls on
+all. Passes, rows and texts are deterministic; tokens/s are not: quote the ratio.
 """
 
 import argparse
@@ -39,10 +39,11 @@ class Run(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """All prompts in one mode, with speculation and without, in the same order."""
+    """All prompts in one mode, three ways, in the same order; `one_loop` is plain decoding of one loop."""
 
     speculative: list[Run]
     plain: list[Run]
+    one_loop: list[Run]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="of the sampled half")
     parser.add_argument("--top-p", type=float, default=0.95, help="of the sampled half")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--ignore-eos",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write --max-tokens tokens whatever the text says (default); off: texts end where they end",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     sampled = SamplingParams(temperature=args.temperature, top_p=args.top_p)
     modes: dict[str, Mode] = {}
     for name, sampling in (("greedy", SamplingParams(temperature=0.0)), ("sampled", sampled)):
-        modes[name] = measure(engine, prompts, sampling, args.max_tokens, name)
+        modes[name] = measure(engine, prompts, sampling, args.max_tokens, name, ignore_eos=args.ignore_eos)
         report[name] = summary(modes[name])
         _print_summary(name, summary(modes[name]))
     greedy = [_request(p, SamplingParams(temperature=0.0), args.max_tokens, True) for p in prompts[:4]]
@@ -138,16 +145,30 @@ def peak_memory() -> int:
 
 
 def measure(
-    engine: Engine, prompts: list[list[int]], sampling: SamplingParams, max_tokens: int, name: str
+    engine: Engine,
+    prompts: list[list[int]],
+    sampling: SamplingParams,
+    max_tokens: int,
+    name: str,
+    *,
+    ignore_eos: bool = True,
 ) -> Mode:
-    """Each prompt with and without speculation, in alternating order; the first prompt twice, to warm up."""
-    mode = Mode([], [])
-    _generate(engine, _request(prompts[0], sampling, max_tokens, True))
-    _generate(engine, _request(prompts[0], sampling, max_tokens, False))
+    """Each prompt each way, taking turns at being first; the first prompt twice, to warm up."""
+    mode = Mode([], [], [])
+    ways = [(mode.speculative, True, None), (mode.plain, False, None), (mode.one_loop, False, 1)]
+
+    def generate(prompt: list[int], speculation: bool, num_loops: int | None) -> Run:
+        request = _request(
+            prompt, sampling, max_tokens, speculation, num_loops=num_loops, ignore_eos=ignore_eos
+        )
+        return _generate(engine, request)
+
+    for _, speculation, num_loops in ways:
+        generate(prompts[0], speculation, num_loops)
     for index, prompt in enumerate(tqdm(prompts, desc=name, unit="prompt", disable=None)):
-        for speculation in (True, False) if index % 2 else (False, True):
-            runs = mode.speculative if speculation else mode.plain
-            runs.append(_generate(engine, _request(prompt, sampling, max_tokens, speculation)))
+        first = index % len(ways)
+        for runs, speculation, num_loops in ways[first:] + ways[:first]:
+            runs.append(generate(prompt, speculation, num_loops))
     return mode
 
 
@@ -156,11 +177,16 @@ def summary(mode: Mode) -> dict[str, float]:
     fast, plain = mode.speculative, mode.plain
     ratios = [p.seconds / f.seconds for f, p in zip(fast, plain, strict=True)]
     decoded = sum(len(r.tokens) - 1 for r in fast)
+    shallow = [
+        f.seconds / len(f.tokens) * len(s.tokens) / s.seconds
+        for f, s in zip(fast, mode.one_loop, strict=True)
+    ]
     return {
         "tokens_per_second": _tokens_per_second(fast),
         "tokens_per_second_plain": _tokens_per_second(plain),
         "speedup_median": statistics.median(ratios),
         "speedup_min": min(ratios),
+        "time_of_one_loop_median": statistics.median(shallow),
         "passes_per_token": sum(r.stats.passes for r in fast) / decoded,
         "passes_per_token_plain": sum(r.stats.passes for r in plain) / decoded,
         "rows_per_token": sum(r.stats.rows for r in fast) / decoded,
@@ -190,15 +216,22 @@ def _generate(engine: Engine, request: GenerationRequest) -> Run:
 
 
 def _request(
-    prompt: list[int], sampling: SamplingParams, max_tokens: int, speculation: bool
+    prompt: list[int],
+    sampling: SamplingParams,
+    max_tokens: int,
+    speculation: bool,
+    *,
+    num_loops: int | None = None,
+    ignore_eos: bool = True,
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id="bench",
         prompt_token_ids=prompt,
         max_tokens=max_tokens,
         sampling=sampling,
-        ignore_eos=True,
+        ignore_eos=ignore_eos,
         speculation=speculation,
+        num_loops=num_loops,
     )
 
 
@@ -212,5 +245,7 @@ def _print_summary(name: str, figures: dict[str, float]) -> None:
     passes, passes_plain = figures["passes_per_token"], figures["passes_per_token_plain"]
     print(f"{name}: {fast:.0f} tokens/s with speculation, {plain:.0f} without; ", end="")
     print(f"median speed-up {median:.2f}x (lowest {lowest:.2f}x)")
+    shallow = figures["time_of_one_loop_median"]
+    print(f"  {shallow:.2f}x the time per token of the same weights at one loop")
     print(f"  passes per token {passes:.3f} (plain {passes_plain:.3f}), ", end="")
     print(f"rows per token {figures['rows_per_token']:.3f}, equal texts {figures['equal_texts']:.1%}")

@@ -102,6 +102,7 @@ def test_logits_and_tokens_are_those_of_the_file_whole_or_in_parts_or_in_a_wheel
     write_gguf(file, model)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(file, "package/tiny.gguf")
+        archive.writestr("package.dist-info/LICENSE", "as you like")
     data = file.read_bytes()
     (tmp_path / "part0").write_bytes(data[:9999])
     (tmp_path / "part1").write_bytes(data[9999:])
@@ -113,6 +114,7 @@ def test_logits_and_tokens_are_those_of_the_file_whole_or_in_parts_or_in_a_wheel
         loaded = load_model(folder, dtype="float32")
         torch.testing.assert_close(loaded.logits(ids), wanted, rtol=1e-5, atol=1e-5)
         assert loaded.config.eos_token_ids == (1,)
+    assert (tmp_path / "from_tiny.whl" / "LICENSE").read_text() == "as you like"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.encode("the the 12<|im_end|>").tokens == ["the", "Ġthe", "Ġ", "1", "2", "<|im_end|>"]
     assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"

