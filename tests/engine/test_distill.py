@@ -364,6 +364,8 @@ def test_generated_trained_and_exported_in_slices_equals_in_one(teacher_folder, 
     assert config["quantization_config"]["format"] == "int-quantized"
     assert "chat_template" in json.loads((whole / "model" / "tokenizer_config.json").read_text())
     assert "Apache-2.0" in (whole / "model" / "README.md").read_text()
+    assert "Apache License" in (whole / "model" / "NOTICE").read_text()
+    assert json.loads((whole / "model" / "generation_config.json").read_text())["temperature"] < 1
 
 
 def test_generation_goes_on_where_it_stopped(teacher_folder, tmp_path) -> None:
