@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bench.bandwidth import WeightReading, memory_bandwidth, weight_bytes_of_a_pass
 from bench.breakdown import break_down
-from bench.prompts import prompts_for
+from bench.prompts import prompts_for, question_prompts
 from model.drafts import POLICIES
 from model.engine import DEFAULT_POLICY, Engine
 from model.hub import model_folder
@@ -62,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--row-budget", type=int, default=32, help="rows of a pass; a fixed one: passes repeat exactly"
     )
     parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument(
+        "--questions", action="store_true", help="of a chat model: the questions of bench.questions"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="of the sampled half")
@@ -84,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
     load_seconds, peak = time.perf_counter() - started, peak_memory()
     print(f"loaded in {load_seconds:.1f} s; peak memory {peak / 1e9:.2f} GB")
     vocab_size = engine.model.config.vocab_size
-    prompts = prompts_for(str(folder), vocab_size, args.num_prompts, args.prompt_tokens, args.seed)
+    if args.questions:
+        prompts = question_prompts(str(folder))[: args.num_prompts]
+    else:
+        prompts = prompts_for(str(folder), vocab_size, args.num_prompts, args.prompt_tokens, args.seed)
     info = engine.info
     print(f"{args.model}: {info.family}, {info.num_loops} loops, {info.dtype} on {info.device}")
     report: dict[str, object] = {

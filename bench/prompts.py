@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 
 from tokenizers import Tokenizer
 
+from bench.questions import QUESTIONS
 from model.training.corpus import read_corpus, standard_library
 from server.chat_template import ChatTemplate, load_chat_template
 
@@ -56,6 +57,21 @@ def conversation_prompts(
         if len(ids) >= room:
             prompts.append([*before, *ids[:room], *after])
     return prompts
+
+
+def question_prompts(model_path: str) -> list[list[int]]:
+    """The twenty questions of `bench.questions`, one conversation each.
+
+    Raises ValueError for a model without a tokenizer or a chat template.
+    """
+    file, template = Path(model_path) / "tokenizer.json", load_chat_template(Path(model_path))
+    if template is None or not file.exists():
+        raise ValueError(f"{model_path} is no chat model: it has no chat template or no tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(file))
+    before, after = _around(tokenizer, template)
+    return [
+        [*before, *tokenizer.encode(question, add_special_tokens=False).ids, *after] for question in QUESTIONS
+    ]
 
 
 def _around(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[list[int], list[int]]:

@@ -17,7 +17,7 @@ from model.training.distill.vocabulary import cut_tokenizer
 from model.training.losses import Evaluation, evaluate
 from model.training.trainer import Trainer
 
-HELD_OUT_TEXTS, HELD_OUT_LENGTH = 400, 160
+HELD_OUT_TEXTS, HELD_OUT_LENGTH = 200, 96
 # As the texts are: a conversation begins with the user's turn.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

@@ -36,7 +36,6 @@ class DistillTask:
         self._drawn = round(len(examples) * primer_share / (1 - primer_share)) if primer else 0
         self._epoch: list[list[Example]] = []
         self._first_step = self._next_step = self._next_epoch = 0
-        self._length = 0
 
     def losses(self, model: LoopedTransformer, stage: Stage, step: int) -> LoopLosses:
         """Losses of the step's texts."""
