@@ -1,4 +1,4 @@
-"""`speed serve` and nothing else: the embedded model starts and answers. All else is tested with less."""
+"""The embedded model starts and answers as the README says. All else is tested with less."""
 
 import json
 import re
@@ -19,11 +19,12 @@ ADDRESS = "http://127.0.0.1:8000"
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory) -> Iterator[ServerProcess]:
-    """With a chat template of ours if the model has none."""
+    """With a chat template of ours if it has none, and a short context: answers end where that is full."""
     template = tmp_path_factory.mktemp("template") / "chat_template.jinja"
     template.write_text(CHAT_TEMPLATE)
     own = load_chat_template(embedded_model()) is not None
-    with ServerProcess(*([] if own else ["--chat-template", str(template)])) as running:
+    flags = [] if own else ["--chat-template", str(template)]
+    with ServerProcess("--max-model-len", "192", *flags) as running:
         yield running
 
 
