@@ -11,6 +11,7 @@ ORDER = [
     {"model.config", "model.protocol", "model.cache", "model.drafts", "model.cost", "model.hub"},
     {"model.families", "model.layers", "model.wave", "model.checkpoint", "model.grammar", "model.ending"},
     {"model.sequence", "model.matching"},
+    {"model.reading"},
     {
         "model.looped",
         "model.sampling",
@@ -28,7 +29,7 @@ ORDER = [
 ]
 PURE = (
     *("model.wave", "model.scheduler", "model.cache", "model.sequence", "model.protocol", "model.config"),
-    *("model.hub", "model.ending", "model.drafts", "model.cost"),
+    *("model.hub", "model.ending", "model.drafts", "model.cost", "model.reading"),
 )
 NUMPY = {"model.cache"}  # sums over all pages
 
