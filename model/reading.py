@@ -97,4 +97,8 @@ def _pay_for_head(worthy: list[_Candidate], outlay: Outlay) -> bool:
     """Whether the pass has a head: it must, some policy asks for drafts at any price, or they save it."""
     if any(not one.is_draft or not one.wave.policy.is_thrifty for one in worthy):
         return True
-    return bool(worthy) and sum(max(0.0, one.saved(outlay)) for one in worthy) >= outlay.head
+    if not worthy:
+        return False
+    # Drafts that hold put sequences out of step: heads in as many passes of R as there are sequences.
+    num_heads = min(len({one.sequence for one in worthy}), worthy[0].wave.num_loops)
+    return sum(max(0.0, one.saved(outlay)) for one in worthy) >= outlay.head * num_heads

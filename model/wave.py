@@ -200,10 +200,13 @@ class Wave:
         return 0 if useless or run.depth + 1 not in self.policy.depths else rows
 
     def gain(self, run: Run) -> float:
-        """By how much a draft readout in the run's next pass raises the chance of the row behind it."""
+        """By how much a draft readout in the run's next pass raises the chance of a right row behind it.
+
+        A run of several rows is a proposal: wherever it breaks, its readouts start what is right.
+        """
         rate = self.policy.agreement.rate(run.depth + 1)
         following = self._run_at(run.last + 1)
-        return rate - following.survival if following else rate
+        return rate - following.survival if following and run.num_rows == 1 else rate
 
     def starts_row(self, run: Run) -> bool:
         """Whether a draft readout of the run would start a row, not just check the one that is there."""

@@ -224,22 +224,29 @@ def test_useless_drafts_cost_next_to_nothing() -> None:
 
 
 def passes_that_read_out(num_sequences: int, policy: str, error_rate: float) -> tuple[int, int]:
-    """Of that many texts of 150 tokens that start together; how many passes those were, and of how many."""
-    harness = Harness(error_rate=error_rate, cost=prices(1.0, 0.05, head=0.15), num_pages=2000)
+    """Of that many texts of 150 tokens that start together on an engine that knows its drafts: how many
+    passes those were, and of how many.
+    """
+    harness = Harness(error_rate=error_rate, cost=prices(1.0, 0.05, head=0.15), num_pages=1000)
+    harness.add("first", [99], 100, policy="adaptive")
+    harness.finish()
+    harness.runner.pass_readouts.clear()
     for index in range(num_sequences):
-        harness.add(str(index), [index], 150, policy=policy)
+        harness.add(str(index), [index] * (1 + 8 * index), 150, policy=policy)
     harness.finish()
     return sum(map(bool, harness.runner.pass_readouts)), len(harness.runner.pass_readouts)
 
 
-@pytest.mark.parametrize("num_sequences", [1, 2, 8])
-def test_who_starts_together_reads_out_together_though_drafts_are_tried(num_sequences: int) -> None:
-    """Useless drafts add one pass with a head in twenty, a probe of each depth in 64 tokens, and up to 24
-    tries of an engine that knows nothing yet. They were 3.7 times as many (8 texts on random weights).
+@pytest.mark.parametrize(("num_sequences", "error_rate"), [(1, 1.0), (2, 1.0), (8, 1.0), (8, 0.5)])
+def test_who_starts_together_reads_out_together_though_drafts_are_tried(
+    num_sequences: int, error_rate: float
+) -> None:
+    """Drafts that aren't worth their heads add 5 % to the passes with one, a probe of each depth in 64
+    tokens, or up to 11 % of a text that meets more of them. On random weights 8 texts had 3.7 times as many.
     """
-    plain, passes = passes_that_read_out(num_sequences, "none", 1.0)
-    assert passes_that_read_out(num_sequences, "adaptive", 1.0)[0] <= 1.05 * plain + 24
+    plain, passes = passes_that_read_out(num_sequences, "none", error_rate)
     assert plain <= passes / 4 + 1
+    assert passes_that_read_out(num_sequences, "adaptive", error_rate)[0] <= 1.12 * plain
 
 
 def test_drafts_that_save_a_head_are_read_in_passes_that_had_none() -> None:
