@@ -15,12 +15,25 @@ MARGIN = 1.2  # rows that barely pay are left: prices are measured, and chances 
 class PassPrice(NamedTuple):
     """Milliseconds of a pass of certain rows, one a sequence, and of each row beyond.
 
-    `draw` is what a readout costs more because its token is sampled.
+    `base` is that of a pass without readouts; the first readout costs `head` (its weights are read, its
+    operators called), and any readout `draw` more if its token is sampled.
     """
 
     base: float
     row: float
     draw: float = 0.0
+    head: float = 0.0
+
+
+class ReadoutPrice(NamedTuple):
+    """Milliseconds: `head` of a pass's first readout, and what it and any readout cost more if sampled."""
+
+    head: float = 0.0
+    drawn_head: float = 0.0
+    draw: float = 0.0
+
+
+FREE = ReadoutPrice()
 
 
 class PassCost(Protocol):
@@ -37,11 +50,12 @@ class PassCost(Protocol):
 class Outlay:
     """What a pass costs and brings, as rows are added to it."""
 
-    def __init__(self, price: PassPrice, num_sequences: int, rows: int) -> None:
-        """A pass of `rows` certain rows of `num_sequences` sequences."""
+    def __init__(self, price: PassPrice, num_sequences: int, rows: int, has_readout: bool = True) -> None:
+        """A pass of `rows` certain rows of `num_sequences` sequences; `has_readout` if any must be made."""
         self.rows = rows
+        self.head = 0.0 if has_readout else price.head  # milliseconds of the first readout beyond those
         self._row_price, self._draw_price = price.row, price.draw
-        self._milliseconds = price.base + price.row * max(0, rows - num_sequences)
+        self._milliseconds = price.base + price.row * max(0, rows - num_sequences) + price.head - self.head
         self._useful = float(rows)
 
     @property
@@ -53,6 +67,14 @@ class Outlay:
         """How likely to be right a draft must be that would start its row so many loops early."""
         price = self._row_price + self._draw_price / loops_ahead
         return MARGIN * self._useful * price / self._milliseconds
+
+    def saved_by_readout(self, gain: float, loops_ahead: int, starts_row: bool) -> float:
+        """Milliseconds that a draft readout saves, less its own price but for the head's.
+
+        It makes a row useful so many loops early with a chance higher by `gain`.
+        """
+        price = self._draw_price + self._row_price * loops_ahead * starts_row
+        return gain * loops_ahead * self._milliseconds / (MARGIN * self._useful) - price
 
     def add(self, rows: int, chance: float) -> None:
         """Takes such rows in."""
@@ -76,9 +98,8 @@ class FixedBudget:
 class MeasuredCost:
     """Interpolates prices measured over a grid of sequences x context.
 
-    `prices[i][j]` belongs to num_sequences[i] and contexts[j]; both ascend. Outside the grid the base
-    price grows in proportion and the price of a row stays. `draw` is what a row costs more, in
-    milliseconds, if its token is sampled.
+    `prices[i][j]` belongs to num_sequences[i] and contexts[j]; both ascend. Outside the grid a further
+    sequence costs what a row does (within 20 % from 16 to 32 sequences), and the price of a row stays.
     """
 
     def __init__(
@@ -87,10 +108,10 @@ class MeasuredCost:
         contexts: Sequence[int],
         prices: Sequence[Sequence[PassPrice]],
         most_rows: int,
-        draw: float = 0.0,
+        readout: ReadoutPrice = FREE,
     ) -> None:
         self.num_sequences, self.contexts, self.prices = num_sequences, contexts, prices
-        self.draw = draw
+        self.readout = readout
         self.most_rows = most_rows
 
     def price(self, num_sequences: int, context: float, drawn: float = 0.0) -> PassPrice:
@@ -100,7 +121,8 @@ class MeasuredCost:
         if right:
             there = self._over_sequences(num_sequences, j + 1)
             price = PassPrice(*(a + (b - a) * right for a, b in zip(price, there, strict=True)))
-        return price._replace(draw=self.draw * drawn)
+        head = self.readout.head + self.readout.drawn_head * (drawn > 0)
+        return price._replace(draw=self.readout.draw * drawn, head=head)
 
     def _over_sequences(self, num_sequences: int, j: int) -> PassPrice:
         i, right = _place(self.num_sequences, num_sequences)
@@ -108,8 +130,8 @@ class MeasuredCost:
         if right:
             there = self.prices[i + 1][j]
             return PassPrice(*(a + (b - a) * right for a, b in zip(here, there, strict=True)))
-        beyond = max(1.0, num_sequences / self.num_sequences[i])
-        return PassPrice(here.base * beyond, here.row)
+        beyond = max(0, num_sequences - self.num_sequences[i])
+        return here._replace(base=here.base + here.row * beyond)
 
 
 def _place(grid: Sequence[int], value: float) -> tuple[int, float]:

@@ -8,7 +8,7 @@ commits nothing but what the last depth says: a policy decides what is tried, ne
     recheck   every depth from the first one on is compared (SPEED, 2310.12072)
     lookup    recheck, and behind a guess the tokens that followed the same n-gram earlier in the text
               (prompt lookup; several tokens enter in one pass, so passes per token can fall below 1)
-    adaptive  lookup, but a depth whose guesses are not worth a row at present is read out only now and then
+    adaptive  lookup, but a depth is read out only while its guesses are worth it, else probed now and then
     none      no speculation
 """
 
@@ -21,7 +21,7 @@ MOST_PROPOSED = 15  # tokens that a match may bring in one pass
 LEAST_SURVIVAL = 0.3  # of the last token proposed: behind it most rows would be wasted
 USELESS = 0.08  # agreement below which `adaptive` stops reading a depth out
 FEW_LOOPS = 12  # up to so many, each depth may be read out
-PROBE_EVERY = 64  # positions between two looks at a useless depth
+PROBE_EVERY = 64  # tokens between two looks at a useless depth
 UNKNOWN_AGREEMENT = 0.6  # what is expected of a depth before anything was seen
 PRIOR_WEIGHT = 6.0  # observations that the engine's experience counts for in a new sequence
 SEQUENCE_MEMORY, ENGINE_MEMORY = 40.0, 1000.0  # observations after which old ones have faded
@@ -70,20 +70,23 @@ class Experience(NamedTuple):
 class DraftPolicy:
     """`single`, `gated`, `recheck` and `none`, by their depths; the base of the others.
 
-    Belongs to one sequence. `depths` are the draft depths, below the sequence's own last depth.
+    Belongs to one sequence. `depths` are the draft depths, below the sequence's own last depth;
+    `is_thrifty` is whether `reads` ever declines one of them, so that it has to be probed now and then.
     """
+
+    is_thrifty = False
 
     def __init__(self, depths: frozenset[int], experience: Experience) -> None:
         self.depths = depths
         self.agreement = Agreement(SEQUENCE_MEMORY, experience.depths)
 
-    def reads(self, depth: int, position: int, least_chance: float = 0.0) -> bool:
-        """Whether the row at `position` is read out after `depth` loops, short of the last.
+    def reads(self, depth: int, least_chance: float) -> bool:
+        """Whether a row is read out at `depth`, one of `depths`.
 
-        Rows that are of use with less than `least_chance` are not run at present.
+        A guess that is right with less than `least_chance` is not worth its readout at present.
         """
-        del position, least_chance
-        return depth in self.depths
+        del depth, least_chance
+        return True
 
     def overrules(self, depth: int, trust: float) -> bool:
         """Whether a readout at `depth` beats a token from the text that was believed with `trust`."""
@@ -161,11 +164,11 @@ class LookupPolicy(DraftPolicy):
 class AdaptivePolicy(LookupPolicy):
     """`adaptive`: as `lookup`, without the readouts that experience says are useless."""
 
-    def reads(self, depth: int, position: int, least_chance: float = 0.0) -> bool:
+    is_thrifty = True
+
+    def reads(self, depth: int, least_chance: float) -> bool:
         """See DraftPolicy."""
-        if depth not in self.depths:
-            return False
-        return position % PROBE_EVERY == 0 or self.agreement.rate(depth) >= max(USELESS, least_chance)
+        return self.agreement.rate(depth) >= max(USELESS, least_chance)
 
 
 class Match(NamedTuple):

@@ -8,17 +8,17 @@ doesn't measure again.
 
 import hashlib
 import json
+import math
 import os
 import platform
-from collections.abc import Iterator
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 
 import msgspec
 import torch
 
 from model.cache import PrefixKeys
-from model.cost import MeasuredCost, PassPrice
+from model.cost import MeasuredCost, PassPrice, ReadoutPrice
 from model.drafts import make_policy
 from model.engine import Engine
 from model.protocol import GenerationRequest, SamplingParams
@@ -27,6 +27,7 @@ from model.wave import Wave
 
 SECONDS = 4.0  # for the whole measurement
 REPEATS = 4
+READOUT_REPEATS = 20
 SEQUENCES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (64, 512)  # tokens
 WAVE_ROWS = 4  # of a sequence in the passes that are compared
@@ -40,7 +41,7 @@ class _Kept(msgspec.Struct):
     num_sequences: list[int]
     contexts: list[int]
     prices: list[list[tuple[float, float]]]
-    draw: float
+    readout: ReadoutPrice
 
 
 def measured_cost(engine: Engine) -> MeasuredCost:
@@ -51,7 +52,7 @@ def measured_cost(engine: Engine) -> MeasuredCost:
         kept = _measure(engine)
         _write(file, kept)
     prices = [[PassPrice(*price) for price in row] for row in kept.prices]
-    return MeasuredCost(kept.num_sequences, kept.contexts, prices, MOST_ROWS, kept.draw)
+    return MeasuredCost(kept.num_sequences, kept.contexts, prices, MOST_ROWS, kept.readout)
 
 
 def _measure(engine: Engine) -> _Kept:
@@ -59,22 +60,22 @@ def _measure(engine: Engine) -> _Kept:
     room = engine.pool.num_tokens
     longest = engine.max_model_len - engine.model.config.num_loops
     contexts = [context for context in CONTEXTS if context <= longest] or [max(1, longest)]
-    kept, started = _Kept([], contexts, [], _draw_price(engine)), perf_counter()
+    kept, started = _Kept([], contexts, [], _readout_price(engine)), _now(engine)
     for num in SEQUENCES:
         fits = num * (contexts[-1] + engine.pool.page_size + engine.model.config.num_loops) <= room
-        if kept.prices and (num > most or not fits or perf_counter() - started > SECONDS / 2):
+        if kept.prices and (num > most or not fits or _now(engine) - started > SECONDS / 2):
             break
         kept.num_sequences.append(num)
-        kept.prices.append([_price(engine, num, context) for context in contexts])
+        kept.prices.append([_price(engine, num, context, kept.readout.head) for context in contexts])
     return kept
 
 
-def _price(engine: Engine, num_sequences: int, context: int) -> tuple[float, float]:
-    """Milliseconds of a pass of one row a sequence, and of each further row of their waves."""
+def _price(engine: Engine, num_sequences: int, context: int, head: float) -> tuple[float, float]:
+    """Milliseconds of a pass of one row a sequence, not read out, and of each further row of their waves."""
     loops = engine.model.config.num_loops
     width = min(loops, WAVE_ROWS) if loops > 1 else WAVE_ROWS
     sequences = [_sequence(engine, context + width) for _ in range(num_sequences)]
-    single = [ScheduledRun(seq, context, 1, loops - 1, 1) for seq in sequences]
+    single = [ScheduledRun(seq, context, 1, loops - 1, 0) for seq in sequences]
     if loops > 1:
         waves = [
             ScheduledRun(seq, context + width - 1 - i, 1, i, 1) for seq in sequences for i in range(width)
@@ -82,38 +83,34 @@ def _price(engine: Engine, num_sequences: int, context: int) -> tuple[float, flo
     else:
         waves = [ScheduledRun(seq, context, width, 0, width) for seq in sequences]
     try:
-        base, whole = _shortest(engine, single), _shortest(engine, waves)
+        base, whole = _shortest(engine, [single, waves])
     finally:
         for sequence in sequences:
             assert sequence.table is not None
             engine.pool.free(sequence.table)
-    return base, OWN_MILLISECONDS + max(0.0, whole - base) / (num_sequences * (width - 1))
+    return base, OWN_MILLISECONDS + max(0.0, whole - base - head) / (num_sequences * (width - 1))
 
 
-def _draw_price(engine: Engine) -> float:
-    """Milliseconds by which a row costs more if its token is sampled: noise and filters.
+def _readout_price(engine: Engine) -> ReadoutPrice:
+    """What the head costs a pass, and sampling a readout.
 
-    Each pass draws at other positions, as decoding does: noise is kept for a while.
+    Noise is not counted: it depends on the position alone, so the last depth finds that of the drafts.
     """
-    length = WAVE_ROWS * (REPEATS + 3)
-    if length >= engine.max_model_len:
-        return 0.0
-    seconds = []
-    for temperature in (0.0, 1.0):
-        sequence = _sequence(engine, length, temperature)
-        starts = range(0, length - WAVE_ROWS, WAVE_ROWS)
-        loop = engine.model.config.num_loops - 1
-        batches = [[ScheduledRun(sequence, start, WAVE_ROWS, loop, WAVE_ROWS)] for start in starts]
-        seconds.append(min(_once(engine, batch) for batch in batches))
+    if engine.max_model_len <= WAVE_ROWS:
+        return ReadoutPrice()
+    loop = engine.model.config.num_loops - 1
+    sequences = [_sequence(engine, WAVE_ROWS, temperature) for temperature in (0.0, 1.0)]
+    batches = [
+        [ScheduledRun(sequence, 0, WAVE_ROWS, loop, num_readouts)]
+        for sequence in sequences
+        for num_readouts in (0, 1, WAVE_ROWS)
+    ]
+    bare, one, several, _, drawn_one, drawn_several = _shortest(engine, batches, READOUT_REPEATS)
+    for sequence in sequences:
         assert sequence.table is not None
         engine.pool.free(sequence.table)
-    return max(0.0, seconds[1] - seconds[0]) * 1000 / WAVE_ROWS
-
-
-def _once(engine: Engine, batch: list[ScheduledRun]) -> float:
-    started = perf_counter()
-    engine.runner.forward(batch)
-    return perf_counter() - started
+    draw = max(0.0, drawn_several - drawn_one - several + one) / (WAVE_ROWS - 1)
+    return ReadoutPrice(max(0.0, one - bare), max(0.0, drawn_one - one - draw), draw)
 
 
 def _sequence(engine: Engine, length: int, temperature: float = 0.0) -> Sequence:
@@ -131,20 +128,36 @@ def _sequence(engine: Engine, length: int, temperature: float = 0.0) -> Sequence
     return sequence
 
 
-def _shortest(engine: Engine, batch: list[ScheduledRun]) -> float:
-    return min(_times(engine, batch)) * 1000
+def _shortest(engine: Engine, batches: list[list[ScheduledRun]], repeats: int = REPEATS) -> list[float]:
+    """Milliseconds of each batch, the least of a few runs in turn: their differences are prices."""
+    for batch in batches:
+        engine.runner.forward(batch)  # chooses kernels, maps memory
+    best = [math.inf] * len(batches)
+    for _ in range(repeats):
+        seconds = [_once(engine, batch) for batch in batches]
+        best = list(map(min, best, seconds))
+        if sum(seconds) > SECONDS / 20:
+            break  # passes so long are hardly disturbed
+    return [1000 * each for each in best]
 
 
-def _times(engine: Engine, batch: list[ScheduledRun]) -> Iterator[float]:
-    """Seconds of a few runs; of one alone if that takes long."""
-    engine.runner.forward(batch)  # chooses kernels, maps memory
-    for _ in range(REPEATS):
-        started = perf_counter()
-        engine.runner.forward(batch)  # ends with the tokens on the host: the device has finished
-        seconds = perf_counter() - started
-        yield seconds
-        if seconds > SECONDS / 40:
-            return
+def _once(engine: Engine, batch: list[ScheduledRun]) -> float:
+    """Seconds of a pass."""
+    started = _now(engine)
+    engine.runner.forward(batch)
+    return _now(engine) - started
+
+
+def _now(engine: Engine) -> float:
+    """Seconds of a clock that stands still while another process has the core, if the device is one.
+
+    On two cores with six busy processes the time of day made rows of 0.15 ms 161 and heads of 0.3 ms 4.5.
+    """
+    if engine.model.device.type == "cpu":
+        return thread_time()
+    if engine.model.device.type == "cuda":
+        torch.cuda.synchronize(engine.model.device)  # a pass without readouts hasn't waited
+    return perf_counter()
 
 
 def _file(engine: Engine) -> Path:

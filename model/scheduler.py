@@ -21,6 +21,7 @@ import msgspec
 from model.cache import PagePool
 from model.cost import FixedBudget, Outlay, PassCost, PassPrice
 from model.protocol import FinishReason, TokenEvent
+from model.reading import ReadoutChooser, must_read
 from model.sequence import ScheduledRun, Sequence
 from model.wave import Run, Wave
 
@@ -75,6 +76,7 @@ class Scheduler:
         self._arrivals = count()
         self._in_pass: list[tuple[Sequence, list[Run]]] = []
         self._least_chance = 0.0  # that rows of the last pass had to be of use with
+        self._chooser = ReadoutChooser()
 
     @property
     def num_waiting(self) -> int:
@@ -121,14 +123,14 @@ class Scheduler:
         rows = self._take_certain(taken) + self._take_prompts(taken)
         outlay = self._take_speculative(taken, rows)
         rows, self._least_chance = outlay.rows, outlay.least_chance
-        least = outlay.least_chance_of_readout
         self._in_pass = [(seq, seq.wave.runs[:num]) for seq, num in taken.items() if num]
         if rows:
             self.counts.passes += 1
             self.counts.rows += rows
             self.counts.pass_rows[1 << (rows - 1).bit_length()] += 1
+        read = self._chooser.choose(self._in_pass, outlay)
         return [
-            ScheduledRun(seq, run.start, run.num_rows, run.depth, seq.wave.num_readouts(run, least))
+            ScheduledRun(seq, run.start, run.num_rows, run.depth, read.get((seq, run.start), 0))
             for seq, runs in self._in_pass
             for run in reversed(runs)
         ]
@@ -261,7 +263,8 @@ class Scheduler:
             return Outlay(PassPrice(1.0, 0.0), 0, rows)
         context = sum(len(sequence.wave.tokens) for sequence in taken) / len(taken)
         drawn = sum(sequence.request.sampling.temperature > 0 for sequence in taken) / len(taken)
-        outlay = Outlay(self.cost.price(len(taken), context, drawn), len(taken), rows)
+        price = self.cost.price(len(taken), context, drawn)
+        outlay = Outlay(price, len(taken), rows, any(must_read(seq.wave, num) for seq, num in taken.items()))
         order = count()  # among equals, every sequence gets its turn
         drafts: list[tuple[float, int, Sequence]] = []
 

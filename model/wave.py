@@ -19,7 +19,7 @@ already done the same loop, so the K/V that it reads is there; every token up to
 final; a token behind it is a draft. What the last depth says is committed, whatever the drafts were.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -67,13 +67,15 @@ class Run:
     """Positions start .. start + num_rows - 1, each with `depth` loops finished.
 
     `survival` is how likely the run's rows are to be of use, on average, given that the run before it
-    is; 1 for what is certain.
+    is; 1 for what is certain. `is_probed`: the readouts of its latest pass, short of the last depth, are
+    noted to be compared with the last depth, and change nothing else.
     """
 
     start: int
     num_rows: int
     depth: int = 0
     survival: float = 1.0
+    is_probed: bool = False
 
     @property
     def last(self) -> int:
@@ -184,27 +186,36 @@ class Wave:
             return 1.0
         return (run.survival * run.num_rows - 1) / (run.num_rows - 1)
 
-    def num_readouts(self, run: Run, least_chance: Callable[[int], float] = lambda _: 0.0) -> int:
-        """How many of the run's last rows the pass that it takes part in next must read out.
+    def num_readouts(self, run: Run) -> int:
+        """How many of the run's last rows the pass that it takes part in next can read out.
 
-        `least_chance` says how likely to be right a draft must be to be worth its readout, given by how
-        many loops it would start its row early.
+        Those of the last depth must be, those of a draft depth are if that is worth it.
         """
         rows = run.last - max(run.start, self.num_known - 1) + 1
         if rows <= 0 or self.length_limit == self.prompt_length:
             return 0  # the next token is known, or none is wanted
-        depth = run.depth + 1
-        if depth == self.num_loops:
+        if run.depth + 1 == self.num_loops:
             return rows
-        useless = run.num_rows == 1 and run.last + 2 >= self.length_limit  # nothing would follow it
-        if useless or not self.policy.reads(depth, run.start, least_chance(self.num_loops - depth)):
-            return 0
-        return rows
+        useless = run.num_rows == 1 and run.last + 2 >= self.length_limit  # nothing would follow a draft
+        return 0 if useless or run.depth + 1 not in self.policy.depths else rows
+
+    def gain(self, run: Run) -> float:
+        """By how much a draft readout in the run's next pass raises the chance of a right row behind it.
+
+        A run of several rows is a proposal: wherever it breaks, its readouts start what is right.
+        """
+        rate = self.policy.agreement.rate(run.depth + 1)
+        following = self._run_at(run.last + 1)
+        return rate - following.survival if following and run.num_rows == 1 else rate
+
+    def starts_row(self, run: Run) -> bool:
+        """Whether a draft readout of the run would start a row, not just check the one that is there."""
+        return run.last + 1 >= len(self.tokens)
 
     def update(self, runs: list[Run], predictions: Mapping[int, int]) -> list[int]:
         """Takes in a pass in which `runs`, the first ones of the wave, did one loop.
 
-        `predictions` maps the position of every readout that `num_readouts` asked for to the token
+        `predictions` maps the position of every readout, those of the last depth among them, to the token
         predicted for the position behind it. Returns the tokens committed, oldest first; after an
         ending token or at the length limit the wave is `finished` and has no runs left.
         """
@@ -230,8 +241,12 @@ class Wave:
             token = predictions.get(position)
             if token is None:
                 continue
-            holds = self._commit if run.depth == self.num_loops else self._compare
-            if not holds(run, position + 1, token, committed):
+            if run.depth == self.num_loops:
+                holds = self._commit(run, position + 1, token, committed)
+            else:
+                self._guesses.setdefault(position + 1, {})[run.depth] = token
+                holds = run.is_probed or self._compare(run, position + 1, token)
+            if not holds:
                 return False
         return True
 
@@ -252,9 +267,8 @@ class Wave:
             following.survival = 1.0
         return agrees and not self.finished
 
-    def _compare(self, run: Run, position: int, token: int, _: list[int]) -> bool:
+    def _compare(self, run: Run, position: int, token: int) -> bool:
         """An earlier depth says `token` at `position`."""
-        self._guesses.setdefault(position, {})[run.depth] = token
         rate = self.policy.agreement.rate(run.depth)
         if position >= len(self.tokens):
             better, trust = self.policy.prefer(self.tokens, token, run.depth)

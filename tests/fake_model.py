@@ -42,6 +42,7 @@ class FakeRunner:
         self.memory = memory
         self.cache: dict[tuple[int, int], list[int]] = {}  # (token slot, loop) -> the text up to there
         self.pass_rows: list[int] = []
+        self.pass_readouts: list[int] = []
 
     def forward(self, batch: Sequence[ScheduledRun]) -> list[int]:
         """Writes the cache, checks what is read, returns the readouts' tokens."""
@@ -52,6 +53,7 @@ class FakeRunner:
             for position in range(item.start + item.num_rows):
                 assert self.cache.get(self._entry(item, position)) == self._prefix(item, position)
         self.pass_rows.append(sum(item.num_rows for item in batch))
+        self.pass_readouts.append(sum(item.num_readouts for item in batch))
         return [
             self._token(item, position)
             for item in batch

@@ -14,6 +14,7 @@ ORDER = [
     },
     {"model.families", "model.layers", "model.wave", "model.checkpoint", "model.grammar", "model.ending"},
     {"model.sequence", "model.matching", "model.quantize"},
+    {"model.reading"},
     {
         *("model.looped", "model.sampling", "model.scheduler", "model.compiling", "model.initial_state"),
         "model.compressed",
@@ -28,7 +29,7 @@ ORDER = [
 ]
 PURE = (
     *("model.wave", "model.scheduler", "model.cache", "model.sequence", "model.protocol", "model.config"),
-    *("model.hub", "model.ending", "model.drafts", "model.cost"),
+    *("model.hub", "model.ending", "model.drafts", "model.cost", "model.reading"),
 )
 NUMPY = {"model.cache"}  # sums over all pages
 
