@@ -31,7 +31,7 @@ from model.families.quantized import int8_fields, stored_in_int8
 from model.hub import SINGLE_FILE
 from model.looped import LoopedTransformer
 from model.placement import EMBEDDING, HEAD, Match, is_tied_head, match
-from model.quantize import hold_in_int8, quantized, use_integer_products
+from model.quantize import ADAPTER, hold_in_int8, quantized, use_integer_products
 
 __all__ = [
     "CheckpointError",
@@ -183,22 +183,25 @@ def save_checkpoint(
 
     A model with input injection is written in the layout of a retrofitted Llama (raven), any other in
     nanbeige's. With `int8` matrices are stored in int8, rounded from the model's own dtype, and only the
-    rest in `dtype`. Raises ValueError, before anything is written, for a model that the layout cannot
-    hold. Each file is put in place whole.
+    rest, the adapter with it (see `quantize_linears`), in `dtype`. Raises ValueError, before anything is
+    written, for a model that the layout cannot hold. Each file is put in place whole.
     """
     config, parameters = model.config, model.state_dict()
     injected = config.input_injection
     family, write_config = (
         (raven.LLAMA, raven.write_config) if injected else (nanbeige.FAMILY, nanbeige.write_config)
     )
-    raw = {**write_config(config), **(int8_fields() if int8 else {})}
+    adapter = f"{ADAPTER}.weight"
+    kept = {name for name, place in family.places(config) if place and place.parameter == adapter}
+    ignored = [name.removesuffix(".weight") for name in sorted(kept)]
+    raw = {**write_config(config), **(int8_fields(ignored) if int8 else {})}
     raw["torch_dtype"] = str(dtype).removeprefix("torch.")
     parts = {
         name: parameters[place.parameter][place.rows(config)]
         for name, place in family.places(config)
         if place and place.parameter in parameters and not is_tied_head(config, place)
     }
-    matrices = {n: part for n, part in parts.items() if int8 and can_be_int8(n, part.shape)}
+    matrices = {n: part for n, part in parts.items() if int8 and n not in kept and can_be_int8(n, part.shape)}
     rest = {n: part.to("cpu", dtype, copy=True) for n, part in parts.items() if n not in matrices}
     tensors = {name: tensor.contiguous() for name, tensor in {**rest, **in_int8(matrices)}.items()}
     folder.mkdir(parents=True, exist_ok=True)

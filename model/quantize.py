@@ -20,6 +20,7 @@ from model.packed import PACKED_FOR_ROWS, padded_rows
 
 LARGEST = 127  # of a quantised weight
 UNITS = 127 * 256  # of the largest activation of a row: its high byte is then at most 127
+ADAPTER = "adapter"  # the linear layer that mixes state and input
 CHUNK = 1024  # rows of a weight that are quantised together
 MOST_INPUTS = (2**31 - 1) // (128 * 128)  # beyond it a sum of products may not fit 32 bits
 
@@ -125,8 +126,9 @@ def fixed_point(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_linears(model: nn.Module) -> int:
     """Replaces every nn.Linear below `model` by an int8 one, in place; how many were replaced.
 
-    The exit gate, a single row, stays. A head that was tied to the embedding gets weights of its own. The
-    model can no longer be trained, moved or saved.
+    The exit gate, a single row, stays, and so does the adapter: it may pass its input on and add a thousandth
+    of the state, which a row's scale would round away, and every loop would compute the same. A head that was
+    tied to the embedding gets weights of its own. The model can no longer be trained, moved or saved.
     """
     count = hold_in_int8(model)
     use_integer_products(model)
@@ -134,11 +136,11 @@ def quantize_linears(model: nn.Module) -> int:
 
 
 def hold_in_int8(model: nn.Module) -> int:
-    """The first half of `quantize_linears`: an `Int8Linear` for every nn.Linear, on any device, meta too."""
+    """The first half of `quantize_linears`: an `Int8Linear` for what it quantises, on meta as well."""
     places = [
         (parent, name)
         for parent, name, child in _children(model)
-        if isinstance(child, nn.Linear) and child.out_features > 1
+        if isinstance(child, nn.Linear) and child.out_features > 1 and name != ADAPTER
     ]
     for parent, name in places:  # one after the other: the old weight is freed before the next is quantised
         setattr(parent, name, Int8Linear(getattr(parent, name)))

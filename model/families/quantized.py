@@ -5,7 +5,7 @@ alone. Which matrices are quantised is for the files to say: `targets` and `igno
 Invariant: an option that would change a number is either read or refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model.config import ConfigError
@@ -72,12 +72,12 @@ def stored_in_int8(raw: Mapping[str, Any]) -> bool:
     return True
 
 
-def int8_fields() -> dict[str, Any]:
-    """What `stored_in_int8` reads, for a config.json whose matrices are all written in int8."""
+def int8_fields(ignored: Sequence[str] = ()) -> dict[str, Any]:
+    """What `stored_in_int8` reads, for a config.json whose matrices are written in int8, but for some."""
     weights = {key: values[0] for key, values in _WEIGHT_FIELDS.items()} | {"dynamic": False}
     group = {"targets": ["Linear", "Embedding"], "weights": weights, "input_activations": None}
     fixed = {key: values[-1] for key, values in _FIELDS.items()}
-    return {"quantization_config": {**fixed, "config_groups": {"group_0": group}, "ignore": []}}
+    return {"quantization_config": {**fixed, "config_groups": {"group_0": group}, "ignore": [*ignored]}}
 
 
 def _check(fields: Fields, table: Mapping[str, tuple[Any, ...]]) -> None:

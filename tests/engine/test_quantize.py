@@ -112,8 +112,8 @@ def test_a_quantised_model_computes_with_the_weights_it_stands_for(shape):
     model = tiny_model(**SHAPES[shape])
     ids = torch.arange(1, 41)[None]
     rounded = copy.deepcopy(model)
-    for layer in rounded.modules():
-        if isinstance(layer, nn.Linear):
+    for name, layer in rounded.named_modules():
+        if isinstance(layer, nn.Linear) and name != "adapter":
             stored, scales = quantized(layer.weight)
             layer.weight = nn.Parameter(stored * scales[:, None], requires_grad=False)
     rounded.embedding.weight = model.embedding.weight
@@ -121,6 +121,16 @@ def test_a_quantised_model_computes_with_the_weights_it_stands_for(shape):
     wanted = rounded.whole_readout(rounded.depths(ids)[-1])
     got = model.whole_readout(model.depths(ids)[-1])
     assert (got - wanted).abs().mean() < 2e-2 * wanted.std()
+
+
+def test_a_thousandth_of_the_state_is_not_rounded_away():
+    """An adapter of (0.001, 1) in int8 was (0, 1): loops that had been trained did nothing."""
+    model = tiny_model(num_loops=2, num_prelude_layers=1, input_injection=True, initial_state_std=0.1)
+    size = model.config.hidden_size
+    model.adapter.weight.copy_(torch.cat((1e-3 * torch.eye(size), torch.eye(size)), 1))
+    quantize_linears(model)
+    first, second = model.depths(torch.arange(1, 9)[None])
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
