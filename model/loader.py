@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ def load_config(path: str | Path, *, generation_config: bool = True) -> LoopedCo
 
 def is_stored_in_int8(path: str | Path) -> bool:
     """Whether a checkpoint folder's config.json says int8 matrices; raises as `load_config` does."""
-    return stored_in_int8(read_json(Path(path) / CONFIG_FILE))
+    return stored_in_int8(_read_config(path))
 
 
 def load_skeleton(path: str | Path) -> LoopedTransformer:
@@ -212,11 +212,14 @@ def save_checkpoint(
     os.replace(text, folder / CONFIG_FILE)
 
 
-def _open(path: str | Path, generation_config: bool = True) -> _Checkpoint:
-    folder = Path(path)
-    if not folder.is_dir():
+def _read_config(path: str | Path) -> dict[str, Any]:
+    if not Path(path).is_dir():
         raise CheckpointError(f"{str(path)!r} is not a local folder; a folder with {CONFIG_FILE} is wanted")
-    raw = read_json(folder / CONFIG_FILE)
+    return read_json(Path(path) / CONFIG_FILE)
+
+
+def _open(path: str | Path, generation_config: bool = True) -> _Checkpoint:
+    folder, raw = Path(path), _read_config(path)
     # Only headers are read, and only where config.json leaves a choice.
     family = family_of(raw, stored_tensors(folder) if len(families_of(raw)) > 1 else ())
     config = family.read_config(raw)
