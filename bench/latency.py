@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", default="auto", choices=["auto", "none", "int8"])
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--draft-depths", default=None, help="comma-separated (default: the model's)")
-    parser.add_argument("--deterministic", action="store_true", help="batch-invariant arithmetic")
+    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, help="default: as serving")
     parser.add_argument("--draft-policy", default=DEFAULT_POLICY, choices=POLICIES)
     parser.add_argument(
         "--row-budget", type=int, default=32, help="rows of a pass; a fixed one: passes repeat exactly"

@@ -38,11 +38,11 @@ class InvarianceError(ValueError):
 def make_invariant(model: LoopedTransformer) -> None:
     """Replaces every module whose result for a row could depend on other rows, in place.
 
-    As with `pack_linears`, the model can no longer be trained, moved or saved. Raises InvarianceError
-    if the model holds other modules than this knows, or isn't fp32 or bf16 on a CPU with oneDNN.
+    As with `pack_linears`, the model can no longer be trained, moved or saved. Raises InvarianceError, the
+    model untouched, if it holds other modules than this knows, or isn't fp32 or bf16 on a CPU with oneDNN.
     """
     _refuse_what_is_unknown(model)
-    proven: dict[tuple[int, int], tuple[int, ...]] = {}
+    proven = _proven_sizes(model)
     rotary = InvariantRotary(model.config)
     model.rotary = rotary
     for parent in list(model.modules()):
@@ -53,13 +53,18 @@ def make_invariant(model: LoopedTransformer) -> None:
             parent.activation = InvariantActivation(parent.activation)
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                shape = (child.in_features, child.out_features)
-                if shape not in proven:
-                    proven[shape] = invariant_sizes(*shape, child.weight.dtype)
-                setattr(parent, name, InvariantLinear(PackedLinear(child), proven[shape]))
+                sizes = proven[child.in_features, child.out_features]
+                setattr(parent, name, InvariantLinear(PackedLinear(child), sizes))
             elif isinstance(child, RMSNorm):
                 setattr(parent, name, InvariantNorm(child))
     model.row_invariant = True
+
+
+def _proven_sizes(model: LoopedTransformer) -> dict[tuple[int, int], tuple[int, ...]]:
+    """`invariant_sizes` of every shape (in, out) that a linear layer of the model has."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    shapes = {(linear.in_features, linear.out_features): linear.weight.dtype for linear in linears}
+    return {shape: invariant_sizes(*shape, dtype) for shape, dtype in shapes.items()}
 
 
 def _refuse_what_is_unknown(model: LoopedTransformer) -> None:

@@ -3,7 +3,7 @@
 Runs passes of made-up sequences over the engine's own runner and pool, before any request: one row a
 sequence, then whole waves, over a grid of sequences x context. The shortest of a few runs counts, so a
 busy moment of the machine doesn't. Kept in a file per model, machine and options, so that the next start
-doesn't measure again.
+doesn't measure again; but for a measurement that doesn't repeat, which serves until this engine ends.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ SEQUENCES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (64, 512)  # tokens
 WAVE_ROWS = 4  # of a sequence in the passes that are compared
 OWN_MILLISECONDS = 0.03  # of scheduler and wave for a row: pure Python, outside of the passes measured here
+SAME = 1.5  # times: what a price may change by within the seconds of a measurement on a quiet machine
 MOST_ROWS = 256  # of a pass that still takes speculative ones
 
 
@@ -50,7 +51,8 @@ def measured_cost(engine: Engine) -> MeasuredCost:
     kept = _read(file)
     if kept is None:
         kept = _measure(engine)
-        _write(file, kept)
+        if _repeats(engine, kept):
+            _write(file, kept)
     prices = [[PassPrice(*price) for price in row] for row in kept.prices]
     return MeasuredCost(kept.num_sequences, kept.contexts, prices, MOST_ROWS, kept.readout)
 
@@ -68,6 +70,13 @@ def _measure(engine: Engine) -> _Kept:
         kept.num_sequences.append(num)
         kept.prices.append([_price(engine, num, context, kept.readout.head) for context in contexts])
     return kept
+
+
+def _repeats(engine: Engine, kept: _Kept) -> bool:
+    """Whether the first price comes out again at the end, as it does unless something else has the cores."""
+    before, _ = kept.prices[0][0]
+    now, _ = _price(engine, kept.num_sequences[0], kept.contexts[0], kept.readout.head)
+    return max(now, before) <= SAME * min(now, before)
 
 
 def _price(engine: Engine, num_sequences: int, context: int, head: float) -> tuple[float, float]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from model.packed import PACKED_FOR_ROWS, padded_rows
 
 LARGEST = 127  # of a quantised weight
-UNITS = 127 * 256  # of the largest activation of a row: its high byte is then at most 127
+LOW_UNITS = 254  # in one of the high byte: what is left of an activation then fits -127..127 too
+UNITS = 127 * LOW_UNITS  # of the largest activation of a row: its high byte is then at most 127
 ADAPTER = "adapter"  # the linear layer that mixes state and input
 CHUNK = 1024  # rows of a weight that are quantised together
 MOST_INPUTS = (2**31 - 1) // (128 * 128)  # beyond it a sum of products may not fit 32 bits
@@ -68,8 +69,10 @@ class IntegerLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         count, padded = len(rows), padded_rows(len(rows))
         units, scales = fixed_point(F.pad(rows, (0, 0, 0, padded - count)) if padded > count else rows)
-        out = self._product(units)
-        out = torch.add(out[padded:], out[:padded], alpha=256.0).mul_(scales)[:count]
+        high, low = self._product(units).view(2, padded, self.out_features).unbind()
+        out = low.add_(high, alpha=LOW_UNITS).mul_(scales)
+        if padded > count:
+            out = out[:count]
         if self._bias is not None:
             out = out + self._bias
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -111,15 +114,16 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 def fixed_point(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (rows, n) as int8 (2 * rows, n), the high bytes then the low ones, and scales (rows, 1).
 
-    x is about scales * (256 * high + low); a number is off by at most half of its row's scale, which is
-    1 / 32512 of the row's largest magnitude.
+    x is about scales * (LOW_UNITS * high + low); a number is off by at most half of its row's scale, which
+    is 1 / 32258 of the row's largest magnitude. Few and cheap operations, since a pass calls this for every
+    product: torch's inf-norm alone takes 85 us for 16 rows of 1536, abs and amax 8.
     """
     x = x.float()
-    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
-    scales = (largest / UNITS).clamp_min(torch.finfo(torch.float32).tiny)
-    units = torch.round(x / scales)
-    high = torch.floor((units + 128) * (1 / 256))
-    low = torch.add(units, high, alpha=-256.0)
+    largest = x.abs().amax(-1, keepdim=True)
+    scales = largest.mul_(1 / UNITS).clamp_min_(torch.finfo(torch.float32).tiny)
+    units = x / scales
+    high = (units * (1 / LOW_UNITS)).round_()
+    low = units.sub_(high, alpha=LOW_UNITS).round_()
     return torch.cat((high, low)).to(torch.int8), scales
 
 

@@ -8,8 +8,9 @@ import torch
 
 from model.config import LoopedConfig
 from model.engine import Engine, EngineConfig
-from model.invariant import make_invariant
+from model.invariant import InvarianceError, make_invariant
 from model.loader import is_stored_in_int8, load_model
+from model.looped import LoopedTransformer
 from model.matching import Vocabulary
 from model.measure import measured_cost
 from model.packed import pack_linears
@@ -52,10 +53,7 @@ def build_engine(options: EngineOptions) -> Engine:
         row_budget=options.row_budget or DEFAULT_ROW_BUDGET,
         limits=limits,
     )
-    if options.deterministic:
-        make_invariant(loaded.model)
-    else:
-        pack_linears(loaded.model)
+    _choose_arithmetic(loaded.model, options.deterministic, quantization)
     engine = Engine(loaded.model, config, load_vocabulary(Path(options.model_path), loaded.config))
     _warm_up(engine)
     if options.row_budget is None:
@@ -94,6 +92,25 @@ def resolve_quantization(name: str, folder: str | Path, device: torch.device) ->
         return name
     kept = is_stored_in_int8(folder) and device.type == "cpu" and integer_products_are_exact()
     return "int8" if kept else "none"
+
+
+def _choose_arithmetic(model: LoopedTransformer, deterministic: bool | None, quantization: str) -> None:
+    """Batch-invariant modules if asked for, packed ones if not, in place.
+
+    Nobody having said, invariant ones where the products are sums of integers anyway: what is left costs 5 %
+    at most (the embedded model, fp32, 1 to 8 requests at once). Raises InvarianceError where they are asked
+    for and can't be had.
+    """
+    cheap = quantization == "int8" and model.dtype == torch.float32
+    if deterministic or (deterministic is None and cheap):
+        try:
+            make_invariant(model)
+        except InvarianceError:
+            if deterministic:
+                raise
+        else:
+            return
+    pack_linears(model)
 
 
 def _warm_up(engine: Engine) -> None:

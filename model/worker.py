@@ -59,7 +59,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_tokens: int | None = None
     kv_cache_memory: int | None = None  # bytes
     threads: int = 0
-    deterministic: bool = False  # batch-invariant arithmetic; CPU, float32 and bfloat16
+    deterministic: bool | None = None  # batch-invariant arithmetic; CPU, float32 and bfloat16
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

@@ -46,7 +46,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         title = str(_extra(name)["group"])
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        if field.annotation is bool:
+        if field.annotation in (bool, bool | None):
             options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
             repeat = bool(_extra(name).get("repeat"))

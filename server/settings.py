@@ -179,11 +179,11 @@ class Settings(BaseSettings):
     threads: int = Field(
         0, json_schema_extra=ENGINE, description="CPU threads of the engine; 0: one per core", ge=0
     )
-    deterministic: bool = Field(
-        False,
+    deterministic: bool | None = Field(
+        None,
         json_schema_extra=ENGINE,
         description="batch-invariant arithmetic: the same bits alone and in a batch, with and without "
-        "speculation; slower, on a CPU only",
+        "speculation; slower, on a CPU only; default: for int8 weights in float32, where it costs least",
     )
 
     host: str = Field("127.0.0.1", json_schema_extra=NETWORK, description="address to listen on")

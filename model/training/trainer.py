@@ -102,7 +102,10 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            peaks = [group["peak"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["peak"] = peak  # the recipe's, which may have got further stages since
 
     def _log(self, losses: list[float], bar: Any) -> None:  # noqa: ANN401  (tqdm is untyped)
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {len(losses)} loops")

@@ -1,5 +1,6 @@
 """The engine on tiny real models: speculation on == off, alone == in a batch, the cache after flushes."""
 
+import math
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.cost import PassPrice
 from model.drafts import POLICIES
 from model.engine import Engine, EngineConfig, EngineConfigError
 from model.looped import LoopedTransformer
@@ -315,6 +317,7 @@ def test_requests_of_different_salts_share_no_prefix() -> None:
 
 def test_pass_costs_are_measured_once_and_kept(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("model.measure.SAME", math.inf)  # whatever else this machine does
     shared = engine(tiny_model())
     cost = measured_cost(shared)
     shared.check_integrity()
@@ -326,6 +329,17 @@ def test_pass_costs_are_measured_once_and_kept(tmp_path, monkeypatch) -> None:
     kept[0].write_text("{")
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         measured_cost(shared)
+
+
+@pytest.mark.parametrize(("again", "kept"), [(1.4, 1), (1.6, 0), (0.6, 0)])
+def test_pass_costs_that_do_not_repeat_are_used_but_not_kept(tmp_path, monkeypatch, again, kept) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("model.measure.SEQUENCES", (1,))
+    monkeypatch.setattr("model.measure.CONTEXTS", (8,))
+    prices = iter([(1.0, 0.1), (again, 0.1)])
+    monkeypatch.setattr("model.measure._price", lambda *_: next(prices))
+    assert measured_cost(engine(tiny_model())).prices == [[PassPrice(1.0, 0.1)]]
+    assert len(list(tmp_path.glob("speed-serve/*.json"))) == kept
 
 
 @pytest.mark.parametrize("shape", SHAPES)

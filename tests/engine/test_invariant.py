@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,7 +27,7 @@ from model.layers import ACTIVATIONS, RMSNorm, Rotary
 from model.looped import LoopedTransformer
 from model.packed import PackedLinear
 from model.protocol import GenerationRequest, SamplingParams
-from model.quantize import quantize_linears
+from model.quantize import integer_products_are_exact, quantize_linears
 from model.sampling import Sampler
 from model.scheduler import SchedulerLimits
 from model.serving import build_engine
@@ -246,3 +247,32 @@ def test_the_option_builds_a_deterministic_engine_and_says_so(tmp_path: Path) ->
             deterministic=deterministic,
         )
         assert build_engine(options).info.deterministic is deterministic
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "chosen"),
+    [("int8", "float32", True), ("int8", "bfloat16", False), ("none", "float32", False)],
+)
+def test_unasked_an_engine_is_deterministic_where_that_is_cheap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, dtype: str, chosen: bool
+) -> None:
+    """Where it can't be had the engine does without, and only an explicit wish is refused."""
+    save_checkpoint(tiny_model(), tmp_path, torch.float32)
+    options = EngineOptions(
+        model_path=str(tmp_path),
+        kv_cache_tokens=1024,
+        row_budget=8,
+        threads=1,
+        device="cpu",
+        dtype=dtype,
+        quantization=quantization,
+    )
+    assert build_engine(options).info.deterministic is (chosen and integer_products_are_exact())
+
+    def refuse(_: LoopedTransformer) -> None:
+        raise InvarianceError("a product depends on its place")
+
+    monkeypatch.setattr("model.serving.make_invariant", refuse)
+    assert not build_engine(options).info.deterministic
+    with pytest.raises(InvarianceError, match="depends on its place"):
+        build_engine(msgspec.structs.replace(options, deterministic=True))

@@ -10,6 +10,8 @@ from model.engine import Engine, EngineConfig
 from model.packed import pack_linears
 from model.protocol import GenerationRequest, SamplingParams
 from model.quantize import (
+    LOW_UNITS,
+    UNITS,
     Int8Linear,
     IntegerLinear,
     fixed_point,
@@ -51,8 +53,8 @@ def test_activations_keep_sixteen_bits():
     x = rows(9)
     units, scales = fixed_point(x)
     high, low = units.double().chunk(2)
-    assert ((scales * (256 * high + low) - x).abs() <= scales * 0.501).all()
-    assert torch.allclose(scales[:, 0], x.abs().amax(1) / 32512)
+    assert ((scales * (LOW_UNITS * high + low) - x).abs() <= scales * 0.502).all()
+    assert torch.allclose(scales[:, 0], x.abs().amax(1) / UNITS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,7 +70,7 @@ def test_the_product_is_that_of_the_dequantised_weight(kind, bias, dtype, roundi
     wanted = x.double() @ weight.T + (layer.bias.double() if bias else 0)
     got = kind(layer)(x)
     assert got.dtype == dtype
-    units = x.double().abs().amax(1, keepdim=True) / 32512
+    units = x.double().abs().amax(1, keepdim=True) / UNITS
     sizes = x.double().abs() @ weight.abs().T + 1
     assert ((got - wanted).abs() <= 0.51 * units * weight.abs().sum(1) + rounding * sizes).all()
 

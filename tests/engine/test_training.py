@@ -1,5 +1,6 @@
 """Training on a corpus of a few files: it learns, it resumes exactly, and what it exports can be served."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -99,6 +100,20 @@ def test_the_loss_falls_and_every_loop_has_one(tmp_path, corpus) -> None:
     assert len(losses[0]) == 1
     assert len(losses[-1]) == 3
     assert losses[-1][-1] < losses[0][0] - 0.5
+
+
+def test_a_resumed_run_takes_the_learning_rates_of_the_recipe_as_it_is_now(tmp_path, corpus) -> None:
+    train(arguments(tmp_path, corpus, "run", 0))
+    recipe = dataclasses.replace(
+        load_recipe(tmp_path / "recipe.toml"), matrix_learning_rate=0.005, other_learning_rate=0.003
+    )
+    tokens = main.np.load(tmp_path / "run" / "train.npy")
+    trainer = Trainer(recipe, TextTask(tokens, recipe), tmp_path / "run", new_model(recipe))
+    assert trainer.step == 1
+    trainer.take_step()
+    _, rate = recipe.at(1)
+    used = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    assert used == pytest.approx([0.005 * rate, 0.003 * rate])
 
 
 def test_training_and_held_out_files_are_split_by_path_and_never_equal(corpus) -> None:
