@@ -1,6 +1,5 @@
 """docker/: what the files there name exists in the server. No container engine and no cluster is needed."""
 
-import asyncio
 import json
 import re
 from pathlib import Path
@@ -13,10 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.app import create_app
 from server.cli import build_parser, read_settings
 from server.settings import ENV_PREFIX, Settings
-from tests.contract.conftest import serving, until
-from tests.contract.test_metrics import COUNTS
+from tests.contract.test_metrics import served_and_refused
 from tests.fake_engine import FakeEngine
-from tests.text_tools import byte_codec, ids_of
+from tests.text_tools import byte_codec
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
@@ -51,15 +49,7 @@ def seconds(text: str) -> float:
 
 async def exported_labels() -> dict[str, set[str]]:
     """Labels by the name of each sample, of a server that has served and refused."""
-    engine = FakeEngine(lambda _: ids_of("abcd"), delay=0.001)
-    engine.counts = COUNTS
-    async with serving(engine, max_queued_requests=1) as served:
-        assert (await served.post()).status_code == 200
-        engine.delay = 1000
-        waiting = asyncio.create_task(served.post())
-        await until(lambda: len(engine.requests) == 2)
-        assert (await served.post()).status_code == 429
-        waiting.cancel()
+    async with served_and_refused() as served:
         text = (await served.client.get("/metrics")).text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {sample.name: set(sample.labels) for sample in samples}

@@ -1,6 +1,8 @@
 """/metrics: every name of the contract, and figures that are those of the requests."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -71,7 +73,9 @@ async def scrape(served: Served) -> dict[str, float]:
     return samples
 
 
-async def test_every_name_of_the_contract_with_its_type_and_labels():
+@asynccontextmanager
+async def served_and_refused() -> AsyncIterator[Served]:
+    """A server that has counted one of everything: an answer, a refusal, what the engine reports."""
     engine = FakeEngine(lambda _: ids_of("abcd"), delay=0.001)
     engine.counts = COUNTS
     async with serving(engine, max_queued_requests=1) as served:
@@ -81,6 +85,11 @@ async def test_every_name_of_the_contract_with_its_type_and_labels():
         await until(lambda: len(engine.requests) == 2)
         assert (await served.post()).status_code == 429
         waiting.cancel()
+        yield served
+
+
+async def test_every_name_of_the_contract_with_its_type_and_labels():
+    async with served_and_refused() as served:
         # What Prometheus 2 and 3 send; the names must not depend on it.
         for accept in ("application/openmetrics-text;version=1.0.0,*/*;q=0.1", "text/plain"):
             response = await served.client.get("/metrics", headers={"accept": accept})

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from model import load_model, save_checkpoint
@@ -26,6 +26,7 @@ from model.quantize import (
 from model.serving import build_engine, resolve_quantization
 from model.worker import EngineOptions
 from server.cli import main
+from tests.checkpoint_edits import edit_config, edit_tensors
 from tests.tiny_models import tiny_model
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -80,17 +81,6 @@ def rounded(model: LoopedTransformer) -> LoopedTransformer:
 def folder(tmp_path):
     save_checkpoint(model_of("nanbeige"), tmp_path, torch.float32, int8=True)
     return tmp_path
-
-
-def edit_tensors(folder, **changes):
-    """Replaces tensors of a folder's single file; None takes one away."""
-    tensors = {**load_file(folder / "model.safetensors"), **changes}
-    save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -14,6 +14,7 @@ from model import load_config, load_model, save_checkpoint
 from model.checkpoint import CheckpointError
 from model.config import LoopedConfig, NormPlacement, RopeConfig
 from model.looped import LoopedTransformer
+from tests.checkpoint_edits import edit_config, edit_tensors
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -44,17 +45,6 @@ def tiny(**fields) -> LoopedTransformer:
 def folder(tmp_path):
     save_checkpoint(tiny(), tmp_path, torch.float32)
     return tmp_path
-
-
-def edit_tensors(folder, **changes):
-    """Replaces tensors of a folder's single file; None takes one away."""
-    tensors = {**load_file(folder / "model.safetensors"), **changes}
-    save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def shard(folder):
