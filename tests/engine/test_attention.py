@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.attention import GatheredAttention, InvariantAttention, KVStore, ViewedAttention
+from model.attention.invariant import attend_block, blocks_agree
 from model.attention.store import RowRun
 from model.cache import PageTable
 from model.config import LoopedConfig
@@ -165,6 +166,48 @@ def test_invariant_attention_gives_a_row_the_bits_it_gets_alone(first, second, i
     ]
     assert together.dtype == dtype
     assert torch.equal(together, torch.cat(one_by_one))
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_rows_of_a_page_attend_as_a_block_or_by_themselves_with_the_same_bits(page_size, monkeypatch) -> None:
+    """Where the machine was seen to agree; with three query heads to a K/V head the way is taken here."""
+    config = tiny_config(num_loops=2, num_block_layers=1, num_heads=6, num_kv_heads=2)
+    store = KVStore(config, 640, torch.device("cpu"), torch.float32)
+    table = PageTable(page_size)
+    for page in range(640 // page_size):
+        table.append(page)
+    generator = torch.Generator().manual_seed(7)
+    for cache in (store.keys[0], store.values[0]):
+        cache.copy_(torch.randn(cache.shape, generator=generator))
+    agree = blocks_agree(2, 3, config.head_dim, page_size, torch.get_num_threads())
+    blocks = []
+    monkeypatch.setattr(
+        "model.attention.invariant.attend_block", lambda *tensors: blocks.append(1) or attend_block(*tensors)
+    )
+    for start, rows in ((0, 40), (30, 9), (250, 64), (513, 35)):
+        runs = [RowRun(table, start, rows, 1)]
+        q = torch.randn(rows, 6, config.head_dim, generator=generator)
+        entries = store.entries(runs)
+        k, v = (cache[0].flatten(0, 1)[entries] for cache in (store.keys, store.values))
+        together = InvariantAttention(store).bind(runs)(0, q, k, v)
+        taken = len(blocks)
+        alone = [
+            InvariantAttention(store).bind([RowRun(table, start + i, 1, 1)])(
+                0, q[i : i + 1], k[i : i + 1], v[i : i + 1]
+            )
+            for i in range(rows)
+        ]
+        assert len(blocks) == taken  # a single row never is a block
+        assert torch.equal(together, torch.cat(alone))
+    assert bool(blocks) == agree
+
+
+def test_a_machine_whose_blocks_round_otherwise_attends_row_by_row(monkeypatch) -> None:
+    def rounded(q, keys, values, mask):
+        return attend_block(q, keys, values, mask) * (1 + 2**-20)
+
+    monkeypatch.setattr("model.attention.invariant.attend_block", rounded)
+    assert not blocks_agree.__wrapped__(2, 3, 16, 16, 1)
 
 
 def test_what_an_earlier_owner_left_in_a_page_cannot_reach_a_row_under_the_mask() -> None:
