@@ -32,25 +32,20 @@ _WEIGHT_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 # What is read elsewhere, or says how the numbers were found.
 _FREE = frozenset(
-    (
-        *(
-            "config_groups",
-            "sparsity_config",
-            "ignore",
-            "targets",
-            "weights",
-            "global_compression_ratio",
-            "version",
-        ),
-        *(
-            "global_compression_ratio",
-            "run_compressed",
-            "observer",
-            "observer_kwargs",
-            "scale_dtype",
-            "zp_dtype",
-        ),
-    )
+    {
+        "config_groups",
+        "global_compression_ratio",
+        "ignore",
+        "observer",
+        "observer_kwargs",
+        "run_compressed",
+        "scale_dtype",
+        "sparsity_config",
+        "targets",
+        "version",
+        "weights",
+        "zp_dtype",
+    }
 )
 
 
