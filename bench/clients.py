@@ -158,7 +158,8 @@ def report(name: str, times: list[float], baseline: list[float]) -> float:
 
 async def run(args: argparse.Namespace) -> None:
     """Everything, in turn."""
-    with ServerProcess("--max-num-seqs", "128", "--max-queued-requests", "512") as server:
+    options = ("--max-num-seqs", "128", "--max-queued-requests", "512", "--served-model-name", "default")
+    with ServerProcess(*args.model, *options) as server:
         await seconds_per_token(server, args.good, 20)
         drops = []
         for _ in range(args.rounds):
@@ -180,6 +181,7 @@ async def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parses options and runs."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", nargs=1, default=[], help="folder or Hugging Face id (default: embedded)")
     parser.add_argument("--dropped", type=int, default=200, help="streams that are opened and dropped")
     parser.add_argument("--slow", type=int, default=100, help="readers that take a few bytes a second")
     parser.add_argument("--good", type=int, default=4, help="clients that are measured")
