@@ -210,6 +210,6 @@ def _agrees(kv_heads: int, group: int, head_dim: int, page_size: int, context: i
     drawn = torch.randn(2, 1, context, kv_heads, head_dim, generator=generator)
     keys, values = drawn.transpose(2, 3)
     mask = torch.full((page_size, context), -torch.inf).triu(context - page_size + 1)[:, None, None]
-    rows = (each.expand(page_size, -1, -1, -1) for each in (keys, values))
-    alone = F.scaled_dot_product_attention(q, *rows, attn_mask=mask)
+    shared = keys.expand(page_size, -1, -1, -1), values.expand(page_size, -1, -1, -1)
+    alone = F.scaled_dot_product_attention(q, shared[0], shared[1], attn_mask=mask)
     return torch.equal(attend_block(q, keys, values, block_mask(mask, group, page_size)), alone)
