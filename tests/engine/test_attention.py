@@ -168,10 +168,14 @@ def test_invariant_attention_gives_a_row_the_bits_it_gets_alone(first, second, i
     assert torch.equal(together, torch.cat(one_by_one))
 
 
+@pytest.mark.parametrize("window", ["none", "sliding"])
 @pytest.mark.parametrize("page_size", [4, 16])
-def test_rows_of_a_page_attend_as_a_block_or_by_themselves_with_the_same_bits(page_size, monkeypatch) -> None:
+def test_rows_of_a_page_attend_as_a_block_or_by_themselves_with_the_same_bits(
+    page_size, window, monkeypatch
+) -> None:
     """Where the machine was seen to agree; with three query heads to a K/V head the way is taken here."""
-    config = tiny_config(num_loops=2, num_block_layers=1, num_heads=6, num_kv_heads=2)
+    shape = {"num_loops": 2, "num_block_layers": 1, "num_heads": 6, "num_kv_heads": 2}
+    config = tiny_config(**shape, **WINDOWS[window])
     store = KVStore(config, 640, torch.device("cpu"), torch.float32)
     table = PageTable(page_size)
     for page in range(640 // page_size):
