@@ -72,7 +72,8 @@ def _refuse_what_is_unknown(model: LoopedTransformer) -> None:
         raise InvarianceError(f"deterministic mode runs on a CPU only; the device is {model.device}")
     if model.dtype not in PACKABLE or not can_pack(model):
         raise InvarianceError(
-            f"deterministic mode needs float32 or bfloat16 and oneDNN's products; dtype is {model.dtype}"
+            "deterministic mode needs float32, or bfloat16 on a CPU that has its products (AVX-512), and "
+            f"oneDNN; dtype is {model.dtype} on a CPU with {torch.backends.cpu.get_cpu_capability()}"
         )
     for name, module in model.named_modules():
         if not isinstance(module, (*_CONTAINERS, *_EXACT, nn.Linear, RMSNorm, Rotary)):

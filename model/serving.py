@@ -13,7 +13,7 @@ from model.loader import is_stored_in_int8, load_model
 from model.looped import LoopedTransformer
 from model.matching import Vocabulary
 from model.measure import measured_cost
-from model.packed import pack_linears
+from model.packed import multiplies_bf16, pack_linears
 from model.protocol import GenerationRequest, SamplingParams
 from model.quantize import integer_products_are_exact
 from model.scheduler import DEFAULT_ROW_BUDGET, SchedulerLimits
@@ -30,6 +30,10 @@ def build_engine(options: EngineOptions) -> Engine:
     device = resolve_device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    if options.dtype == "bfloat16" and not multiplies_bf16(device):
+        log.warning(
+            "this CPU has no bfloat16 products: dtype float32 takes twice the memory and far less time"
+        )
     quantization = resolve_quantization(options.quantization, options.model_path, device)
     loaded = load_model(
         options.model_path,

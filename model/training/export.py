@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.loader import load_model, save_checkpoint
+from model.packed import multiplies_bf16
 from model.training.losses import Evaluation, evaluate
 from model.training.recipe import Recipe
 from model.training.trainer import Trainer
@@ -44,6 +45,7 @@ def _card(trainer: Trainer, sizes: dict[str, Any], figures: Evaluation, folder: 
         f"| {depth} | {loss:.4f} | {loss / held_out['bytes_per_token'] / 0.6931:.4f} | {share:.1%} |"
         for depth, (loss, share) in enumerate(zip(*figures, strict=True), start=1)
     )
+    arithmetic = "bfloat16 autocast" if multiplies_bf16(trainer.model.device) else "float32"
     return f"""# A small looped model of Python source code
 
 {model.num_block_layers} layers x {model.num_loops} loops, width {model.hidden_size}, \
@@ -64,7 +66,7 @@ The tokenizer (byte-level BPE) was trained on the training files alone.
 {trainer.seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores, from random weights: {_stages(recipe)}. \
 Cross-entropy after every loop, loop r weighing {_weights(recipe)} (later loops heavier, as in SPEED, \
 Hooper et al. 2023), plus the divergence of early readouts from the last one. Muon for the layers, AdamW \
-for the rest, bfloat16 autocast. \
+for the rest, {arithmetic}. \
 `speed train --output FOLDER` does it again.
 
 ## Held-out figures of these weights

@@ -42,6 +42,9 @@ class Recipe:
     weight_decay: float
     seed: int
     adapter_learning_rate: float = 1e-5  # AdamW, for the adapter of a model with input injection
+    # Of random weights. Beside a block's output, of order 1, a loop after the first sees nothing of an
+    # embedding of 0.02; one of order 1 needs a head of its own, or logits start too large.
+    embedding_std: float = 0.02
 
     @property
     def total_steps(self) -> int:

@@ -15,8 +15,10 @@ from torch import nn
 from tqdm import tqdm
 
 from model.looped import LoopedTransformer
+from model.packed import multiplies_bf16
 from model.training.checkpoints import load_checkpoint, save_checkpoint
 from model.training.losses import LoopLosses
+from model.training.muon import Float32Muon
 from model.training.recipe import Recipe, Stage
 
 LOG = "log.jsonl"
@@ -71,7 +73,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad()
-        with torch.autocast(self.model.device.type, torch.bfloat16):
+        with torch.autocast(
+            self.model.device.type, torch.bfloat16, enabled=multiplies_bf16(self.model.device)
+        ):
             losses = self.task.losses(self.model, stage, self.step)
         losses.total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
@@ -122,15 +126,15 @@ def new_model(recipe: Recipe) -> LoopedTransformer:
     """The recipe's model with random weights, decided by its seed."""
     torch.manual_seed(recipe.seed)
     model = LoopedTransformer(recipe.model)
-    initialise(model)
+    initialise(model, recipe.embedding_std)
     return model
 
 
-def initialise(model: LoopedTransformer) -> None:
+def initialise(model: LoopedTransformer, embedding_std: float = 0.02) -> None:
     """Random weights from torch's global seed: outputs of sub-layers start at zero."""
     for name, parameter in model.named_parameters():
         if name == "embedding.weight":
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=embedding_std)
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.zeros_(parameter)
         elif parameter.ndim == 2:
@@ -148,7 +152,7 @@ def _optimizers(model: LoopedTransformer, recipe: Recipe) -> list[torch.optim.Op
     for name, parameter in model.named_parameters():
         if not name.startswith("adapter."):
             (matrices if parameter.ndim == 2 and name.startswith("layers.") else others).append(parameter)
-    muon = torch.optim.Muon(
+    muon = (torch.optim.Muon if multiplies_bf16(model.device) else Float32Muon)(
         matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay, momentum=0.95
     )
     adapter = [parameter for name, parameter in model.named_parameters() if name.startswith("adapter.")]

@@ -18,11 +18,10 @@ from model.training.text_task import TextTask
 @pytest.fixture
 def recipe() -> Recipe:
     full = load_recipe(depth_for_free.RECIPE)
-    model = replace(
-        full.model, vocab_size=300, hidden_size=32, intermediate_size=48, num_heads=2, head_dim=16
-    )
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    model = replace(full.model, vocab_size=300, num_block_layers=2, **small)
     stages = tuple(replace(stage, steps=2, sequence_length=32) for stage in full.stages[1:])
-    return replace(full, model=replace(model, num_kv_heads=1), stages=stages, tokens_per_step=64)
+    return replace(full, model=model, stages=stages, tokens_per_step=64)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from model.invariant import (
 )
 from model.layers import ACTIVATIONS, RMSNorm, Rotary
 from model.looped import LoopedTransformer
-from model.packed import PackedLinear
+from model.packed import PackedLinear, can_pack
 from model.protocol import GenerationRequest, SamplingParams
 from model.quantize import integer_products_are_exact, quantize_linears
 from model.sampling import Sampler
@@ -34,8 +34,13 @@ from model.serving import build_engine
 from model.worker import EngineOptions
 from tests.tiny_models import SHAPES, tiny_config, tiny_model
 
-DTYPES = [torch.float32, torch.bfloat16]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+HAS_BF16 = can_pack(nn.Linear(8, 8, dtype=torch.bfloat16))
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 products")
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.bfloat16, marks=needs_bf16, id="bf16"),
+]
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def invariant_model(dtype: torch.dtype, **changes) -> LoopedTransformer:
@@ -118,6 +123,7 @@ def test_logits_and_texts_are_the_same_bits_alone_and_in_any_batch(shape: str, d
             assert torch.equal(way.logits[place], plain.logits[place]), place
 
 
+@pytest.mark.skipif(not integer_products_are_exact(), reason="this CPU's integer products saturate")
 @dtypes
 def test_integer_products_are_deterministic_as_they_are(dtype: torch.dtype) -> None:
     model = tiny_model().to(dtype)
@@ -226,7 +232,7 @@ def test_rows_are_filtered_and_drawn_one_at_a_time(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_cannot_be_made_invariant_is_refused() -> None:
-    with pytest.raises(InvarianceError, match=r"needs float32 or bfloat16 .* dtype is torch\.float16"):
+    with pytest.raises(InvarianceError, match=r"needs float32, or bfloat16 .* dtype is torch\.float16"):
         make_invariant(tiny_model().half())
     with pytest.raises(InvarianceError, match="on a CPU only; the device is meta"):
         make_invariant(tiny_model().to("meta"))
@@ -276,3 +282,24 @@ def test_unasked_an_engine_is_deterministic_where_that_is_cheap(
     assert not build_engine(options).info.deterministic
     with pytest.raises(InvarianceError, match="depends on its place"):
         build_engine(msgspec.structs.replace(options, deterministic=True))
+
+
+@pytest.mark.parametrize(
+    ("has_products", "dtype"), [(False, "bfloat16"), (True, "bfloat16"), (False, "float32")]
+)
+def test_bf16_on_a_cpu_without_its_products_is_warned_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    has_products: bool,
+    dtype: str,
+) -> None:
+    monkeypatch.setattr("model.serving.multiplies_bf16", lambda device: has_products)
+    save_checkpoint(tiny_model(), tmp_path, torch.float32)
+    build_engine(
+        EngineOptions(
+            model_path=str(tmp_path), kv_cache_tokens=256, row_budget=8, threads=1, device="cpu", dtype=dtype
+        )
+    )
+    warned = "no bfloat16 products" in caplog.text
+    assert warned is (not has_products and dtype == "bfloat16")

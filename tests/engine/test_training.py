@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 
 from model import load_model
 from model.training import main
+from model.training import trainer as trainer_module
 from model.training.checkpoints import DamagedCheckpointError, load_checkpoint, save_checkpoint
 from model.training.corpus import is_held_out, read_corpus
-from model.training.recipe import load_recipe
+from model.training.muon import Float32Muon, orthogonalised
+from model.training.recipe import load_recipe, recipe_from
 from model.training.text_task import TextTask
 from model.training.trainer import Trainer, new_model
 
@@ -127,6 +130,51 @@ def test_training_and_held_out_files_are_split_by_path_and_never_equal(corpus) -
     assert len(texts) == len(set(texts))
 
 
+@pytest.mark.parametrize("shape", [(24, 72), (72, 24)])
+def test_muon_in_fp32_is_torchs_but_for_bf16_rounding(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(5, *shape)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    mine = Float32Muon([ours], lr=0.1, weight_decay=0.1, momentum=0.9)
+    torchs = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, momentum=0.9)
+    for index, gradient in enumerate(gradients):
+        if index == 3:  # a run may go on with the other one
+            mine.load_state_dict(torchs.state_dict())
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        mine.step()
+        torchs.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.1 * moved  # rounding to bf16 moves the small singular values
+    assert (ours - start).norm() > 0.9 * moved
+
+
+def test_orthogonalised_singular_values_are_near_one() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(48, 16) @ torch.diag(torch.logspace(0, -2, 16))
+    values = torch.linalg.svdvals(orthogonalised(matrix, (3.4445, -4.7750, 2.0315), 7, 1e-7))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_training_uses_bf16_only_where_the_cpu_has_its_products(
+    tmp_path, corpus, monkeypatch, has_bf16
+) -> None:
+    monkeypatch.setattr(trainer_module, "multiplies_bf16", lambda device: has_bf16)
+    train(arguments(tmp_path, corpus, "run", 0))
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    tokens = main.np.load(tmp_path / "run" / "train.npy")
+    trainer = Trainer(recipe, TextTask(tokens, recipe), tmp_path / "run", new_model(recipe))
+    dtypes = set()
+    trainer.model.layers[0].register_forward_hook(lambda _module, _inputs, output: dtypes.add(output.dtype))
+    trainer.model.layers[0].attn.qkv_proj.register_forward_hook(
+        lambda _module, _inputs, output: dtypes.add(output.dtype)
+    )
+    trainer.take_step()
+    assert (torch.bfloat16 in dtypes) is has_bf16
+    assert isinstance(trainer.optimizers[0], Float32Muon) is not has_bf16
+
+
 def test_an_unknown_key_of_a_recipe_is_an_error(tmp_path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.replace("weight_decay", "weigth_decay"))
@@ -151,3 +199,11 @@ def test_a_checkpoint_in_small_parts_comes_back_and_a_damaged_one_is_refused(tmp
     parts[3].unlink()
     with pytest.raises(DamagedCheckpointError, match="part-003"):
         load_checkpoint(tmp_path)
+
+
+def test_a_recipe_says_how_large_embeddings_begin() -> None:
+    recipe = recipe_from(tomllib.loads(RECIPE.replace("tie_embeddings = true", "tie_embeddings = false")))
+    for std in (0.02, 2.0):
+        model = new_model(dataclasses.replace(recipe, embedding_std=std))
+        assert model.embedding.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert model.head.weight.std().item() < 0.1

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from model.loader import load_model
-from model.packed import pack_linears
+from model.looped import LoopedTransformer
+from model.packed import multiplies_bf16, pack_linears
 from model.serving import resolve_device
 from model.training.corpus import END_OF_TEXT
 from model.training.distill.batch import BatchWriter
@@ -75,7 +76,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="the teacher's model folder")
     parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="TOML file")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:i")
-    parser.add_argument("--dtype", default="bfloat16", help="of the teacher: float32, bfloat16")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the teacher (default: bfloat16 where the device has its products, else float32)",
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     parser.add_argument("--max-minutes", type=float, default=8.0, help="stop this slice after so long")
     parser.add_argument("--num-seqs", type=int, default=256, help="generate: texts written at a time")
@@ -109,7 +115,7 @@ def _generate(args: argparse.Namespace) -> int:
         return 0
     stop, device = time.monotonic() + 60 * args.max_minutes, _device(args)
     tokenizer = _teachers_tokenizer(args)
-    teacher = load_model(args.teacher, device, args.dtype).model
+    teacher = _load_teacher(args, device)
     pack_linears(teacher)
     stops = frozenset(id_of(tokenizer, token) for token in (TURN_END, END_OF_TEXT))
     batches = BatchWriter(teacher, stops, args.num_seqs)
@@ -133,10 +139,15 @@ def _device(args: argparse.Namespace) -> torch.device:
     return resolve_device(args.device)
 
 
+def _load_teacher(args: argparse.Namespace, device: torch.device) -> LoopedTransformer:
+    own = "bfloat16" if multiplies_bf16(device) else "float32"
+    return load_model(args.teacher, device, own if args.dtype == "auto" else args.dtype).model
+
+
 def _label(args: argparse.Namespace) -> int:
     stop, recipe, folder = time.monotonic() + 60 * args.max_minutes, _recipe(args), args.folder / TEXTS
     missing = [number for number in shard_numbers(folder) if not labels_path(folder, number).exists()]
-    teacher = load_model(args.teacher, _device(args), args.dtype).model
+    teacher = _load_teacher(args, _device(args))
     pack_linears(teacher)
     words = _vocabulary(args, recipe)
     system = turn(words.full, "system", recipe.generation.system)
@@ -151,7 +162,7 @@ def _label(args: argparse.Namespace) -> int:
 def _layers(args: argparse.Namespace) -> int:
     recipe, folder = _recipe(args), args.folder / TEXTS
     texts = [text for number in shard_numbers(folder) for _, text in read_shard(folder, number)]
-    pruner = Pruner(load_model(args.teacher, _device(args), args.dtype).model, texts[: args.num_seqs])
+    pruner = Pruner(_load_teacher(args, _device(args)), texts[: args.num_seqs])
     left = list(range(pruner.teacher.config.num_layers))
     for layer, loss in tqdm(pruner.removals(), total=len(left) - 1, unit="layer", desc="removing"):
         left.remove(layer)
