@@ -51,7 +51,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     recipe: Recipe = load_recipe(args.recipe)
-    chosen = variants(recipe, args.depths)
+    chosen = variants(args.layers or [recipe.model.num_block_layers], args.depths)
     if args.only:
         chosen = [variant for variant in chosen if variant.name in args.only]
     if args.action == "train":
@@ -80,7 +80,6 @@ def measure(recipe: Recipe, chosen: list[Variant], args: argparse.Namespace) -> 
         rows.append(
             Row(
                 variant=variant,
-                shared=variant.loops > 1 or variant.layers == recipe.model.num_block_layers,
                 speculation=speculation,
                 parameters=sum(p.numel() for p in models[variant].parameters()),
                 loss=evaluation.loss,
@@ -152,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("action", choices=("train", "measure"))
     parser.add_argument("--runs", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument(
+        "--layers", type=_numbers, default=None, help="of a block, comma-separated (default: the recipe's)"
+    )
     parser.add_argument("--depths", type=_numbers, default=[2, 3, 4, 6], help="R, comma-separated")
     parser.add_argument(
         "--only", type=lambda text: text.split(","), help="names such as 2x4, comma-separated"

@@ -1,6 +1,7 @@
 """Table and plot of `bench.depth_for_free`. Knows nothing about how the figures were measured."""
 
 import json
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ class Row(NamedTuple):
     """One model in one mode of decoding."""
 
     variant: Variant
-    shared: bool  # the block alone or looped; else layers of their own
     speculation: bool
     parameters: int
     loss: list[float]  # held-out, nats a token, per loop
@@ -32,29 +32,28 @@ class Row(NamedTuple):
 class Claim(NamedTuple):
     """What depth by looping costs and gains, R against 1 and against as many layers of their own."""
 
-    loops: int
+    variant: Variant
     slower_plain: float
     slower_speed: float
     share_of_gain: float | None  # of the way from the block alone to unshared layers of the same depth
 
 
 def claims(rows: list[Row]) -> list[Claim]:
-    """One for every number of loops; `share_of_gain` is None where the unshared model wasn't trained."""
-    base = next(row for row in rows if row.shared and row.variant.loops == 1)
+    """One for every looped model; `share_of_gain` is None where the unshared one wasn't trained."""
+    plain = {row.variant: row for row in rows if not row.speculation}
     found = []
     for row in rows:
         if not row.speculation:
             continue
-        depth = row.variant.layers * row.variant.loops
-        plain = next(r for r in rows if r.variant == row.variant and not r.speculation)
-        deep = next((r for r in rows if r.variant == Variant(depth, 1)), None)
+        layers, loops = row.variant
+        base, deep = plain[Variant(layers, 1)], plain.get(Variant(layers * loops, 1))
         gain = None
         if deep is not None:
             gain = (base.loss[-1] - row.loss[-1]) / (base.loss[-1] - deep.loss[-1])
         found.append(
             Claim(
-                row.variant.loops,
-                plain.milliseconds_per_token / base.milliseconds_per_token,
+                row.variant,
+                plain[row.variant].milliseconds_per_token / base.milliseconds_per_token,
                 row.milliseconds_per_token / base.milliseconds_per_token,
                 gain,
             )
@@ -92,10 +91,10 @@ Held-out loss is in nats a token.
 
 ## What R loops cost and gain
 
-Time per token against the same block run once, and the share of the way in loss from there to R times as
-many layers of their own.
+Time per token against the same block run once, and the share of the way in held-out loss from there to
+R times as many layers of their own.
 
-| R | plain | SPEED | share of the gain |
+| model | plain | SPEED | share of the gain |
 |---|---|---|---|
 {gains}
 
@@ -120,7 +119,7 @@ def _model_line(row: Row) -> str:
 
 def _claim_line(claim: Claim) -> str:
     gain = "not trained" if claim.share_of_gain is None else f"{claim.share_of_gain:.0%}"
-    return f"| {claim.loops} | {claim.slower_plain:.2f}x | {claim.slower_speed:.2f}x | {gain} |"
+    return f"| {_name(claim.variant)} | {claim.slower_plain:.2f}x | {claim.slower_speed:.2f}x | {gain} |"
 
 
 def _change_line(row: Row) -> str:
@@ -141,14 +140,16 @@ def plot(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     mpl.rcParams["svg.hashsalt"] = NAME  # the same figures give the same file
-    base = [row for row in rows if row.shared and row.variant.loops == 1]
-    lines = {
-        "looped, SPEED": base + [row for row in rows if row.speculation],
-        "looped, plain": base + [row for row in rows if row.shared and not row.speculation][1:],
-        "layers of their own": base + [row for row in rows if not row.shared],
-    }
+    lines = {"layers of their own": [row for row in rows if row.variant.loops == 1]}
+    for layers in sorted({row.variant.layers for row in rows if row.speculation}):
+        own = [row for row in rows if row.variant.layers == layers]
+        base = [row for row in own if row.variant.loops == 1]
+        looped = [row for row in own if row.variant.loops > 1]
+        stored = f"{layers} stored layer{'s' if layers > 1 else ''}"
+        lines[f"{stored} looped, SPEED"] = base + [row for row in looped if row.speculation]
+        lines[f"{stored} looped, plain"] = base + [row for row in looped if not row.speculation]
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for (label, points), marker in zip(lines.items(), "os^", strict=True):
+    for (label, points), marker in zip(lines.items(), cycle("^osDv"), strict=False):
         ordered = sorted(points, key=lambda row: row.variant.layers * row.variant.loops)
         times = [row.milliseconds_per_token for row in ordered]
         axes.plot(times, [row.loss[-1] for row in ordered], marker=marker, label=label)

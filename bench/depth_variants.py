@@ -35,11 +35,11 @@ class Variant(NamedTuple):
         return f"{self.layers}x{self.loops}"
 
 
-def variants(recipe: Recipe, depths: list[int]) -> list[Variant]:
-    """The block alone; it looped to each of `depths`; and as deep with layers of their own."""
-    layers = recipe.model.num_block_layers
-    looped = [Variant(layers, depth) for depth in depths]
-    return [Variant(layers, 1), *looped, *(Variant(layers * depth, 1) for depth in depths)]
+def variants(layers: list[int], depths: list[int]) -> list[Variant]:
+    """Blocks of so many layers alone; looped to each of `depths`; and as deep with layers of their own."""
+    looped = [Variant(count, depth) for count in layers for depth in (1, *depths)]
+    deep = [Variant(count * depth, 1) for count in layers for depth in depths]
+    return list(dict.fromkeys((*looped, *deep)))
 
 
 def recipe_of(recipe: Recipe, variant: Variant) -> Recipe:

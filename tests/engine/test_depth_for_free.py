@@ -36,7 +36,7 @@ def corpus(tmp_path, monkeypatch) -> Path:
 
 
 def test_all_models_see_the_same_batches_at_the_same_rates(recipe) -> None:
-    chosen = variants(recipe, [2, 4])
+    chosen = variants([2], [2, 4])
     assert [v.name for v in chosen] == ["2x1", "2x2", "2x4", "4x1", "8x1"]
     own = [recipe_of(recipe, variant) for variant in chosen]
     tokens = torch.arange(1000).numpy().astype("uint16")
@@ -54,7 +54,7 @@ def test_all_models_see_the_same_batches_at_the_same_rates(recipe) -> None:
 def test_trained_in_slices_measured_and_reported(recipe, corpus, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(depth_variants, "HELD_OUT_WINDOWS", 3)
     runs, results = tmp_path / "runs", tmp_path / "results"
-    chosen = variants(recipe, [2])
+    chosen = variants([2], [2])
     assert [v.name for v in chosen] == ["2x1", "2x2", "4x1"]
     slices = 0
     while not _trained(recipe, chosen, runs):
@@ -79,19 +79,27 @@ def test_trained_in_slices_measured_and_reported(recipe, corpus, tmp_path, monke
     stored = sum(p.numel() for p in load_model(runs / "2x2" / "model").model.parameters())
     assert [row["parameters"] for row in rows[:3]] == [stored] * 3
     assert (results / "depth_for_free.svg").read_text().count("2 x 2") >= 1
-    assert "| 2 |" in (results / "depth_for_free.md").read_text()
+    assert (results / "depth_for_free.md").read_text().count(
+        "| 2 x 2 | "
+    ) == 4  # plain, SPEED, claim, changes
 
 
-def test_the_claims_are_ratios_to_the_block_run_once() -> None:
+def test_blocks_of_several_sizes_share_their_unlooped_models() -> None:
+    names = [variant.name for variant in variants([1, 2], [2, 4])]
+    assert names == ["1x1", "1x2", "1x4", "2x1", "2x2", "2x4", "4x1", "8x1"]
+
+
+def test_the_claims_are_ratios_to_the_same_block_run_once() -> None:
     def row(layers: int, loops: int, speculation: bool, loss: float, milliseconds: float) -> Row:
-        shared = loops > 1 or layers == 2
         variant = Variant(layers, loops)
-        return Row(variant, shared, speculation, 1, [loss], [1.0], milliseconds, 1.0, 1.0, 1.0)
+        return Row(variant, speculation, 1, [loss], [1.0], milliseconds, 1.0, 1.0, 1.0)
 
     rows = [row(2, 1, False, 3.0, 2.0), row(2, 4, False, 2.7, 8.0), row(2, 4, True, 2.7, 2.5)]
     assert claims(rows)[0].share_of_gain is None
-    (claim,) = claims([*rows, row(8, 1, False, 2.6, 8.0)])
-    assert claim == pytest.approx((4, 4.0, 1.25, 0.75))
+    small = [row(1, 1, False, 4.0, 1.0), row(1, 2, False, 3.2, 2.0), row(1, 2, True, 3.2, 1.5)]
+    one, two = claims([*small, *rows, row(8, 1, False, 2.6, 8.0)])
+    assert one == (Variant(1, 2), *map(pytest.approx, (2.0, 1.5, 0.8)))
+    assert two == (Variant(2, 4), *map(pytest.approx, (4.0, 1.25, 0.75)))
 
 
 def _trained(recipe: Recipe, chosen: list[Variant], runs: Path) -> bool:
