@@ -27,6 +27,7 @@ from model.serving import build_engine, resolve_quantization
 from model.worker import EngineOptions
 from server.cli import main
 from tests.checkpoint_edits import edit_config, edit_tensors
+from tests.cpu import needs_integer_products
 from tests.tiny_models import tiny_model
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -47,9 +48,6 @@ LAYOUTS = {
     "raven_without_coda": {**RAVEN, "num_coda_layers": 0, "num_prelude_layers": 2},
     "raven_of_the_core_alone": {**RAVEN, "num_coda_layers": 0, "num_prelude_layers": 0},
 }
-integer_products = pytest.mark.skipif(
-    not integer_products_are_exact(), reason="this CPU's integer products saturate"
-)
 
 
 def model_of(layout: str) -> LoopedTransformer:
@@ -322,7 +320,7 @@ def test_auto_keeps_int8_where_it_is_stored_and_exact(tmp_path, monkeypatch, sto
         assert resolve_quantization(name, tmp_path, torch.device(device)) == name
 
 
-@integer_products
+@needs_integer_products
 @pytest.mark.parametrize(("quantization", "integers"), [("auto", True), ("int8", True), ("none", False)])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_an_engine_multiplies_what_is_asked_for(folder, quantization, integers, deterministic):
@@ -340,7 +338,7 @@ def test_an_engine_multiplies_what_is_asked_for(folder, quantization, integers, 
     assert kinds == [integers] * 2
 
 
-@integer_products
+@needs_integer_products
 def test_a_loaded_model_takes_part_in_what_follows(folder):
     """Nothing is quantised or packed a second time."""
     model = load_model(folder, int8=True).model

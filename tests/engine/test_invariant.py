@@ -25,20 +25,19 @@ from model.invariant import (
 )
 from model.layers import ACTIVATIONS, RMSNorm, Rotary
 from model.looped import LoopedTransformer
-from model.packed import PackedLinear, can_pack
+from model.packed import PackedLinear
 from model.protocol import GenerationRequest, SamplingParams
 from model.quantize import integer_products_are_exact, quantize_linears
 from model.sampling import Sampler
 from model.scheduler import SchedulerLimits
 from model.serving import build_engine
 from model.worker import EngineOptions
+from tests.cpu import needs_bf16_products, needs_integer_products
 from tests.tiny_models import SHAPES, tiny_config, tiny_model
 
-HAS_BF16 = can_pack(nn.Linear(8, 8, dtype=torch.bfloat16))
-needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 products")
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.bfloat16, marks=needs_bf16, id="bf16"),
+    pytest.param(torch.bfloat16, marks=needs_bf16_products, id="bf16"),
 ]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -123,7 +122,7 @@ def test_logits_and_texts_are_the_same_bits_alone_and_in_any_batch(shape: str, d
             assert torch.equal(way.logits[place], plain.logits[place]), place
 
 
-@pytest.mark.skipif(not integer_products_are_exact(), reason="this CPU's integer products saturate")
+@needs_integer_products
 @dtypes
 def test_integer_products_are_deterministic_as_they_are(dtype: torch.dtype) -> None:
     model = tiny_model().to(dtype)

@@ -15,16 +15,13 @@ from model.quantize import (
     Int8Linear,
     IntegerLinear,
     fixed_point,
-    integer_products_are_exact,
     quantize_linears,
     quantized,
 )
+from tests.cpu import needs_integer_products
 from tests.tiny_models import SHAPES, tiny_model
 
-integer_products = pytest.mark.skipif(
-    not integer_products_are_exact(), reason="this CPU's integer products saturate"
-)
-KINDS = [Int8Linear, pytest.param(IntegerLinear, marks=integer_products)]
+KINDS = [Int8Linear, pytest.param(IntegerLinear, marks=needs_integer_products)]
 
 
 def linear(inputs=96, outputs=64, bias=False, dtype=torch.float32) -> nn.Linear:
@@ -75,7 +72,7 @@ def test_the_product_is_that_of_the_dequantised_weight(kind, bias, dtype, roundi
     assert ((got - wanted).abs() <= 0.51 * units * weight.abs().sum(1) + rounding * sizes).all()
 
 
-@integer_products
+@needs_integer_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_never_depends_on_the_rows_beside_it(dtype):
     """Bit for bit: integers have no order of summation. torch's own products differ here in most sizes."""
@@ -135,7 +132,7 @@ def test_a_thousandth_of_the_state_is_not_rounded_away():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=integer_products)])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_integer_products)])
 def test_speculation_changes_no_token_of_a_quantised_model(dtype):
     """Alone, in a batch with other lengths, greedy and sampled.
 
