@@ -7,10 +7,11 @@ one that has slid out of its layer's window.
 """
 
 import math
+import mmap
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +19,6 @@ from model.cache import PageTable
 from model.config import LoopedConfig
 from model.layers import Attend
 from model.sampling import to_device
-
-CACHE_LINE = 64  # bytes
 
 
 class RowRun(NamedTuple):
@@ -76,13 +75,19 @@ class KVStore:
 
 
 def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Like torch.zeros, but on the CPU the pages come from the kernel when they are first written."""
+    """Like torch.zeros, but on the CPU memory comes from the kernel page by page as it is first written.
+
+    In small pages, where numpy asks for 2 MB: a sequence's first token writes to one for each layer and loop,
+    keys and values, which took 0.3 s and 180 MB for 12 layers x 4. Reading is no slower (60 to 2,000
+    positions). The memory begins at a page, since matrix products may round by where their operands begin.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
     size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + CACHE_LINE, np.uint8)
-    start = -memory.ctypes.data % CACHE_LINE  # matrix products may round by where their operands begin
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # another system, or a kernel without such pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 class PagedAttention(Protocol):

@@ -1,5 +1,8 @@
 """Every attention implementation gives what plain causal attention over the same tokens gives."""
 
+import mmap
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 
 from model.attention import GatheredAttention, InvariantAttention, KVStore, ViewedAttention
 from model.attention.invariant import attend_block, blocks_agree
-from model.attention.store import RowRun
+from model.attention.store import RowRun, zeros
 from model.cache import PageTable
 from model.config import LoopedConfig
 from model.layers import causal_attention
@@ -255,3 +258,18 @@ def test_attention_for_training_equals_the_fused_one_forwards_and_backwards() ->
     (plain * weights).sum().backward()
     for mine, theirs in zip(trained, fused, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of the process from Linux")
+def test_a_token_in_many_layers_takes_pages_of_memory_not_megabytes() -> None:
+    """A sequence's first token writes to every layer and loop, each far from the next."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    caches = [zeros((4, 8192, 2, 64), torch.device("cpu"), torch.float32) for _ in range(8)]  # 16 MB each
+    before = resident()
+    for cache in caches:
+        cache[:, 0] = 1.0
+    assert resident() - before < 2**22
+    assert all(cache[:, 0].min() == 1.0 and not cache[:, 1:].any() for cache in caches)
