@@ -5,8 +5,8 @@
 
 One recipe and the same training tokens for: a block run once; the same block run R times; R times as many
 layers with weights of their own. `measure` decodes the same held-out prompts with all of them in turn, in
-one process, batch 1, so that a slow moment of the machine falls on all. Source of the comparison: SPEED
-(Hooper et al. 2023, arXiv 2310.12072).
+one process, batch 1, round after round, so that a slow moment of the machine falls on all and on one round
+of several. Source of the comparison: SPEED (Hooper et al. 2023, arXiv 2310.12072).
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from bench.depth_report import Row, write_report
+from bench.depth_report import PLAIN, SERVER, SPEED, Row, write_report
 from bench.depth_variants import Variant, held_out, train, variants
 from bench.prompts import held_out_prompts
 from model.engine import Engine
@@ -34,7 +34,6 @@ from model.worker import EngineOptions
 
 RECIPE = Path(__file__).with_suffix(".toml")
 RESULTS = Path(__file__).with_name("results")
-PROMPT_TOKENS = 32
 
 
 class Decoded(NamedTuple):
@@ -60,42 +59,59 @@ def main() -> int:
             for variant in chosen
         ]
         return 0 if all(done) else UNFINISHED
-    write_report(measure(recipe, chosen, args), recipe, args.output)
+    write_report(measure(recipe, chosen, args), recipe, args.temperature, args.output)
     return 0
 
 
 def measure(recipe: Recipe, chosen: list[Variant], args: argparse.Namespace) -> list[Row]:
-    """Every variant plain, and the looped ones with SPEED as well: one row each."""
+    """Every variant in each of its ways to decode: one row each."""
     windows = held_out(recipe, args.runs)
     tokenizer = Tokenizer.from_file(str(args.runs / TOKENIZER))
-    prompts = held_out_prompts(tokenizer, args.num_prompts, PROMPT_TOKENS)
+    prompts = held_out_prompts(tokenizer, args.num_prompts, args.prompt_tokens)
     engines = {variant: _engine(args.runs / variant.name / "model", args) for variant in chosen}
-    modes = [(v, speculation) for v in chosen for speculation in (False, True)[: 1 + (v.loops > 1)]]
-    decoded = _decode_in_turn(engines, modes, prompts, args.max_tokens)
-    rows = []
+    modes = [(variant, policy) for variant in chosen for policy in policies(variant)]
+    rounds = [_decode_in_turn(engines, modes, prompts, args) for _ in range(args.rounds)]
     models = {v: load_model(args.runs / v.name / "model", dtype="float32").model for v in chosen}
     figures = {v: evaluate(model, windows) for v, model in tqdm(models.items(), "evaluating", unit="model")}
-    for variant, speculation in modes:
-        runs, plain, evaluation = decoded[variant, speculation], decoded[variant, False], figures[variant]
-        rows.append(
-            Row(
-                variant=variant,
-                speculation=speculation,
-                parameters=sum(p.numel() for p in models[variant].parameters()),
-                loss=evaluation.loss,
-                agreement=evaluation.agreement,
-                milliseconds_per_token=1e3 * statistics.median(r.seconds_per_token for r in runs),
-                passes_per_token=statistics.fmean(r.passes_per_token for r in runs),
-                equal_texts=sum(r.tokens == p.tokens for r, p in zip(runs, plain, strict=True)) / len(runs),
-                training_minutes=json.loads((args.runs / variant.name / "seconds.json").read_text()) / 60,
-            )
+    return [
+        Row(
+            variant=variant,
+            policy=policy,
+            parameters=sum(p.numel() for p in models[variant].parameters()),
+            loss=figures[variant].loss,
+            agreement=figures[variant].agreement,
+            milliseconds_per_token=milliseconds([decoded[variant, policy] for decoded in rounds]),
+            passes_per_token=statistics.fmean(
+                run.passes_per_token for decoded in rounds for run in decoded[variant, policy]
+            ),
+            equal_texts=statistics.fmean(
+                run.tokens == plain.tokens
+                for decoded in rounds
+                for run, plain in zip(decoded[variant, policy], decoded[variant, PLAIN], strict=True)
+            ),
+            training_minutes=json.loads((args.runs / variant.name / "seconds.json").read_text()) / 60,
         )
-    return rows
+        for variant, policy in modes
+    ]
+
+
+def policies(variant: Variant) -> tuple[str, ...]:
+    """How a variant decodes: plain, with drafts of early loops if it has any, and as the server does.
+
+    The last one looks n-grams up as well, which needs no loops: so the block run once does it too.
+    """
+    return (PLAIN, SPEED, SERVER) if variant.loops > 1 else (PLAIN, SERVER)
+
+
+def milliseconds(rounds: list[list[Decoded]]) -> float:
+    """Per token of all prompts together (they make equally many), each prompt the median of its rounds."""
+    each = zip(*rounds, strict=True)
+    return 1e3 * statistics.fmean(statistics.median(run.seconds_per_token for run in same) for same in each)
 
 
 def _engine(folder: Path, args: argparse.Namespace) -> Engine:
     loops = recipe_loops(folder)
-    depths = tuple(depth for depth in args.draft_depths if depth < loops)
+    depths = args.draft_depths and tuple(depth for depth in args.draft_depths if depth < loops)
     options = EngineOptions(model_path=str(folder), device="cpu", threads=args.threads, draft_depths=depths)
     return build_engine(options)
 
@@ -108,32 +124,35 @@ def recipe_loops(folder: Path) -> int:
 
 def _decode_in_turn(
     engines: dict[Variant, Engine],
-    modes: list[tuple[Variant, bool]],
+    modes: list[tuple[Variant, str]],
     prompts: list[list[int]],
-    max_tokens: int,
-) -> dict[tuple[Variant, bool], list[Decoded]]:
+    args: argparse.Namespace,
+) -> dict[tuple[Variant, str], list[Decoded]]:
     """Each prompt by every mode before the next prompt; every other time in the opposite order."""
-    decoded: dict[tuple[Variant, bool], list[Decoded]] = {mode: [] for mode in modes}
-    for variant, speculation in modes:
-        _decode(engines[variant], prompts[0], max_tokens, speculation)  # warms up
+    decoded: dict[tuple[Variant, str], list[Decoded]] = {mode: [] for mode in modes}
+    for variant, policy in modes:
+        _decode(engines[variant], _request(prompts[0], policy, 0, args))  # warms up
     for index, prompt in enumerate(tqdm(prompts, desc="decoding", unit="prompt")):
-        for mode in modes if index % 2 else modes[::-1]:
-            decoded[mode].append(_decode(engines[mode[0]], prompt, max_tokens, mode[1]))
+        for variant, policy in modes if index % 2 else modes[::-1]:
+            run = _decode(engines[variant], _request(prompt, policy, index, args))
+            decoded[variant, policy].append(run)
     return decoded
 
 
-def _decode(engine: Engine, prompt: list[int], max_tokens: int, speculation: bool) -> Decoded:
-    """Decodes greedily; the clock runs from the first token on, passes are counted alike."""
-    engine.add(
-        GenerationRequest(
-            request_id="depth",
-            prompt_token_ids=prompt,
-            max_tokens=max_tokens,
-            sampling=SamplingParams(temperature=0.0),
-            ignore_eos=True,
-            speculation=speculation,
-        )
+def _request(prompt: list[int], policy: str, seed: int, args: argparse.Namespace) -> GenerationRequest:
+    return GenerationRequest(
+        request_id="depth",
+        prompt_token_ids=prompt,
+        max_tokens=args.max_tokens,
+        sampling=SamplingParams(temperature=args.temperature, seed=seed),
+        ignore_eos=True,
+        draft_policy=policy,
     )
+
+
+def _decode(engine: Engine, request: GenerationRequest) -> Decoded:
+    """The clock runs from the first token on, passes are counted alike."""
+    engine.add(request)
     tokens: list[int] = []
     passes, started = 0, 0.0
     while engine.has_work:
@@ -166,9 +185,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile", action="store_true", help="train: compile the layers (needs a C++ compiler)"
     )
-    parser.add_argument("--draft-depths", type=_numbers, default=[1, 2], help="measure: of SPEED")
+    parser.add_argument(
+        "--draft-depths", type=_numbers, default=None, help="measure: of SPEED (default: the server's)"
+    )
     parser.add_argument("--num-prompts", type=int, default=16, help="measure")
-    parser.add_argument("--max-tokens", type=int, default=96, help="measure")
+    parser.add_argument("--prompt-tokens", type=int, default=96, help="measure")
+    parser.add_argument("--max-tokens", type=int, default=128, help="measure")
+    parser.add_argument("--temperature", type=float, default=0.0, help="measure (default: greedy)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="measure: over all prompts; the median counts for each prompt"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="measure: folder of table and plot")
     return parser
 

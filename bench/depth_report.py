@@ -9,6 +9,8 @@ from bench.depth_variants import Variant
 from model.training.recipe import Recipe
 
 NAME = "depth_for_free"
+PLAIN, SPEED, SERVER = "none", "recheck", "adaptive"  # draft policies
+MODES = {PLAIN: "plain", SPEED: "SPEED", SERVER: "SPEED, n-grams"}
 PAPER = (
     "SPEED (Hooper et al. 2023) reports 6 to 14 % of first predictions changed by later iterations for a "
     "decoder of 4 layers x 3 and 13 to 17 % for 2 x 6, on translation."
@@ -19,7 +21,7 @@ class Row(NamedTuple):
     """One model in one mode of decoding."""
 
     variant: Variant
-    speculation: bool
+    policy: str
     parameters: int
     loss: list[float]  # held-out, nats a token, per loop
     agreement: list[float]  # held-out share of greedy tokens equal to the last loop's, per loop
@@ -33,69 +35,79 @@ class Claim(NamedTuple):
     """What depth by looping costs and gains, R against 1 and against as many layers of their own."""
 
     variant: Variant
-    slower_plain: float
-    slower_speed: float
+    plain: float  # time per token, both plain
+    speed: float  # with drafts of early loops, over plain R = 1
+    server: float  # with n-grams looked up as well, over plain R = 1
+    server_both: float  # the same over R = 1 with n-grams looked up
     share_of_gain: float | None  # of the way from the block alone to unshared layers of the same depth
 
 
 def claims(rows: list[Row]) -> list[Claim]:
     """One for every looped model; `share_of_gain` is None where the unshared one wasn't trained."""
-    plain = {row.variant: row for row in rows if not row.speculation}
-    found = []
-    for row in rows:
-        if not row.speculation:
-            continue
-        layers, loops = row.variant
-        base, deep = plain[Variant(layers, 1)], plain.get(Variant(layers * loops, 1))
-        gain = None
-        if deep is not None:
-            gain = (base.loss[-1] - row.loss[-1]) / (base.loss[-1] - deep.loss[-1])
-        found.append(
-            Claim(
-                row.variant,
-                plain[row.variant].milliseconds_per_token / base.milliseconds_per_token,
-                row.milliseconds_per_token / base.milliseconds_per_token,
-                gain,
-            )
-        )
-    return found
+    by_mode = {(row.variant, row.policy): row for row in rows}
+    return [_claim(row.variant, by_mode) for row in rows if row.policy == SPEED]
 
 
-def write_report(rows: list[Row], recipe: Recipe, folder: Path) -> None:
+def _claim(variant: Variant, by_mode: dict[tuple[Variant, str], Row]) -> Claim:
+    def time(of: Variant, policy: str) -> float:
+        return by_mode[of, policy].milliseconds_per_token
+
+    def loss(of: Variant) -> float:
+        return by_mode[of, PLAIN].loss[-1]
+
+    base, deep = Variant(variant.layers, 1), Variant(variant.layers * variant.loops, 1)
+    return Claim(
+        variant,
+        plain=time(variant, PLAIN) / time(base, PLAIN),
+        speed=time(variant, SPEED) / time(base, PLAIN),
+        server=time(variant, SERVER) / time(base, PLAIN),
+        server_both=time(variant, SERVER) / time(base, SERVER),
+        share_of_gain=(loss(base) - loss(variant)) / (loss(base) - loss(deep))
+        if (deep, PLAIN) in by_mode
+        else None,
+    )
+
+
+def write_report(rows: list[Row], recipe: Recipe, temperature: float, folder: Path) -> None:
     """Writes depth_for_free.md, .svg and .json into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = [{**row._asdict(), "variant": row.variant.name} for row in rows]
     (folder / f"{NAME}.json").write_text(json.dumps(raw, indent=1) + "\n")
-    (folder / f"{NAME}.md").write_text(report(rows, recipe))
-    print(report(rows, recipe))
+    page = report(rows, recipe, temperature)
+    (folder / f"{NAME}.md").write_text(page)
+    print(page)
     plot(rows, folder / f"{NAME}.svg")
 
 
-def report(rows: list[Row], recipe: Recipe) -> str:
+def report(rows: list[Row], recipe: Recipe, temperature: float) -> str:
     """The page: all models, what looping costs and gains, and how often later loops change a prediction."""
     tokens = recipe.total_steps * recipe.tokens_per_step / 1e6
     models = "\n".join(_model_line(row) for row in rows)
     gains = "\n".join(_claim_line(claim) for claim in claims(rows))
-    changes = "\n".join(_change_line(row) for row in rows if row.speculation)
+    changes = "\n".join(_change_line(row) for row in rows if row.policy == SPEED)
+    text = f"temperature {temperature}" if temperature else "greedy"
     return f"""# Deeper at the same speed
 
 `python -m bench.depth_for_free` (recipe: bench/depth_for_free.toml; {tokens:.1f} million training tokens for
-every model; batch 1, fp32, greedy, all models in turn in one process, medians over prompts). `2 x 4` is two
-stored layers run four times.
+every model; batch 1, fp32, {text}, all models in turn in one process; times and passes
+are of all prompts together, each prompt's time the median of several rounds). `2 x 4` is two stored layers
+run four times.
 
 | model | decoding | parameters | held-out loss | ms/token | tokens/s | passes/token | texts = plain |
 |---|---|---|---|---|---|---|---|
 {models}
 
-Held-out loss is in nats a token.
+Held-out loss is in nats a token. `SPEED`: drafts of early loops alone (policy `recheck`). `n-grams`: what
+followed the same n-gram earlier in the text is tried as well (`adaptive`, the server's default); a block run
+once can do that too.
 
 ## What R loops cost and gain
 
-Time per token against the same block run once, and the share of the way in held-out loss from there to
+Time per token over that of the same block run once, and the share of the way in held-out loss from there to
 R times as many layers of their own.
 
-| model | plain | SPEED | share of the gain |
-|---|---|---|---|
+| model | plain / plain | SPEED / plain | n-grams / plain | n-grams / n-grams | share of the gain |
+|---|---|---|---|---|---|
 {gains}
 
 ## How often a later loop changes the first loop's token
@@ -109,7 +121,9 @@ Held-out text, teacher-forced, greedy tokens. {PAPER}
 
 
 def _model_line(row: Row) -> str:
-    name, mode = _name(row.variant), "SPEED" if row.speculation else "plain"
+    name, mode = _name(row.variant), MODES[row.policy]
+    if row.variant.loops == 1:
+        mode = mode.removeprefix("SPEED, ")
     milliseconds = row.milliseconds_per_token
     return (
         f"| {name} | {mode} | {row.parameters / 1e6:.2f} M | {row.loss[-1]:.4f} | {milliseconds:.2f} | "
@@ -119,7 +133,8 @@ def _model_line(row: Row) -> str:
 
 def _claim_line(claim: Claim) -> str:
     gain = "not trained" if claim.share_of_gain is None else f"{claim.share_of_gain:.0%}"
-    return f"| {_name(claim.variant)} | {claim.slower_plain:.2f}x | {claim.slower_speed:.2f}x | {gain} |"
+    times = " | ".join(f"{ratio:.2f}x" for ratio in claim[1:-1])
+    return f"| {_name(claim.variant)} | {times} | {gain} |"
 
 
 def _change_line(row: Row) -> str:
@@ -140,14 +155,16 @@ def plot(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     mpl.rcParams["svg.hashsalt"] = NAME  # the same figures give the same file
-    lines = {"layers of their own": [row for row in rows if row.variant.loops == 1]}
-    for layers in sorted({row.variant.layers for row in rows if row.speculation}):
-        own = [row for row in rows if row.variant.layers == layers]
+    shown = [row for row in rows if row.policy in (PLAIN, SPEED)]
+    lines = {"layers of their own": [row for row in shown if row.variant.loops == 1]}
+    for layers in sorted({row.variant.layers for row in shown if row.policy == SPEED}):
+        own = [row for row in shown if row.variant.layers == layers]
         base = [row for row in own if row.variant.loops == 1]
         looped = [row for row in own if row.variant.loops > 1]
         stored = f"{layers} stored layer{'s' if layers > 1 else ''}"
-        lines[f"{stored} looped, SPEED"] = base + [row for row in looped if row.speculation]
-        lines[f"{stored} looped, plain"] = base + [row for row in looped if not row.speculation]
+        for policy in (SPEED, PLAIN):
+            of_mode = [row for row in looped if row.policy == policy]
+            lines[f"{stored} looped, {MODES[policy]}"] = base + of_mode
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for (label, points), marker in zip(lines.items(), cycle("^osDv"), strict=False):
         ordered = sorted(points, key=lambda row: row.variant.layers * row.variant.loops)

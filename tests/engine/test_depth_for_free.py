@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import depth_for_free, depth_variants
+from bench.depth_for_free import Decoded, milliseconds
 from bench.depth_report import Row, claims
 from bench.depth_variants import Variant, recipe_of, variants
 from model import load_model
@@ -68,20 +69,23 @@ def test_trained_in_slices_measured_and_reported(recipe, corpus, tmp_path, monke
     monkeypatch.setattr("sys.argv", ["bench", *options, "--num-prompts", "2", "--max-tokens", "6"])
     assert depth_for_free.main() == 0
     rows = json.loads((results / "depth_for_free.json").read_text())
-    assert [(row["variant"], row["speculation"]) for row in rows] == [
-        ("2x1", False),
-        ("2x2", False),
-        ("2x2", True),
-        ("4x1", False),
+    assert [(row["variant"], row["policy"]) for row in rows] == [
+        ("2x1", "none"),
+        ("2x1", "adaptive"),
+        ("2x2", "none"),
+        ("2x2", "recheck"),
+        ("2x2", "adaptive"),
+        ("4x1", "none"),
+        ("4x1", "adaptive"),
     ]
-    assert [row["passes_per_token"] for row in rows if not row["speculation"]] == [1.0, 2.0, 1.0]
+    assert [row["passes_per_token"] for row in rows if row["policy"] == "none"] == [1.0, 2.0, 1.0]
     assert all(row["equal_texts"] == 1.0 for row in rows)
     stored = sum(p.numel() for p in load_model(runs / "2x2" / "model").model.parameters())
-    assert [row["parameters"] for row in rows[:3]] == [stored] * 3
+    assert [row["parameters"] for row in rows[:5]] == [stored] * 5
     assert (results / "depth_for_free.svg").read_text().count("2 x 2") >= 1
     assert (results / "depth_for_free.md").read_text().count(
         "| 2 x 2 | "
-    ) == 4  # plain, SPEED, claim, changes
+    ) == 5  # plain, SPEED, SPEED with n-grams, claim, changes
 
 
 def test_blocks_of_several_sizes_share_their_unlooped_models() -> None:
@@ -90,16 +94,27 @@ def test_blocks_of_several_sizes_share_their_unlooped_models() -> None:
 
 
 def test_the_claims_are_ratios_to_the_same_block_run_once() -> None:
-    def row(layers: int, loops: int, speculation: bool, loss: float, milliseconds: float) -> Row:
+    def rows(layers: int, loops: int, loss: float, times: dict[str, float]) -> list[Row]:
         variant = Variant(layers, loops)
-        return Row(variant, speculation, 1, [loss], [1.0], milliseconds, 1.0, 1.0, 1.0)
+        return [Row(variant, policy, 1, [loss], [1.0], time, 1.0, 1.0, 1.0) for policy, time in times.items()]
 
-    rows = [row(2, 1, False, 3.0, 2.0), row(2, 4, False, 2.7, 8.0), row(2, 4, True, 2.7, 2.5)]
-    assert claims(rows)[0].share_of_gain is None
-    small = [row(1, 1, False, 4.0, 1.0), row(1, 2, False, 3.2, 2.0), row(1, 2, True, 3.2, 1.5)]
-    one, two = claims([*small, *rows, row(8, 1, False, 2.6, 8.0)])
-    assert one == (Variant(1, 2), *map(pytest.approx, (2.0, 1.5, 0.8)))
-    assert two == (Variant(2, 4), *map(pytest.approx, (4.0, 1.25, 0.75)))
+    two = rows(2, 1, 3.0, {"none": 2.0, "adaptive": 1.0})
+    two += rows(2, 4, 2.7, {"none": 8.0, "recheck": 2.5, "adaptive": 1.5})
+    assert claims(two)[0].share_of_gain is None
+    one = rows(1, 1, 4.0, {"none": 1.0, "adaptive": 0.5})
+    one += rows(1, 2, 3.2, {"none": 2.0, "recheck": 1.5, "adaptive": 0.75})
+    first, second = claims([*one, *two, *rows(8, 1, 2.6, {"none": 8.0, "adaptive": 4.0})])
+    assert first == (Variant(1, 2), *map(pytest.approx, (2.0, 1.5, 0.75, 1.5, 0.8)))
+    assert second == (Variant(2, 4), *map(pytest.approx, (4.0, 1.25, 0.75, 1.5, 0.75)))
+
+
+def test_the_time_is_of_all_prompts_together_and_a_slow_moment_counts_once() -> None:
+    def rounds(*seconds: tuple[float, ...]) -> list[list[Decoded]]:
+        return [[Decoded(each, 1.0, []) for each in per_round] for per_round in seconds]
+
+    quiet = rounds((1.0, 3.0), (1.0, 3.0), (1.0, 3.0))
+    disturbed = rounds((9.0, 3.0), (1.0, 3.0), (1.0, 30.0))
+    assert milliseconds(quiet) == milliseconds(disturbed) == pytest.approx(2000.0)
 
 
 def _trained(recipe: Recipe, chosen: list[Variant], runs: Path) -> bool:
