@@ -46,11 +46,14 @@ class Decoded(NamedTuple):
 
 def main() -> int:
     """The command; 0 when all is done, 3 when training is to be continued."""
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     recipe: Recipe = load_recipe(args.recipe)
     chosen = variants(args.layers or [recipe.model.num_block_layers], args.depths)
+    if problem := _problem(args, recipe, [variant.name for variant in chosen]):
+        parser.error(problem)
     if args.only:
         chosen = [variant for variant in chosen if variant.name in args.only]
     if args.action == "train":
@@ -61,6 +64,19 @@ def main() -> int:
         return 0 if all(done) else UNFINISHED
     write_report(measure(recipe, chosen, args), recipe, args.temperature, args.output)
     return 0
+
+
+def _problem(args: argparse.Namespace, recipe: Recipe, names: list[str]) -> str | None:
+    """What of the options can't be had, said before any work is done for them."""
+    if unknown := set(args.only or ()) - set(names):
+        return f"--only: {', '.join(sorted(unknown))} is not among {', '.join(names)} (--layers, --depths)"
+    for name, least in {"num_prompts": 1, "prompt_tokens": 1, "max_tokens": 2, "rounds": 1}.items():
+        if (value := getattr(args, name)) < least:
+            return f"--{name.replace('_', '-')} is {value}; it must be at least {least}"
+    length, most = args.prompt_tokens + args.max_tokens, recipe.model.max_positions
+    if length > most:
+        return f"--prompt-tokens and --max-tokens are {length} together; the models have {most} positions"
+    return None
 
 
 def measure(recipe: Recipe, chosen: list[Variant], args: argparse.Namespace) -> list[Row]:
@@ -89,7 +105,6 @@ def measure(recipe: Recipe, chosen: list[Variant], args: argparse.Namespace) -> 
                 for decoded in rounds
                 for run, plain in zip(decoded[variant, policy], decoded[variant, PLAIN], strict=True)
             ),
-            training_minutes=json.loads((args.runs / variant.name / "seconds.json").read_text()) / 60,
         )
         for variant, policy in modes
     ]

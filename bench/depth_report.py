@@ -10,7 +10,7 @@ from model.training.recipe import Recipe
 
 NAME = "depth_for_free"
 PLAIN, SPEED, SERVER = "none", "recheck", "adaptive"  # draft policies
-MODES = {PLAIN: "plain", SPEED: "SPEED", SERVER: "SPEED, n-grams"}
+MODES = {PLAIN: "plain", SPEED: "SPEED", SERVER: "n-grams"}
 PAPER = (
     "SPEED (Hooper et al. 2023) reports 6 to 14 % of first predictions changed by later iterations for a "
     "decoder of 4 layers x 3 and 13 to 17 % for 2 x 6, on translation."
@@ -28,7 +28,6 @@ class Row(NamedTuple):
     milliseconds_per_token: float
     passes_per_token: float
     equal_texts: float
-    training_minutes: float
 
 
 class Claim(NamedTuple):
@@ -43,9 +42,13 @@ class Claim(NamedTuple):
 
 
 def claims(rows: list[Row]) -> list[Claim]:
-    """One for every looped model; `share_of_gain` is None where the unshared one wasn't trained."""
+    """One for every looped model whose block was measured alone too.
+
+    `share_of_gain` is None where the unshared one wasn't measured.
+    """
     by_mode = {(row.variant, row.policy): row for row in rows}
-    return [_claim(row.variant, by_mode) for row in rows if row.policy == SPEED]
+    looped = [row.variant for row in rows if row.policy == SPEED]
+    return [_claim(variant, by_mode) for variant in looped if (Variant(variant.layers, 1), PLAIN) in by_mode]
 
 
 def _claim(variant: Variant, by_mode: dict[tuple[Variant, str], Row]) -> Claim:
@@ -97,9 +100,9 @@ run four times.
 |---|---|---|---|---|---|---|---|
 {models}
 
-Held-out loss is in nats a token. `SPEED`: drafts of early loops alone (policy `recheck`). `n-grams`: what
-followed the same n-gram earlier in the text is tried as well (`adaptive`, the server's default); a block run
-once can do that too.
+Held-out loss is in nats a token. `SPEED`: drafts of early loops alone (policy `recheck`). `n-grams`:
+what followed the same n-gram earlier in the text is tried beside them (`adaptive`, the server's default); by
+itself in a block run once.
 
 ## What R loops cost and gain
 
@@ -122,8 +125,6 @@ Held-out text, teacher-forced, greedy tokens. {PAPER}
 
 def _model_line(row: Row) -> str:
     name, mode = _name(row.variant), MODES[row.policy]
-    if row.variant.loops == 1:
-        mode = mode.removeprefix("SPEED, ")
     milliseconds = row.milliseconds_per_token
     return (
         f"| {name} | {mode} | {row.parameters / 1e6:.2f} M | {row.loss[-1]:.4f} | {milliseconds:.2f} | "
@@ -132,7 +133,7 @@ def _model_line(row: Row) -> str:
 
 
 def _claim_line(claim: Claim) -> str:
-    gain = "not trained" if claim.share_of_gain is None else f"{claim.share_of_gain:.0%}"
+    gain = "not measured" if claim.share_of_gain is None else f"{claim.share_of_gain:.0%}"
     times = " | ".join(f"{ratio:.2f}x" for ratio in claim[1:-1])
     return f"| {_name(claim.variant)} | {times} | {gain} |"
 

@@ -4,7 +4,6 @@ Knows nothing about timing. Invariant: all models see the same number of tokens,
 the same learning rates; they differ in layers and loops alone.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +72,6 @@ def train(
         trainer.compile()
     if not trainer.run(max_minutes):
         return False
-    (folder / "seconds.json").write_text(json.dumps(trainer.seconds))
     save_checkpoint(trainer.model, folder / "model", torch.float32)
     (folder / "model" / TOKENIZER).write_bytes((runs / TOKENIZER).read_bytes())
     return True

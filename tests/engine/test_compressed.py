@@ -18,7 +18,6 @@ from model.packed import pack_linears
 from model.quantize import (
     Int8Linear,
     IntegerLinear,
-    integer_products_are_exact,
     quantize_linears,
     quantized,
     use_integer_products,
@@ -27,7 +26,7 @@ from model.serving import build_engine, resolve_quantization
 from model.worker import EngineOptions
 from server.cli import main
 from tests.checkpoint_edits import edit_config, edit_tensors
-from tests.cpu import needs_integer_products
+from tests.cpu import HAS_INTEGER_PRODUCTS, needs_integer_products
 from tests.tiny_models import tiny_model
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -351,5 +350,5 @@ def test_a_loaded_model_takes_part_in_what_follows(folder):
 def test_inspect_says_how_weights_are_held(folder, capsys, quantization):
     assert main(["inspect", str(folder), "--device", "cpu", "--quantization", quantization, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    kept = quantization == "auto" and integer_products_are_exact()
+    kept = quantization == "auto" and HAS_INTEGER_PRODUCTS
     assert facts["quantization"] == ("int8" if kept else "none")

@@ -96,16 +96,32 @@ def test_blocks_of_several_sizes_share_their_unlooped_models() -> None:
 def test_the_claims_are_ratios_to_the_same_block_run_once() -> None:
     def rows(layers: int, loops: int, loss: float, times: dict[str, float]) -> list[Row]:
         variant = Variant(layers, loops)
-        return [Row(variant, policy, 1, [loss], [1.0], time, 1.0, 1.0, 1.0) for policy, time in times.items()]
+        return [Row(variant, policy, 1, [loss], [1.0], time, 1.0, 1.0) for policy, time in times.items()]
 
     two = rows(2, 1, 3.0, {"none": 2.0, "adaptive": 1.0})
     two += rows(2, 4, 2.7, {"none": 8.0, "recheck": 2.5, "adaptive": 1.5})
     assert claims(two)[0].share_of_gain is None
+    assert claims(two[2:]) == []  # the block alone wasn't measured
     one = rows(1, 1, 4.0, {"none": 1.0, "adaptive": 0.5})
     one += rows(1, 2, 3.2, {"none": 2.0, "recheck": 1.5, "adaptive": 0.75})
     first, second = claims([*one, *two, *rows(8, 1, 2.6, {"none": 8.0, "adaptive": 4.0})])
     assert first == (Variant(1, 2), *map(pytest.approx, (2.0, 1.5, 0.75, 1.5, 0.8)))
     assert second == (Variant(2, 4), *map(pytest.approx, (4.0, 1.25, 0.75, 1.5, 0.75)))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--only", "2x9"), ("--max-tokens", "1"), ("--rounds", "0"), ("--prompt-tokens", "400")],
+)
+def test_options_that_cannot_be_had_are_named_before_any_work(option, value, tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "runs"  # which isn't there
+    monkeypatch.setattr("sys.argv", ["bench", "measure", "--runs", str(runs), option, value])
+    with pytest.raises(SystemExit) as end:
+        depth_for_free.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert option in said
+    assert (value if option != "--prompt-tokens" else "528") in said
 
 
 def test_the_time_is_of_all_prompts_together_and_a_slow_moment_counts_once() -> None:

@@ -27,12 +27,12 @@ from model.layers import ACTIVATIONS, RMSNorm, Rotary
 from model.looped import LoopedTransformer
 from model.packed import PackedLinear
 from model.protocol import GenerationRequest, SamplingParams
-from model.quantize import integer_products_are_exact, quantize_linears
+from model.quantize import quantize_linears
 from model.sampling import Sampler
 from model.scheduler import SchedulerLimits
 from model.serving import build_engine
 from model.worker import EngineOptions
-from tests.cpu import needs_bf16_products, needs_integer_products
+from tests.cpu import HAS_INTEGER_PRODUCTS, needs_bf16_products, needs_integer_products
 from tests.tiny_models import SHAPES, tiny_config, tiny_model
 
 DTYPES = [
@@ -272,7 +272,7 @@ def test_unasked_an_engine_is_deterministic_where_that_is_cheap(
         dtype=dtype,
         quantization=quantization,
     )
-    assert build_engine(options).info.deterministic is (chosen and integer_products_are_exact())
+    assert build_engine(options).info.deterministic is (chosen and HAS_INTEGER_PRODUCTS)
 
     def refuse(_: LoopedTransformer) -> None:
         raise InvarianceError("a product depends on its place")
