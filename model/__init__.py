@@ -7,7 +7,7 @@ only the message types, stays small; `load_model` and the rest arrive when they 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from model.loader import LoadedModel, load_config, load_model, save_checkpoint
+    from model.checkpoint.loader import LoadedModel, load_config, load_model, save_checkpoint
 
 __all__ = ["LoadedModel", "load_config", "load_model", "save_checkpoint"]
 
@@ -15,7 +15,7 @@ __all__ = ["LoadedModel", "load_config", "load_model", "save_checkpoint"]
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import model.loader  # noqa: PLC0415, torch is imported here and not before
+    from model.checkpoint import loader  # noqa: PLC0415, torch is imported here and not before
 
-    attribute: object = getattr(model.loader, name)
+    attribute: object = getattr(loader, name)
     return attribute

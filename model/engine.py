@@ -1,61 +1,57 @@
 """The engine: requests in, token events out, one pass a step.
 
     batch  = scheduler.schedule()
-    tokens = runner.forward(batch)
-    events = scheduler.update(batch, tokens)
+    result = backend.run(Rows.of(batch), Readouts.of(batch))
+    events = scheduler.update(batch, result)
 
 Synchronous and single-threaded; `worker` gives it a process of its own. Invariant: every request that
-`add` takes ends with exactly one event that has a finish reason, and gives its pages back with it.
+`add` takes ends with exactly one event that has a finish reason, and gives its pages back with it. An
+exception while one request is worked for ends this one; after one in a pass all are read again, and who
+is at fault is found (`schedule.isolation`). `step` raises only what shows that the engine itself is broken.
 """
 
 import logging
-from dataclasses import dataclass, field
+import traceback
+from time import thread_time
 
-import torch
+import msgspec
 
-from model.cache import PagePool, PrefixKeys
-from model.compiling import GrammarQueue
-from model.cost import FixedBudget
-from model.drafts import POLICIES, Experience, make_policy, policy_depths
-from model.grammar import GrammarError
-from model.looped import LoopedTransformer
-from model.matching import GrammarState, Vocabulary
+from model.grammar.check import GrammarError
+from model.grammar.queue import GrammarQueue
+from model.grammar.state import GrammarState, Vocabulary
+from model.network.looped import LoopedTransformer
+from model.options import DEFAULT_ROW_BUDGET, POLICIES, EngineOptions
+from model.passes.backend import Backend, BackendMaker
+from model.passes.memory import cache_memory, free_memory
+from model.passes.rows import Rows
+from model.passes.torch.backend import TorchMaker
 from model.protocol import (
     EngineInfo,
     EngineStats,
     FinishReason,
     GenerationRequest,
+    SamplingParams,
     SequenceStats,
     TokenEvent,
 )
-from model.runner import Runner, bytes_per_token
-from model.scheduler import DEFAULT_ROW_BUDGET, Scheduler, SchedulerLimits
-from model.sequence import Sequence
-from model.wave import Constraint, Unconstrained, Wave
+from model.schedule.batch import PassResult, Readouts, ScheduledRun
+from model.schedule.cost import FixedBudget, speculates_alone
+from model.schedule.drafts import LOOKUP_POLICIES, Experience, make_policy, policy_depths
+from model.schedule.pages import PagePool, PrefixKeys
+from model.schedule.scheduler import Scheduler
+from model.schedule.sequence import Sequence
+from model.schedule.watch import PriceKeeper
+from model.schedule.wave import Constraint, Unconstrained, Wave
 
 log = logging.getLogger(__name__)
 
 PAGE_SIZE = 16  # positions
+NO_VOCABULARY = "a grammar needs the model's tokenizer.json, which is missing or cannot be used for it"
 GRAMMAR_PATIENCE = 0.002  # seconds that an engine with nothing else to do waits for a grammar at a time
-CPU_CACHE_SHARE, GPU_CACHE_SHARE = 0.25, 0.85  # of the memory free when the model is loaded
-DEFAULT_POLICY = "adaptive"
 
 
 class EngineConfigError(ValueError):
     """Engine options that cannot work together or with this model."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Options of an engine; None means the model's own or what fits."""
-
-    draft_depths: tuple[int, ...] | None = None
-    draft_policy: str = DEFAULT_POLICY
-    max_model_len: int | None = None  # tokens
-    kv_cache_tokens: int | None = None
-    kv_cache_memory: int | None = None  # bytes; `kv_cache_tokens` goes first
-    row_budget: int = DEFAULT_ROW_BUDGET
-    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
 
 
 class Engine:
@@ -64,20 +60,31 @@ class Engine:
     def __init__(
         self,
         model: LoopedTransformer,
-        config: EngineConfig | None = None,
+        options: EngineOptions | None = None,
         vocabulary: Vocabulary | None = None,
+        maker: BackendMaker | None = None,
     ) -> None:
-        """`vocabulary` is for requests with a grammar; without it they are answered by an error."""
-        config = config or EngineConfig()
+        """`vocabulary` is for requests with a grammar; without it they are answered by an error.
+
+        `maker` brings the backend, by default that of torch modules.
+        """
+        maker = maker or TorchMaker()
+        options = options or EngineOptions()
+        if options.prefill_rows is None:  # one chunk in each loop
+            rows = options.prefill_chunk_size * model.config.num_loops
+            options = msgspec.structs.replace(options, prefill_rows=rows)
         self.model = model
-        self.max_model_len = _max_model_len(model, config)
-        self.draft_depths = _draft_depths(model, config)
-        self._given_depths = None if config.draft_depths is None else self.draft_depths
-        self.draft_policy = _known_policy(config.draft_policy)
+        self.max_model_len = _max_model_len(model, options)
+        self.draft_depths = _draft_depths(model, options)
+        self._given_depths = None if options.draft_depths is None else self.draft_depths
+        self.draft_policy = _known_policy(options.draft_policy)
         self.experience = Experience.none()
-        self.pool = PagePool(-(-self._num_cache_tokens(config) // PAGE_SIZE), PAGE_SIZE)
-        self.scheduler = Scheduler(self.pool, config.limits, FixedBudget(config.row_budget))
-        self.runner = Runner(model, self.pool.num_tokens)
+        self.pool = PagePool(
+            -(-self._num_cache_tokens(options, maker.bytes_per_token(model)) // PAGE_SIZE), PAGE_SIZE
+        )
+        self.scheduler = Scheduler(self.pool, options, FixedBudget(options.row_budget or DEFAULT_ROW_BUDGET))
+        self.backend: Backend = maker.make(model, self.pool.num_tokens, self.max_model_len)
+        self.prices: PriceKeeper | None = None
         self._grammars = None if vocabulary is None else GrammarQueue(vocabulary)
         self._answered: list[TokenEvent] = []  # events that need no pass
 
@@ -92,14 +99,17 @@ class Engine:
             num_loops=config.num_loops,
             draft_depths=sorted(self._depths(self.draft_policy, config.num_loops)),
             eos_token_ids=list(config.eos_token_ids),
-            device=str(self.model.device),
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            backend=self.backend.facts.name,
+            device=self.backend.facts.device,
+            dtype=self.backend.facts.dtype,
             kv_cache_tokens=self.pool.num_tokens,
             max_num_seqs=self.scheduler.limits.max_num_seqs,
-            deterministic=self.model.row_invariant,
+            deterministic=self.backend.facts.is_exact,
             draft_policy=self.draft_policy,
             draft_policies=list(POLICIES),
             row_budget=self.scheduler.cost.most_rows,
+            speculation_enabled=self.speculates,
+            grammar_problem=NO_VOCABULARY if self._grammars is None else "",
             has_noisy_start=self.model.config.has_noisy_start,
         )
 
@@ -113,6 +123,7 @@ class Engine:
             kv_cache_usage=1.0 - self.pool.num_free_pages / self.pool.num_pages,
             rows_in_flight=scheduler.num_rows_in_flight,
             row_budget=scheduler.cost.most_rows,
+            speculation_enabled=int(self.speculates),
             passes=counts.passes,
             rows=counts.rows,
             pass_rows=dict(counts.pass_rows),
@@ -127,19 +138,40 @@ class Engine:
         )
 
     @property
+    def speculates(self) -> bool:
+        """Whether a request that is alone is speculated for: by its policy, and by the prices of passes."""
+        depths = self._depths(self.draft_policy, self.model.config.num_loops)
+        drafts = self.draft_policy in LOOKUP_POLICIES or bool(depths)
+        return drafts and speculates_alone(self.scheduler.cost)
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request is still to be answered."""
+        return self.scheduler.has_work or bool(self._answered or self._grammars)
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.scheduler.has_work or bool(self._answered or self._grammars)
+        return self.has_requests or (self.prices is not None and self.prices.is_due)
 
     def add(self, request: GenerationRequest) -> None:
         """Takes a request; one that cannot be served is answered by an "error" event."""
+        try:
+            self._add(request)
+        except Exception as error:
+            log.exception("request %s could not be taken", request.request_id)
+            self._answer(request, "error", f"{type(error).__name__}: {error}")
+
+    def _add(self, request: GenerationRequest) -> None:
+        if self.prices is not None:
+            self.prices.pause()
         problem = self._problem(request)
         if problem:
-            self._answer(request, "error", problem)
+            self._refuse(request, problem)
         elif request.max_tokens == 0 and request.prompt_logprobs is None:
             self._answer(request, "length")
         elif request.grammar is not None and self._grammars is not None:
-            self._grammars.add(request)
+            self._grammars.add(request, with_drafts=self._policy_name(request) != "none")
         else:
             self.scheduler.add(self._sequence(request, Unconstrained()))
 
@@ -150,28 +182,73 @@ class Engine:
             self._answer(compiling, "abort")
         event = self.scheduler.abort(request_id)
         if event is not None:
-            self.runner.sampler.forget(request_id)
             self._answered.append(event)
 
     def step(self) -> list[TokenEvent]:
         """One pass, if any rows are due; new tokens and ends, in order."""
+        if self.prices is not None and not self.has_requests:
+            self.prices.work()
+            return []
         if self._grammars:
             self._start_compiled(self._grammars)
         events, self._answered = self._answered, []
-        batch = self.scheduler.schedule()
-        if batch:
-            events += self.scheduler.update(batch, self.runner.forward(batch))
-        for event in events:
-            if event.finish_reason:
-                self.runner.sampler.forget(event.request_id)
-        return events
+        return events + self._pass() + self.scheduler.take_ended()
+
+    def run_pass(self, batch: list[ScheduledRun]) -> PassResult:
+        """One pass over rows that have pages; commits nothing."""
+        return self.backend.run(Rows.of(batch), Readouts.of(batch))
+
+    def _pass(self) -> list[TokenEvent]:
+        """Runs the rows that are due. Where that fails, nothing has been committed, and it is tried again."""
+        try:
+            batch = self.scheduler.schedule()
+            return self.scheduler.update(batch, self._timed_pass(batch)) if batch else []
+        except Exception as error:
+            if not self.scheduler.running:
+                raise  # no request's rows can be at fault
+            log.exception("a pass of %d sequences failed", len(self.scheduler.running))
+            # They hold the pass's tensors, which may fill the memory.
+            traceback.clear_frames(error.__traceback__)
+            self.scheduler.retry(f"{type(error).__name__}: {error}")
+            if not self._is_sound():
+                raise
+            return []
+
+    def _timed_pass(self, batch: list[ScheduledRun]) -> PassResult:
+        """One pass; what it took goes to the keeper of prices."""
+        if self.prices is None:
+            return self.run_pass(batch)
+        started = thread_time()
+        result = self.run_pass(batch)
+        self.prices.note(self.scheduler.expected_milliseconds, 1000 * (thread_time() - started))
+        return result
+
+    def _is_sound(self) -> bool:
+        """Whether a pass of a made-up sequence succeeds; if not, no request is at fault. It needs a page."""
+        request = GenerationRequest(
+            request_id="self-test", prompt_token_ids=[0], max_tokens=1, sampling=SamplingParams(temperature=0)
+        )
+        sequence = self._sequence(request, Unconstrained())
+        sequence.table = self.pool.open([], 1, 1)
+        if sequence.table is None:
+            return False
+        try:
+            for loop in range(self.model.config.num_loops):
+                is_last = loop + 1 == self.model.config.num_loops
+                self.run_pass([ScheduledRun(sequence, 0, 1, loop, int(is_last))])
+        except Exception:
+            log.exception("a pass without any request's rows failed as well")
+            return False
+        finally:
+            self.pool.free(sequence.table)
+        return True
 
     def run(self, requests: list[GenerationRequest]) -> dict[str, list[TokenEvent]]:
         """Continues requests together until all have ended; their events by request id."""
         for request in requests:
             self.add(request)
         events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
-        while self.has_work:
+        while self.has_requests:
             for event in self.step():
                 events[event.request_id].append(event)
         return events
@@ -185,17 +262,20 @@ class Engine:
     def _start_compiled(self, grammars: GrammarQueue) -> None:
         """Queues the requests whose grammars are ready."""
         idle = not self.scheduler.has_work and not self._answered
-        for request, matcher, problem in grammars.compiled(GRAMMAR_PATIENCE if idle else 0.0):
-            if matcher is None:
-                self._answer(request, "error", problem)
+        for request, matchers, problem in grammars.compiled(GRAMMAR_PATIENCE if idle else 0.0):
+            if matchers is None:
+                self._refuse(request, problem)
                 continue
             endings = self._ending_tokens(request)
             try:
-                state = GrammarState(grammars.vocabulary, matcher, len(request.prompt_token_ids), endings)
+                state = GrammarState(grammars.vocabulary, matchers, len(request.prompt_token_ids), endings)
             except GrammarError as error:
-                self._answer(request, "error", str(error))
+                self._refuse(request, str(error))
                 continue
-            self.runner.sampler.constrain(request.request_id, state)
+            except Exception as error:
+                log.exception("the grammar of request %s failed", request.request_id)
+                self._answer(request, "error", f"{type(error).__name__}: {error}")
+                continue
             self.scheduler.add(self._sequence(request, state))
 
     def _ending_tokens(self, request: GenerationRequest) -> frozenset[int]:
@@ -204,7 +284,7 @@ class Engine:
 
     def _sequence(self, request: GenerationRequest, constraint: Constraint) -> Sequence:
         num_loops = request.num_loops or self.model.config.num_loops
-        name = (request.draft_policy or self.draft_policy) if request.speculation else "none"
+        name = self._policy_name(request)
         wave = Wave(
             request.prompt_token_ids,
             num_loops=num_loops,
@@ -216,6 +296,9 @@ class Engine:
         noise = (request.init_scale, request.sampling.seed) if request.init_scale > 0 else ""
         salt = f"{num_loops}\n{noise}\n{request.cache_salt}"  # all that K/V depends on beside the tokens
         return Sequence(request, wave, PrefixKeys(salt, PAGE_SIZE))
+
+    def _policy_name(self, request: GenerationRequest) -> str:
+        return (request.draft_policy or self.draft_policy) if request.speculation else "none"
 
     def _depths(self, policy: str, num_loops: int) -> frozenset[int]:
         return policy_depths(policy, num_loops, self.draft_depths, self._given_depths)
@@ -243,37 +326,52 @@ class Engine:
         if request.draft_policy not in {None, *POLICIES}:
             return f"draft_policy {request.draft_policy!r} is not known; {', '.join(POLICIES)} are"
         if request.grammar is not None and self._grammars is None:
-            return "a grammar needs the model's tokenizer.json, which is missing or cannot be used for it"
+            return NO_VOCABULARY
         return None
 
-    def _answer(self, request: GenerationRequest, reason: FinishReason, error: str | None = None) -> None:
+    def _refuse(self, request: GenerationRequest, problem: str) -> None:
+        """Ends a request that is at fault itself."""
+        self._answer(request, "error", problem, is_refusal=True)
+
+    def _answer(
+        self,
+        request: GenerationRequest,
+        reason: FinishReason,
+        error: str | None = None,
+        *,
+        is_refusal: bool = False,
+    ) -> None:
         """Ends a request that never ran."""
         self._answered.append(
             TokenEvent(
-                request_id=request.request_id, finish_reason=reason, stats=SequenceStats(), error=error
+                request_id=request.request_id,
+                finish_reason=reason,
+                stats=SequenceStats(),
+                error=error,
+                is_refusal=is_refusal,
             )
         )
 
-    def _num_cache_tokens(self, config: EngineConfig) -> int:
-        """Token slots of the cache; by default `max_num_seqs` full contexts, or what memory allows.
+    def _num_cache_tokens(self, options: EngineOptions, each: int) -> int:
+        """Token slots of the cache, of `each` bytes; by default `max_num_seqs` contexts, or what fits.
 
         Where nobody asked for a length of the context and the model's own does not fit, `max_model_len`
         becomes what does. Raises EngineConfigError when a context that was asked for would not fit.
         """
-        each = bytes_per_token(self.model)
-        memory = config.kv_cache_memory or _memory_for_cache(self.model.device)
-        fit = int(memory / each)
-        if config.kv_cache_tokens is not None:
-            fit = config.kv_cache_tokens
-        elif config.kv_cache_memory is None:
-            fit = min(fit, self.max_model_len * config.limits.max_num_seqs)
-            if config.max_model_len is None and PAGE_SIZE <= fit < self.max_model_len:
+        memory = options.kv_cache_memory or cache_memory(self.model, self.model.device, options)
+        fit = memory // each
+        if options.kv_cache_tokens is not None:
+            fit = options.kv_cache_tokens
+        elif options.kv_cache_memory is None:
+            fit = min(fit, self.max_model_len * options.max_num_seqs)
+            if options.max_model_len is None and PAGE_SIZE <= fit < self.max_model_len:
                 self.max_model_len = self._shortened(fit)
         if fit < self.max_model_len:
             raise EngineConfigError(
                 f"max_model_len {self.max_model_len} needs {self.max_model_len * each} bytes of KV cache for "
                 f"one request, {fit * each} are there ({fit} tokens): lower max_model_len or give more memory"
             )
+        _warn_if_too_large(fit * each, free_memory(self.model.device).free)
         return fit
 
     def _shortened(self, fit: int) -> int:
@@ -294,29 +392,30 @@ def _known_policy(name: str) -> str:
     return name
 
 
-def _max_model_len(model: LoopedTransformer, config: EngineConfig) -> int:
+def _max_model_len(model: LoopedTransformer, options: EngineOptions) -> int:
     most = model.config.max_positions
-    wanted = config.max_model_len or most
+    wanted = options.max_model_len or most
     if not 1 <= wanted <= most:
         raise EngineConfigError(f"max_model_len {wanted} is outside 1..{most}, the model's positions")
     return wanted
 
 
-def _draft_depths(model: LoopedTransformer, config: EngineConfig) -> tuple[int, ...]:
+def _draft_depths(model: LoopedTransformer, options: EngineOptions) -> tuple[int, ...]:
     loops = model.config.num_loops
-    if config.draft_depths is None:
+    if options.draft_depths is None:
         return model.config.default_draft_depths
-    for depth in config.draft_depths:
+    for depth in options.draft_depths:
         if not 1 <= depth < loops:
             raise EngineConfigError(f"draft depth {depth} is outside 1..{loops - 1} (num_loops - 1)")
-    return tuple(sorted(set(config.draft_depths)))
+    return tuple(sorted(set(options.draft_depths)))
 
 
-def _memory_for_cache(device: torch.device) -> float:
-    """Bytes that the KV cache may take."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free * GPU_CACHE_SHARE
-    with open("/proc/meminfo") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    return int(lines["MemAvailable"].split()[0]) * 1024 * CPU_CACHE_SHARE
+def _warn_if_too_large(cache: int, free: int) -> None:
+    """Says so where a size was asked for that memory does not hold: the cache is filled later, in silence."""
+    if cache > free:
+        log.warning(
+            "the KV cache may grow to %d MiB, but %d MiB of memory are free: the engine may be killed for it "
+            "(kv_cache_memory and kv_cache_tokens set its size)",
+            cache >> 20,
+            free >> 20,
+        )

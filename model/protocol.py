@@ -33,7 +33,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
-    """What the generated text must match; `model.grammar.check_grammar` says whether `text` is valid.
+    """What the generated text must match; `model.grammar.check.check_grammar` says whether `text` is valid.
 
     `text` is JSON (a schema, or a list of strings for `choice`), a regular expression or a grammar in
     Lark's notation; empty for `json_object`, which is any JSON object.
@@ -80,6 +80,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None  # the same for the prompt's tokens, the first excepted
     grammar: Grammar | None = None
     cache_salt: str = ""  # requests share cached prefixes only with those of the same salt
+    tenant: str = ""  # whose it is, empty without keys: tenants take turns in the queue
     draft_policy: str | None = None  # None: the engine's own
 
 
@@ -99,7 +100,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of one request. Exactly one event of a request has a `finish_reason`, the last.
 
     `stop_token_id` is the token that ended it, if one did (it is also the last of `token_ids`).
-    `stats` comes with the finish reason; `error` says what went wrong when that is "error".
+    `stats` comes with the finish reason; `error` says what went wrong when that is "error", for the log or,
+    if `is_refusal`, for whoever sent the request: it is at fault and would meet the same again.
     `logprobs` has one entry for each of `token_ids` if the request asked; `prompt_logprobs` comes once,
     with or before the first token: one entry for each prompt token, None for the first.
     """
@@ -112,6 +114,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_id: int | None = None
     stats: SequenceStats | None = None
     error: str | None = None
+    is_refusal: bool = False
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,10 +130,13 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     kv_cache_tokens: int
     max_num_seqs: int
+    backend: str = "torch"  # what runs the passes
     deterministic: bool = False  # batch-invariant: the same bits alone and in a batch
     draft_policy: str = "single"
     draft_policies: list[str] = []  # those that a request may ask for
     row_budget: int = 0
+    speculation_enabled: bool = True  # whether a request that runs alone is speculated for
+    grammar_problem: str = ""  # why this engine can't follow a grammar; empty: it can
     has_noisy_start: bool = False  # whether requests may have an `init_scale` above 0
 
 
@@ -142,6 +148,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_usage: float = 0.0  # share of the pages that requests hold, 0..1
     rows_in_flight: int = 0
     row_budget: int = 0
+    speculation_enabled: int = (
+        0  # 1 if a request that is alone is speculated for, by policy and prices of passes
+    )
     passes: int = 0
     rows: int = 0  # of all passes
     pass_rows: dict[int, int] = {}  # passes by their rows, rounded up to a power of two
@@ -160,6 +169,7 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
 
     state: EngineState
     reason: str = ""
+    num_failures: int = 0  # in a row, while the engine is started again
 
 
 class EngineUnavailableError(RuntimeError):

@@ -1,0 +1,1 @@
+"""The command `speed`: one module for each thing that it does."""

@@ -1,0 +1,160 @@
+"""LoopedTransformer: embedding, prelude, the shared block, coda and readout.
+
+Knows nothing about requests, caches or sampling: whoever calls it brings an `Attend` that stores and
+reads K and V. Invariant: `loop` is one function of (state, injected input) whatever the depth of a
+row (but for one flag), so rows at different depths run in one batch.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from model.network.config import InitialState, LoopedConfig
+from model.network.layers import Attend, Layer, RMSNorm, Rotary, causal_attention
+
+Angles = tuple[Tensor, Tensor]
+Stored = dict[int, tuple[Tensor, Tensor]]  # layer -> K and V of whole sequences
+
+
+class LoopedTransformer(nn.Module):
+    """A depth-shared decoder: prelude, block x num_loops, coda, head."""
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.row_invariant = False  # True once `model.passes.torch.invariant` has rebuilt the model
+        self.rotary = Rotary(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, self.rotary) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+        if config.input_injection:
+            self.adapter = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        if config.exit_gate:
+            self.gate = nn.Linear(config.hidden_size, 1)
+
+    def tie(self) -> None:
+        """Makes head and embedding one tensor again where the config ties them (`to_empty` parts them)."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.embedding.weight.device
+
+    def angles(self, positions: Tensor) -> Angles:
+        """Rotary cos and sin of integer positions (...), for the calls below."""
+        angles: Angles = self.rotary(positions, self.dtype)
+        return angles
+
+    def enter(self, token_ids: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """Embedding and prelude of token ids (...); returns the block's input (..., hidden)."""
+        h: Tensor = self.embedding(token_ids)
+        if self.config.embedding_scale != 1.0:
+            h = h * self.config.embedding_scale
+        return self._run(self.config.prelude, h, angles, attend)
+
+    def initial_state(self, entered: Tensor) -> Tensor:
+        """State before the first loop: zeros where it would be noise of scale 0, else the input itself."""
+        return torch.zeros_like(entered) if self.config.has_noisy_start else entered
+
+    def loop(
+        self, state: Tensor, entered: Tensor, angles: Angles, attend: Attend, first: Tensor | None = None
+    ) -> Tensor:
+        """One loop of the block over a state (..., hidden); `entered` is what `enter` gave the rows.
+
+        `first` (..., 1), bool: which rows run their first loop. Only a model that leaves the adapter
+        out of it (`skips_first_adapter`) needs to know.
+        """
+        if self.config.input_injection:
+            mixed = self.adapter(torch.cat((state, entered), -1)).to(entered.dtype)  # autocast narrows it
+            state = mixed if first is None else torch.where(first, entered, mixed)
+        state = self._run(self.config.block, state, angles, attend)
+        return self.norm(state) if self.config.norm_after_loop else state
+
+    def finish(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """Coda and final norm of a state after any number of loops, same shape: the head's input."""
+        if self.config.norm_before_coda:
+            state = self.norm(state)
+        state = self._run(self.config.coda, state, angles, attend)
+        return state if self.config.norm_after_loop else self.norm(state)
+
+    def readout(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """Logits (..., vocab) of a state after any number of loops, in the model's dtype."""
+        logits: Tensor = self.head(self.finish(state, angles, attend))
+        return logits
+
+    @property
+    def skips_first_adapter(self) -> bool:
+        """Whether `loop` must be told which rows run their first loop."""
+        return self.config.input_injection and self.config.initial_state is InitialState.INPUT_ALONE
+
+    def gated(self, own: Attend, first: Attend) -> Attend:
+        """The `Attend` of a model with `first_loop_gate`: both branches, mixed head by head.
+
+        `own` attends over the K/V of the row's own loop, in its window; `first` over all that the
+        first loop stored, and stores nothing. For a row in its first loop they are one and the same,
+        and so is their mixture.
+        """
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            local, everything = own(layer, q, k, v), first(layer, q, k, v)
+            attention = cast(Layer, self.layers[layer]).attn
+            return torch.lerp(local, everything, attention.first_loop_share(q))
+
+        return attend
+
+    def depths(
+        self, token_ids: Tensor, num_loops: int | None = None, initial_state: Tensor | None = None
+    ) -> list[Tensor]:
+        """States after loop 1..num_loops of whole sequences, without a cache: the slow, obvious way.
+
+        token_ids (batch, tokens); initial_state (tokens, hidden) or None; each state is (batch,
+        tokens, hidden). Training and the reference logits use it.
+        """
+        angles = self.angles(torch.arange(token_ids.shape[-1], device=token_ids.device))
+        stored: Stored = {}
+        entered = self.enter(token_ids, angles, self._attend_whole(0, stored))
+        state = self.initial_state(entered) if initial_state is None else initial_state.expand_as(entered)
+        states = []
+        for loop in range(num_loops or self.config.num_loops):
+            first = torch.tensor([loop == 0], device=state.device) if self.skips_first_adapter else None
+            state = self.loop(state, entered, angles, self._attend_whole(loop, stored), first)
+            states.append(state)
+        return states
+
+    def whole_finish(self, state: Tensor) -> Tensor:
+        """The head's input (batch, tokens, hidden) of one of the states that `depths` returned."""
+        angles = self.angles(torch.arange(state.shape[-2], device=state.device))
+        return self.finish(state, angles, self._attend_whole(0, {}))
+
+    def whole_readout(self, state: Tensor) -> Tensor:
+        """Logits (batch, tokens, vocab) of one of the states that `depths` returned."""
+        logits: Tensor = self.head(self.whole_finish(state))
+        return logits
+
+    def _attend_whole(self, loop: int, stored: Stored) -> Attend:
+        """Attention over whole sequences in this loop (0..R-1); the first one fills `stored`."""
+
+        def own(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if loop == 0:
+                stored[layer] = k, v
+            return causal_attention(q, k, v, self.config.window(layer, loop))
+
+        def first(layer: int, q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
+            return causal_attention(q, *stored[layer])
+
+        return self.gated(own, first) if self.config.first_loop_gate and loop > 0 else own
+
+    def _run(self, layers: range, h: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        for index in layers:
+            h = self.layers[index](index, h, angles, attend)
+        return h

@@ -1,0 +1,73 @@
+"""Every option of the engine, with its default, and every list of names: once. No torch here.
+
+Each kind of options is one more: `EngineOptions` are an engine's, `WorkerOptions` also say which model it
+loads. The server's settings take their defaults and names from here.
+"""
+
+from typing import Literal, get_args
+
+import msgspec
+
+DraftPolicyName = Literal["adaptive", "single", "gated", "recheck", "lookup", "none"]
+POLICIES: tuple[str, ...] = get_args(DraftPolicyName)
+BackendName = Literal["torch", "native"]
+BACKENDS: tuple[str, ...] = get_args(BackendName)
+DEFAULT_ROW_BUDGET = 32  # rows of a pass without measured prices beyond which nothing is speculated
+
+
+class SchedulerLimits(msgspec.Struct, frozen=True):
+    """Bounds of a pass and of what runs at once, in rows and sequences.
+
+    Prompts lengthen a pass in which others decode to `pass_time_factor` times what it would take alone.
+    Raises ValueError for what cannot be.
+    """
+
+    max_num_seqs: int = 32
+    prefill_chunk_size: int = 64
+    prefill_rows: int | None = None  # of all prompts in a pass; None: those of four chunks
+    prefix_caching: bool = True
+    pass_time_factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "prefill_chunk_size", "most_prompt_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.pass_time_factor >= 1:
+            raise ValueError(f"pass_time_factor is {self.pass_time_factor}; it must be at least 1")
+        if self.most_prompt_rows < self.prefill_chunk_size:
+            raise ValueError(
+                f"prefill_rows {self.prefill_rows} is below prefill_chunk_size {self.prefill_chunk_size}"
+            )
+
+    @property
+    def most_prompt_rows(self) -> int:
+        """Rows of prompts that a pass takes at most."""
+        return 4 * self.prefill_chunk_size if self.prefill_rows is None else self.prefill_rows
+
+
+class EngineOptions(SchedulerLimits, frozen=True, kw_only=True):
+    """Options of an engine; None means the model's own or what fits."""
+
+    draft_depths: tuple[int, ...] | None = None
+    draft_policy: DraftPolicyName = "adaptive"
+    max_model_len: int | None = None  # tokens
+    kv_cache_tokens: int | None = None
+    kv_cache_memory: int | None = None  # bytes; `kv_cache_tokens` goes first
+    row_budget: int | None = None  # rows a pass; None: by measured pass times
+
+
+class WorkerOptions(EngineOptions, frozen=True, kw_only=True, tag=True):
+    """Everything that is needed to load a model and serve it; 0 threads are one for each core."""
+
+    model_path: str
+    device: str = "auto"  # auto, cpu, cuda, cuda:i
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["auto", "none", "int8"] = "auto"
+    generation_config: bool = True  # whether generation_config.json names ending tokens
+    threads: int = 0
+    backend: BackendName = "torch"
+    deterministic: bool | None = None  # batch-invariant arithmetic; CPU, float32 and bfloat16
+
+
+ENGINE_DEFAULTS = EngineOptions()
+WORKER_DEFAULTS = WorkerOptions(model_path="")

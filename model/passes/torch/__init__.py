@@ -1,0 +1,1 @@
+"""The pass made of torch modules, for any device."""

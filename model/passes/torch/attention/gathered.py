@@ -1,0 +1,85 @@
+"""Reference attention: gathers every run's K and V through its page table, pads, attends.
+
+Slow and obvious, on any device, without a host synchronisation: all sizes come from the host.
+"""
+
+from collections import abc
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.network.layers import Attend
+from model.passes.rows import RowRun
+from model.passes.tensors import to_device
+from model.passes.torch.attention.store import KVStore
+
+
+class GatheredAttention:
+    """Decoding runs (one row each) in one padded batch, prompt chunks in another."""
+
+    def __init__(self, store: KVStore) -> None:
+        self.store = store
+
+    def bind(self, runs: abc.Sequence[RowRun], write: bool = True) -> Attend:
+        """See PagedAttention."""
+        entries = self.store.entries(runs)
+        firsts, total = [], 0
+        for run in runs:
+            firsts.append(total)
+            total += run.num_rows
+        single = [i for i, run in enumerate(runs) if run.num_rows == 1]
+        several = [i for i, run in enumerate(runs) if run.num_rows > 1]
+        groups = [
+            _Group(self.store, [runs[i] for i in chosen], [firsts[i] for i in chosen])
+            for chosen in (single, several)
+            if chosen
+        ]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if write:
+                self.store.write(layer, entries, k, v)
+            out = torch.empty_like(q)
+            for group in groups:
+                group.attend(layer, q, out)
+            return out
+
+        return attend
+
+
+class _Group:
+    """Runs padded to one number of rows and one context length."""
+
+    def __init__(self, store: KVStore, runs: list[RowRun], firsts: list[int]) -> None:
+        self.store = store
+        width = max(run.num_rows for run in runs)
+        context = max(run.start + run.num_rows for run in runs)
+        device = store.device
+        column = [[run.start, run.num_rows, first, run.loop] for run, first in zip(runs, firsts, strict=True)]
+        start, count, first, loop = to_device(column, torch.int64, device).t()[:, :, None]
+        step = torch.arange(width, device=device)
+        self.rows = first + torch.minimum(step, count - 1)  # (runs, width); padding repeats the last row
+        seen = torch.arange(context, device=device)
+        last = (start + torch.minimum(step, count - 1))[:, :, None]  # (runs, width, 1)
+        self.masks = [(seen <= last)[:, None]]  # of layers that see all, and of windowed ones
+        if any(store.windowed):
+            windows = [store.config.window_of_loop(run.loop) or context for run in runs]
+            window = to_device(windows, torch.int64, device)[:, None, None]
+            self.masks.append(self.masks[0] & (seen > last - window)[:, None])
+        self.entries = loop * store.num_tokens + self._token_slots(runs, seen)  # (runs, context)
+
+    def _token_slots(self, runs: list[RowRun], seen: Tensor) -> Tensor:
+        size = runs[0].table.page_size
+        num_pages = -(-len(seen) // size)
+        pages = [[*run.table.pages, *[0] * num_pages][:num_pages] for run in runs]
+        first = to_device(pages, torch.int64, self.store.device)[:, seen // size] * size
+        return first + seen % size
+
+    def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
+        """Fills the rows of this group in `out` (rows, heads, head_dim)."""
+        keys = self.store.keys[layer].flatten(0, 1)[self.entries].transpose(1, 2)
+        values = self.store.values[layer].flatten(0, 1)[self.entries].transpose(1, 2)
+        queries = q[self.rows].transpose(1, 2)  # (runs, heads, width, head_dim)
+        grouped, mask = self.store.group > 1, self.masks[self.store.windowed[layer]]
+        got = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+        out[self.rows] = got.transpose(1, 2)  # a repeated row is written twice with one value

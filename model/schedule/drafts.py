@@ -1,0 +1,236 @@
+"""Draft policies: at which depths a sequence guesses its next token, and how far each guess is trusted.
+
+Pure Python; knows nothing about rows, pages or other sequences. Every policy is exact, since a wave
+commits nothing but what the last depth says: a policy decides what is tried, never what comes out.
+
+    single    one draft depth (WaveFront Decoding, arXiv 2609.23033)
+    gated     a second proposal at a later depth, taken where it contradicts the first (LoopSpec, 2609.17184)
+    recheck   every depth from the first one on is compared (SPEED, 2310.12072)
+    lookup    recheck, and behind a guess the tokens that followed the same n-gram earlier in the text
+              (prompt lookup; several tokens enter in one pass, so passes per token can fall below 1)
+    adaptive  lookup, but a depth is read out only while its guesses are worth it, else probed now and then
+    none      no speculation
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from model.options import POLICIES
+
+SHORTEST_NGRAM, LONGEST_NGRAM = 2, 4  # tokens
+MOST_PROPOSED = 15  # tokens that a match may bring in one pass
+LEAST_SURVIVAL = 0.3  # of the last token proposed: behind it most rows would be wasted
+USELESS = 0.08  # agreement below which `adaptive` stops reading a depth out
+FEW_LOOPS = 12  # up to so many, each depth may be read out
+PROBE_EVERY = 64  # tokens between two looks at a useless depth
+UNKNOWN_AGREEMENT = 0.6  # what is expected of a depth before anything was seen
+PRIOR_WEIGHT = 6.0  # observations that the engine's experience counts for in a new sequence
+SEQUENCE_MEMORY, ENGINE_MEMORY = 40.0, 1000.0  # observations after which old ones have faded
+
+LOOKUP_POLICIES = frozenset({"adaptive", "lookup"})  # that draft from the text as well, without any depth
+
+
+class Agreement:
+    """How often guesses of each kind were what the last depth said, the recent ones counting most.
+
+    A kind is a depth or an n-gram length. `prior` is a longer-lived record that fills in where this one
+    has seen little; what is observed here is passed on to it.
+    """
+
+    def __init__(self, memory: float, prior: "Agreement | None" = None) -> None:
+        self._keep = 1.0 - 1.0 / memory
+        self._prior = prior
+        self._seen: dict[int, tuple[float, float]] = {}  # kind -> faded (agreed, observed)
+
+    def observe(self, kind: int, agreed: bool) -> None:
+        """One guess was compared with the last depth."""
+        hits, total = self._seen.get(kind, (0.0, 0.0))
+        self._seen[kind] = (hits * self._keep + agreed, total * self._keep + 1.0)
+        if self._prior is not None:
+            self._prior.observe(kind, agreed)
+
+    def rate(self, kind: int) -> float:
+        """Expected share of guesses that hold, 0..1."""
+        hits, total = self._seen.get(kind, (0.0, 0.0))
+        before = UNKNOWN_AGREEMENT if self._prior is None else self._prior.rate(kind)
+        return (hits + PRIOR_WEIGHT * before) / (total + PRIOR_WEIGHT)
+
+
+class Experience(NamedTuple):
+    """What an engine has learnt about its model's guesses; new sequences start from it."""
+
+    depths: Agreement
+    ngrams: Agreement
+
+    @classmethod
+    def none(cls) -> "Experience":
+        """That of an engine that has just been started."""
+        return cls(Agreement(ENGINE_MEMORY), Agreement(ENGINE_MEMORY))
+
+
+class DraftPolicy:
+    """`single`, `gated`, `recheck` and `none`, by their depths; the base of the others.
+
+    Belongs to one sequence. `depths` are the draft depths, below the sequence's own last depth;
+    `is_thrifty` is whether `reads` ever declines one of them, so that it has to be probed now and then.
+    """
+
+    is_thrifty = False
+
+    def __init__(self, depths: frozenset[int], experience: Experience) -> None:
+        self.depths = depths
+        self.agreement = Agreement(SEQUENCE_MEMORY, experience.depths)
+
+    def reads(self, depth: int, least_chance: float) -> bool:
+        """Whether a row is read out at `depth`, one of `depths`.
+
+        A guess that is right with less than `least_chance` is not worth its readout at present.
+        """
+        del depth, least_chance
+        return True
+
+    def overrules(self, depth: int, trust: float) -> bool:
+        """Whether a readout at `depth` beats a token from the text that was believed with `trust`."""
+        del depth, trust
+        return True
+
+    def prefer(self, tokens: Sequence[int], token: int, depth: int) -> tuple[int, float]:
+        """The better guess of what follows `tokens`, and its trust; a readout at `depth` says `token`."""
+        del tokens
+        return token, self.agreement.rate(depth)
+
+    def propose(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens that may follow `tokens`, to enter together with the last of them."""
+        del tokens
+        return []
+
+    def proposal_rate(self) -> float:
+        """Expected share of the tokens of the latest proposal that hold, each given the one before."""
+        return 0.0
+
+    def observe(self, guesses: Mapping[int, int], token: int) -> None:
+        """`token` was committed; `guesses` maps depths to what they said of its position."""
+        for depth, guess in guesses.items():
+            self.agreement.observe(depth, guess == token)
+
+    def committed(self, tokens: Sequence[int], upto: int) -> None:
+        """tokens[:upto] are final now (and maybe were before)."""
+
+
+class LookupPolicy(DraftPolicy):
+    """`lookup`: what followed the last few tokens the last time they stood in the text."""
+
+    def __init__(self, depths: frozenset[int], experience: Experience) -> None:
+        super().__init__(depths, experience)
+        self.ngrams = Agreement(SEQUENCE_MEMORY, experience.ngrams)
+        self._index = NGramIndex()
+        self._proposal_rate = 0.0
+
+    def propose(self, tokens: Sequence[int]) -> list[int]:
+        """See DraftPolicy: as many tokens as are likely enough to hold."""
+        match = self._index.find(tokens)
+        if match is None:
+            return []
+        self._proposal_rate = self.ngrams.rate(match.length)
+        proposed: list[int] = []
+        for index in range(match.follows, match.follows + _worth_trying(self._proposal_rate)):
+            # A text that goes in circles is followed round: the source runs into what is proposed here.
+            proposed.append(tokens[index] if index < len(tokens) else proposed[index - len(tokens)])
+        return proposed
+
+    def prefer(self, tokens: Sequence[int], token: int, depth: int) -> tuple[int, float]:
+        """See DraftPolicy."""
+        match, rate = self._index.find(tokens), self.agreement.rate(depth)
+        if match is None or (match_rate := self.ngrams.rate(match.length)) <= rate:
+            return token, rate
+        return tokens[match.follows], match_rate
+
+    def proposal_rate(self) -> float:
+        """See DraftPolicy."""
+        return self._proposal_rate
+
+    def overrules(self, depth: int, trust: float) -> bool:
+        """See DraftPolicy: the better of the two by experience."""
+        return self.agreement.rate(depth) >= trust
+
+    def committed(self, tokens: Sequence[int], upto: int) -> None:
+        """Learns the text, and from it how good matches are: no row is spent on finding that out."""
+        for position in range(self._index.num_known, upto):
+            match = self._index.find(tokens[max(0, position - LONGEST_NGRAM) : position])
+            if match is not None:
+                self.ngrams.observe(match.length, tokens[match.follows] == tokens[position])
+            self._index.add(tokens, position)
+
+
+class AdaptivePolicy(LookupPolicy):
+    """`adaptive`: as `lookup`, without the readouts that experience says are useless."""
+
+    is_thrifty = True
+
+    def reads(self, depth: int, least_chance: float) -> bool:
+        """See DraftPolicy."""
+        return self.agreement.rate(depth) >= max(USELESS, least_chance)
+
+
+class Match(NamedTuple):
+    """An earlier place of the last `length` tokens; `follows` is the position behind it."""
+
+    length: int
+    follows: int
+
+
+class NGramIndex:
+    """Where each n-gram of a text was last followed by something."""
+
+    def __init__(self) -> None:
+        self.num_known = 0  # positions taken in
+        self._follows: dict[tuple[int, ...], int] = {}
+
+    def add(self, tokens: Sequence[int], position: int) -> None:
+        """Takes in the token at `position`, the next one: notes it behind the n-grams that end before it."""
+        self.num_known = position + 1
+        for length in range(SHORTEST_NGRAM, min(LONGEST_NGRAM, position) + 1):
+            self._follows[tuple(tokens[position - length : position])] = position
+
+    def find(self, tokens: Sequence[int]) -> Match | None:
+        """The longest n-gram at the end of `tokens` that is known; the latest place of it."""
+        for length in range(min(LONGEST_NGRAM, len(tokens)), SHORTEST_NGRAM - 1, -1):
+            follows = self._follows.get(tuple(tokens[len(tokens) - length :]))
+            if follows is not None:
+                return Match(length, follows)
+        return None
+
+
+def _worth_trying(rate: float) -> int:
+    """Tokens until which a chain of guesses, each right with `rate`, survives often enough."""
+    if rate <= LEAST_SURVIVAL:
+        return 0
+    return MOST_PROPOSED if rate >= 1 else min(MOST_PROPOSED, int(math.log(LEAST_SURVIVAL) / math.log(rate)))
+
+
+def policy_depths(
+    name: str, num_loops: int, default: Sequence[int], given: Sequence[int] | None = None
+) -> frozenset[int]:
+    """The draft depths of a policy, all below `num_loops`: those `given`, else by the model's `default`.
+
+    `single` takes the first and `gated` the first two. The others take all that were given; else every
+    depth from the first default one on, or just the defaults where a model has very many loops and a
+    readout at each would cost more than it tells.
+    """
+    depths = [depth for depth in (default if given is None else given) if depth < num_loops]
+    if name == "none" or not depths:
+        return frozenset()
+    if name in {"single", "gated"}:
+        return frozenset(depths[: 1 if name == "single" else 2])
+    if given is None and num_loops <= FEW_LOOPS:
+        return frozenset(range(depths[0], num_loops))
+    return frozenset(depths)
+
+
+def make_policy(name: str, depths: frozenset[int], experience: Experience | None = None) -> DraftPolicy:
+    """A policy for one sequence, with what `policy_depths` says; raises ValueError for an unknown name."""
+    if name not in POLICIES:
+        raise ValueError(f"draft policy {name!r} is not known; {', '.join(POLICIES)} are")
+    kind = {"lookup": LookupPolicy, "adaptive": AdaptivePolicy}.get(name, DraftPolicy)
+    return kind(depths, experience or Experience.none())

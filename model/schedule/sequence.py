@@ -1,0 +1,107 @@
+"""A request on its way through the engine. Pure Python.
+
+Made by the engine from a `GenerationRequest`, changed by the scheduler alone, read by whoever runs a pass.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from model.protocol import GenerationRequest, SequenceStats, TokenLogprobs
+from model.schedule.counts import TokenCounts
+from model.schedule.pages import PageTable, PrefixKeys
+from model.schedule.wave import Wave
+
+log = logging.getLogger(__name__)
+
+
+class Sequence:
+    """One request on its way: its wave, its pages (None while it waits), what it has cost.
+
+    `rank` (priority, round, arrival) orders the sequences that were admitted, None before: the smaller one
+    is served first and pre-empted last. `fault` says why the sequence cannot go on: the scheduler ends the
+    sequence, and no other, with this error.
+    """
+
+    def __init__(self, request: GenerationRequest, wave: Wave, keys: PrefixKeys) -> None:
+        self.request = request
+        self.wave = wave
+        self.keys = keys
+        self.table: PageTable | None = None
+        self.arrival = 0  # its number in order of arrival
+        self.rank: tuple[int, int, int] | None = None
+        self.fault: str | None = None
+        self.strikes = 0  # passes that failed while it ran alone
+        self.due = 0  # how many prompt rows the engine will have run when it ought to be read
+        self.arrived_at = 0.0  # seconds of a monotonic clock
+        self.queue_seconds: float | None = None  # until it was first admitted
+        self.num_cached = 0  # prompt tokens found in the prefix cache
+        self.preemptions = 0
+        self.passes = 0
+        self.rows = 0
+        self.logprobs: dict[int, TokenLogprobs] = {}  # by position, what the last depth said, until taken
+        self.prompt_logprobs: dict[int, TokenLogprobs] = {}  # the same of prompt tokens
+        self._prompt_logprobs_are_due = request.prompt_logprobs is not None
+        self._counts: TokenCounts | None = None
+
+    @property
+    def precedence(self) -> tuple[int, int, int]:
+        """Its rank, which it has from its first admission on."""
+        assert self.rank is not None
+        return self.rank
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens committed behind the prompt."""
+        return self.wave.num_committed - self.wave.prompt_length
+
+    def counts(self, vocab_size: int) -> TokenCounts:
+        """How often each token stands in it; made when it is first asked for."""
+        if self._counts is None:
+            self._counts = TokenCounts(vocab_size)
+        return self._counts
+
+    def take_logprobs(self, count: int) -> list[TokenLogprobs]:
+        """Of the `count` tokens committed last; empty unless the request asks for them."""
+        if self.request.logprobs is None:
+            return []
+        end = self.wave.num_committed
+        return [self.logprobs.pop(position) for position in range(end - count, end)]
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """Of all prompt tokens, None for the first; None when not asked for, not read yet or taken."""
+        if not self._prompt_logprobs_are_due or self.wave.is_reading_prompt:
+            return None
+        self._prompt_logprobs_are_due = False
+        found, self.prompt_logprobs = self.prompt_logprobs, {}
+        return [None, *(found[position] for position in range(1, self.wave.prompt_length))]
+
+    @property
+    def stats(self) -> SequenceStats:
+        """What it has cost so far."""
+        return SequenceStats(
+            passes=self.passes,
+            rows=self.rows,
+            accepted_drafts=self.wave.accepted_drafts,
+            rejected_drafts=self.wave.rejected_drafts,
+            cached_prompt_tokens=self.num_cached,
+            preemptions=self.preemptions,
+            queue_seconds=self.queue_seconds or 0.0,
+        )
+
+
+@contextmanager
+def contained(
+    sequence: Sequence, faults: dict[Sequence, str], beyond: tuple[type[BaseException], ...] = ()
+) -> Iterator[None]:
+    """Work for one sequence: an exception is noted in `faults`, and whoever works for all goes on.
+
+    Exceptions of the types `beyond` are raised: they need not be the fault of this sequence.
+    """
+    try:
+        yield
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, *beyond)):
+            raise
+        log.exception("request %s failed and is ended; the others go on", sequence.request.request_id)
+        faults[sequence] = f"{type(error).__name__}: {error}"

@@ -1,0 +1,257 @@
+"""`speed inspect MODEL`: what a checkpoint is, what fits in this memory, and, given a text, how good it is.
+
+Without a text only headers are read, so that the largest checkpoint is described in a moment.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from model.checkpoint.hub import model_folder
+from model.checkpoint.loader import DTYPES, load_model, load_skeleton
+from model.network.looped import LoopedTransformer
+from model.network.packed import pack_linears
+from model.options import SchedulerLimits
+from model.passes.memory import cache_memory, free_memory
+from model.passes.torch.backend import bytes_per_token
+from model.study.quality import Decoding, TextQuality, decode_prompts, judge_text
+from model.worker.build import resolve_device, resolve_quantization
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "weights" / "default"
+USAGE_ERROR = 2
+GB = 2**30
+
+
+class Facts(NamedTuple):
+    """A checkpoint and this machine. Sizes are bytes, `cache_tokens` is what fits beside the weights."""
+
+    model: str
+    family: str
+    num_loops: int
+    layers: str  # prelude + block + coda
+    parameters_stored: int
+    parameters_effective: int  # the block's counted once for each loop
+    dtype: str
+    quantization: str
+    weight_bytes: int
+    kv_slots: int
+    kv_bytes_per_token: int
+    state_bytes_per_token: int
+    max_positions: int
+    memory_bytes: int
+    cache_tokens: int
+    full_contexts: int
+    eos_token_ids: list[int]
+    draft_depths: list[int]
+
+
+class Report(NamedTuple):
+    """Everything that is known; the quality of a text only if one was given."""
+
+    facts: Facts
+    text: TextQuality | None = None
+    quantized: TextQuality | None = None
+    decoding: Decoding | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `speed inspect` on a parser."""
+    parser.add_argument("model", nargs="?", default=str(EMBEDDED), help="folder or Hugging Face id")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of a Hugging Face id")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:i")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--quantization", default="auto", choices=["auto", "none", "int8"])
+    parser.add_argument(
+        "--text",
+        type=Path,
+        default=None,
+        help="a text that the model was not trained on (for a model without a tokenizer, a JSON list of ids)",
+    )
+    parser.add_argument("--max-tokens", type=int, default=4096, help="of the text (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=512, help="tokens read together (default: %(default)s)")
+    parser.add_argument("--num-prompts", type=int, default=4, help="decoded (default: %(default)s)")
+    parser.add_argument("--draft-depths", default=None, help="comma separated (default: the model's)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `speed inspect`; 2 for what the user can mend."""
+    try:
+        report = inspect(args)
+    except (ValueError, OSError) as error:
+        print(f"speed: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    print(json.dumps(as_json(report)) if args.json else as_text(report))
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> Report:
+    """The report that the options ask for; raises ValueError (CheckpointError and its like) or OSError."""
+    folder = model_folder(args.model, args.revision)
+    device = resolve_device(args.device)
+    name = str(args.dtype)
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    quantization = resolve_quantization(args.quantization, folder, device)
+    facts = gather_facts(args.model, load_skeleton(folder).to(DTYPES[name]), quantization, device)
+    if args.text is None:
+        return Report(facts)
+    drafts = None if args.draft_depths is None else _depths(args.draft_depths)
+    ids = read_ids(folder, args.text)[: args.max_tokens]
+    model = load_model(folder, device, name).model
+    window = min(args.window, model.config.max_positions)
+    text = judge_text(model, ids, window, drafts or ())
+    quantized = None
+    if quantization == "int8":
+        model = load_model(folder, device, name, int8=True).model
+        quantized = judge_text(model, ids, window, drafts or ())
+    pack_linears(model)
+    return Report(facts, text, quantized, decode_prompts(model, ids, drafts, args.num_prompts))
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--draft-depths is {text!r}; whole numbers with commas between them are wanted")
+    return tuple(map(int, parts))
+
+
+def gather_facts(name: str, model: LoopedTransformer, quantization: str, device: torch.device) -> Facts:
+    """The facts of a model that needs no weights (see `load_skeleton`), in its dtype."""
+    config, dtype = model.config, model.dtype
+    stored = sum(parameter.numel() for parameter in model.parameters())
+    looped = sum(p.numel() for layer in config.block for p in model.layers[layer].parameters())
+    if config.input_injection:
+        looped += model.adapter.weight.numel()
+    weights = _weight_bytes(model, quantization)
+    per_token = bytes_per_token(model)
+    kv = config.kv_bytes_per_token(dtype.itemsize)
+    fits = cache_memory(model, device, SchedulerLimits(), weights) // per_token
+    return Facts(
+        model=name,
+        family=config.family,
+        num_loops=config.num_loops,
+        layers=f"{config.num_prelude_layers} + {config.num_block_layers} + {config.num_coda_layers}",
+        parameters_stored=stored,
+        parameters_effective=stored + (config.num_loops - 1) * looped,
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=quantization,
+        weight_bytes=weights,
+        kv_slots=config.num_slots,
+        kv_bytes_per_token=kv,
+        state_bytes_per_token=per_token - kv,
+        max_positions=config.max_positions,
+        memory_bytes=free_memory(device).free,
+        cache_tokens=fits,
+        full_contexts=fits // config.max_positions,
+        eos_token_ids=list(config.eos_token_ids),
+        draft_depths=list(config.default_draft_depths),
+    )
+
+
+def read_ids(folder: Path, text: Path) -> list[int]:
+    """Token ids of a text file, or the ids in a JSON file for a model without a tokenizer."""
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        ids: list[int] = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
+        return ids
+    try:
+        content = json.loads(text.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, list) or not all(type(i) is int and i >= 0 for i in content):
+        raise ValueError(f"{folder} has no tokenizer.json, so {text} must hold a JSON list of token ids")
+    return content
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as plain data; draft depths are written as "1,2"."""
+
+    def quality(text: TextQuality) -> dict[str, Any]:
+        passes = {",".join(map(str, drafts)): mean for drafts, mean in text.expected_passes.items()}
+        depths = [depth._asdict() for depth in text.depths]
+        return {"num_tokens": text.num_tokens, "depths": depths, "expected_passes_per_token": passes}
+
+    content: dict[str, Any] = report.facts._asdict()
+    if report.text is not None:
+        content["text"] = quality(report.text)
+    if report.text is not None and report.quantized is not None:
+        content["text_quantized"] = quality(report.quantized)
+        content["quantization_loss_change"] = report.quantized.loss - report.text.loss
+    if report.decoding is not None:
+        content["decoding"] = report.decoding._asdict()
+    return content
+
+
+def as_text(report: Report) -> str:
+    """The report as a table."""
+    lines = _facts_lines(report.facts)
+    for title, text in (("", report.text), (", int8 weights", report.quantized)):
+        if text is not None:
+            lines += ["", *_quality_lines(title, text)]
+    if report.text is not None and report.quantized is not None:
+        change = report.quantized.loss - report.text.loss
+        share = change / report.text.loss
+        lines += ["", f"int8 changes the held-out loss by {change:+.4f} nats per token ({share:+.2%})"]
+    if report.decoding is not None:
+        lines += ["", _decoding_line(report.decoding)]
+    return "\n".join(lines)
+
+
+def _facts_lines(f: Facts) -> list[str]:
+    state = f" and {f.state_bytes_per_token:,} of states" if f.state_bytes_per_token else ""
+    quantized = " (int8 weights)" if f.quantization == "int8" else ""
+    rows = {
+        "model": f.model,
+        "family": f"{f.family}, {f.layers} layers (prelude + block + coda), {f.num_loops} loops",
+        "parameters": f"{f.parameters_stored:,} stored, {f.parameters_effective:,} effective",
+        "weights": f"{f.weight_bytes / GB:.2f} GiB as {f.dtype}{quantized}",
+        "KV cache": f"{f.kv_slots} slots, {f.kv_bytes_per_token:,} bytes a token{state}",
+        "context": f"{f.max_positions:,} tokens",
+        "fits here": f"{f.cache_tokens:,} tokens: {f.full_contexts:,} requests at full context "
+        f"({f.memory_bytes / GB:.1f} GiB are free)",
+        "ends at": ", ".join(map(str, f.eos_token_ids)) or "no token",
+        "drafts at": ", ".join(map(str, f.draft_depths)) or "no depth",
+    }
+    return [f"{name:<12}{value}" for name, value in rows.items()]
+
+
+def _quality_lines(title: str, text: TextQuality) -> list[str]:
+    lines = [
+        f"over {text.num_tokens:,} tokens of the text{title}",
+        "depth   loss (nats/token)   right   agrees with the last",
+    ]
+    lines += [f"{d.depth:>5}{d.loss:>20.4f}{d.accuracy:>8.1%}{d.agreement:>23.1%}" for d in text.depths]
+    if text.expected_passes:
+        lines += ["", "draft depths   passes per token to expect (greedy)"]
+        for drafts, mean in sorted(text.expected_passes.items(), key=lambda item: item[1]):
+            lines.append(f"{', '.join(map(str, drafts)):<15}{mean:.3f}")
+        lines.append(f"{'none':<15}{len(text.depths):.3f}")
+    return lines
+
+
+def _decoding_line(decoding: Decoding) -> str:
+    drafts = ", ".join(map(str, decoding.draft_depths)) or "none"
+    return (
+        f"decoded {decoding.num_tokens} tokens of its own ({decoding.draft_policy}, draft depths {drafts}): "
+        f"{decoding.passes_per_token:.3f} passes and {decoding.rows_per_token:.3f} rows per token"
+    )
+
+
+def _weight_bytes(model: LoopedTransformer, quantization: str) -> int:
+    """Bytes of the weights in memory; a tied head counts once, unless int8 parts it from the embedding."""
+    everything = sum(parameter.nbytes for parameter in model.parameters())
+    if quantization == "none":
+        return everything
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features > 1]
+    tied = [m.weight for m in linears if m.weight is model.embedding.weight]
+    own = sum(m.weight.numel() for m in linears) - sum(weight.numel() for weight in tied)
+    return (
+        everything - own * model.dtype.itemsize + sum(m.weight.numel() + 4 * m.out_features for m in linears)
+    )
