@@ -5,10 +5,10 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG PIP_EXTRA_INDEX_URL
 RUN python -m venv /opt/speed
 WORKDIR /src
-COPY pyproject.toml README.md ./
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY cli cli
 COPY server server
 COPY model model
-COPY bench bench
 RUN /opt/speed/bin/pip install .
 
 FROM python:3.12-slim

@@ -5,6 +5,7 @@ Invariant: a generation is closed however its answer ends.
 
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Protocol, TypeVar
 
 from fastapi import Request
@@ -12,13 +13,15 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from server.choices import Choice, ChoiceDelta, Generation, join_deltas
+from server.json_parts import json_bytes
+from server.lanes import Lane
 from server.schemas.sampling import StreamOptions
 from server.schemas.usage import CompletionTokensDetails, PromptTokensDetails, Usage
-from server.sse import ClientDisconnectedError, stream_response, unless_disconnected
+from server.sse import CLIENT_CLOSED_REQUEST, ClientDisconnectedError, stream_response, unless_disconnected
 
+SHORT_ANSWER = 1000  # tokens, the likeliest ones beside each included, that are written in a few ms
 # Longer than the server's own grace period, after which it ends streams properly.
 STREAM_GRACE_MARGIN = 5.0
-CLIENT_CLOSED_REQUEST = 499  # nginx's status; nobody receives it, but access logs show it
 
 Part = TypeVar("Part")
 
@@ -32,19 +35,28 @@ class Format(Protocol[Part]):
     def parts(self, delta: ChoiceDelta, *, first: bool) -> list[Part]:
         """What each chunk for a delta adds to its choice; `first`: nothing was sent of it yet."""
 
+    def nothing(self) -> Part:
+        """What a chunk adds that is sent only to be sent."""
+
     def chunk(self, parts: list[Part], **usage: Usage | None) -> BaseModel:
         """A chunk of a stream; without `usage` the chunk has no such field."""
 
 
 async def answer(
-    request: Request, generation: Generation, form: Format[Part], shutdown_timeout: float
+    request: Request, generation: Generation, form: Format[Part], shutdown_timeout: float, lane: Lane
 ) -> Response:
-    """The whole answer or the beginning of a stream; takes over the generation."""
+    """The whole answer or the beginning of a stream; takes over the generation.
+
+    What is long, such as an echo with log-probabilities, is written in `lane`.
+    """
     try:
         if generation.fields.stream:
             grace = shutdown_timeout + STREAM_GRACE_MARGIN
-            return await stream_response(request, _chunks(generation, form), generation.close, grace)
-        whole = await unless_disconnected(request, _whole(generation, form))
+            chunks = _chunks(generation, form, lane)
+            return await stream_response(
+                request, chunks, generation.close, partial(_filler, generation, form), grace
+            )
+        content = await unless_disconnected(request, _whole(generation, form, lane))
     except ClientDisconnectedError:
         generation.close()
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -52,19 +64,32 @@ async def answer(
         generation.close()
         raise
     generation.close()
-    return Response(_json(whole), media_type="application/json")
+    return Response(content, media_type="application/json")
 
 
-async def _whole(generation: Generation, form: Format[Part]) -> BaseModel:
+async def _whole(generation: Generation, form: Format[Part], lane: Lane) -> str | bytes:
+    """The JSON of the answer."""
     deltas: list[list[ChoiceDelta]] = [[] for _ in generation.choices]
     async with aclosing(generation.deltas()) as stream:
         async for delta in stream:
             deltas[delta.choice_index].append(delta)
     best = [join_deltas(deltas[choice.index]) for choice in generation.best()]
-    return form.whole(best, usage_of(generation))
+    usage = usage_of(generation)
+    if sum(map(_num_entries, best)) * _entry_size(generation) <= SHORT_ANSWER:
+        return _json(form.whole(best, usage))
+    return await lane.run(lambda: json_bytes(form.whole(best, usage)))
 
 
-async def _chunks(generation: Generation, form: Format[Part]) -> AsyncGenerator[str, None]:
+def _num_entries(delta: ChoiceDelta) -> int:
+    return len(delta.echoed) + len(delta.tokens)
+
+
+def _entry_size(generation: Generation) -> int:
+    """How many tokens, with their texts, are written for each token."""
+    return 1 if generation.fields.num_logprobs is None else 2 + generation.fields.num_logprobs
+
+
+async def _chunks(generation: Generation, form: Format[Part], lane: Lane) -> AsyncGenerator[str, None]:
     """The JSON of a stream's chunks. Deltas without anything to see are left out."""
     fields = generation.fields
     options = fields.stream_options or StreamOptions()
@@ -74,17 +99,35 @@ async def _chunks(generation: Generation, form: Format[Part]) -> AsyncGenerator[
         async for delta in deltas:
             if not (delta.has_news or (shows_tokens and delta.tokens)):
                 continue
-            parts = form.parts(delta, first=delta.choice_index not in begun)
+            first = delta.choice_index not in begun
             begun.add(delta.choice_index)
-            for part in parts:
-                if options.continuous_usage_stats:
-                    yield _json(form.chunk([part], usage=usage_of(generation)))
-                elif options.include_usage:
-                    yield _json(form.chunk([part], usage=None))
-                else:
-                    yield _json(form.chunk([part]))
+            usage = _usage_of_chunk(generation, options)
+            if _num_entries(delta) * _entry_size(generation) <= SHORT_ANSWER:
+                chunks = [_json(form.chunk([part], **usage)) for part in form.parts(delta, first=first)]
+            else:
+                chunks = await lane.run(partial(_write_chunks, form, delta, usage, first=first))
+            for chunk in chunks:
+                yield chunk
     if options.include_usage:
         yield _json(form.chunk([], usage=usage_of(generation)))
+
+
+def _filler(generation: Generation, form: Format[Part]) -> str:
+    """The JSON of a chunk that says nothing."""
+    options = generation.fields.stream_options or StreamOptions()
+    return _json(form.chunk([form.nothing()], **_usage_of_chunk(generation, options)))
+
+
+def _usage_of_chunk(generation: Generation, options: StreamOptions) -> dict[str, Usage | None]:
+    if options.continuous_usage_stats:
+        return {"usage": usage_of(generation)}
+    return {"usage": None} if options.include_usage else {}
+
+
+def _write_chunks(
+    form: Format[Part], delta: ChoiceDelta, usage: dict[str, Usage | None], *, first: bool
+) -> list[str]:
+    return [json_bytes(form.chunk([part], **usage)).decode() for part in form.parts(delta, first=first)]
 
 
 def _json(response: BaseModel) -> str:

@@ -11,15 +11,25 @@ from server.auth import ApiKeyMiddleware, load_api_keys, open_paths
 from server.batcher import AdmissionLimits, RequestBatcher
 from server.chat_template import ChatTemplate
 from server.defaults import NO_DEFAULTS, SamplingDefaults
+from server.encodings import GzipBodyMiddleware
 from server.errors import install_error_handlers
+from server.hosts import HostMiddleware, allowed_hosts
+from server.lanes import Lanes
 from server.logs import AccessLogMiddleware
 from server.metrics import Metrics
-from server.middleware import BodyLimitMiddleware, OriginMiddleware, RequestIdMiddleware, RootPathMiddleware
+from server.middleware import (
+    BodyLimitMiddleware,
+    HeadMiddleware,
+    OriginMiddleware,
+    RequestIdMiddleware,
+    RootPathMiddleware,
+)
 from server.openapi import install_document
 from server.routes import chat, completions, models, operations, playground, tokenize
 from server.settings import Settings
 from server.state import ServerState
 from server.tokenizer import TextCodec
+from server.version import package_version
 
 
 @asynccontextmanager
@@ -30,6 +40,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await state.batcher.close()
+        state.lanes.close()
 
 
 def create_app(
@@ -42,7 +53,7 @@ def create_app(
     """An application that starts and closes `engine` with its lifespan."""
     app = FastAPI(
         title="SPEED",
-        version=operations.package_version(),
+        version=package_version(),
         lifespan=_lifespan,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
@@ -55,6 +66,7 @@ def create_app(
         codec=tokenizer,
         chat_template=chat_template,
         defaults=defaults,
+        lanes=Lanes(),
         settings=settings,
         created=int(time.time()),
     )
@@ -74,11 +86,16 @@ def create_app(
 
 def _add_middleware(app: FastAPI, settings: Settings, keys: list[str]) -> None:
     """From the inside out: what is added last sees a request first."""
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(BodyLimitMiddleware, limit=settings.body_limit)
+    app.add_middleware(GzipBodyMiddleware)  # outside of the limit, which is that of the unpacked body
     if keys:
         app.add_middleware(ApiKeyMiddleware, keys=keys, open_paths=open_paths(settings))
     if settings.cors_origins:  # outside of the keys: a browser asks for permission without one
         app.add_middleware(OriginMiddleware, origins=settings.cors_origins)
+    hosts = allowed_hosts(settings)
+    if hosts is not None:
+        app.add_middleware(HostMiddleware, names=hosts)
     if settings.access_log != "off":
         app.add_middleware(AccessLogMiddleware, as_json=settings.access_log == "json")
     app.add_middleware(RequestIdMiddleware)

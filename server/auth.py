@@ -2,7 +2,8 @@
 
 Knows nothing about users or rights: a key opens everything. Invariants: without a valid key nothing
 behind this middleware runs, the reading of the body included; how long a comparison takes says nothing
-about the keys; keys are held as digests only, and appear in no message.
+about the keys; keys are held as digests only, and appear in no message. What runs finds in the scope a
+name for the key's holder (`TENANT`), by which clients are kept apart in the queue and the prefix cache.
 """
 
 import base64
@@ -20,6 +21,9 @@ from server.errors import AuthenticationError, error_response
 from server.settings import ApiKey, Settings, SettingsError
 
 ALWAYS_OPEN = ("/health", "/ready")  # for those who watch the process: they hold no key
+
+TENANT = "speed.tenant"  # in the scope of a request: whose key it brings
+TENANT_DIGITS = 32
 
 
 def load_api_keys(settings: Settings) -> list[str]:
@@ -66,25 +70,35 @@ class ApiKeyMiddleware:
 
     def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: Sequence[str]) -> None:
         self._app = app
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._tenants = {_digest(key.encode()): _tenant(key) for key in keys}
         self._open_paths = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on everything that isn't HTTP."""
-        if scope["type"] != "http" or route_path(scope) in self._open_paths or self._is_allowed(scope):
+        tenant = self._tenant_of(scope) if scope["type"] == "http" else ""
+        if tenant is not None:
+            scope[TENANT] = tenant
+        if scope["type"] != "http" or route_path(scope) in self._open_paths or tenant is not None:
             await self._app(scope, receive, send)
             return
         is_page = "text/html" in Headers(scope=scope).get("accept", "")
         await error_response(AuthenticationError(ask_browser=is_page))(scope, receive, send)
 
-    def _is_allowed(self, scope: Scope) -> bool:
+    def _tenant_of(self, scope: Scope) -> str | None:
+        """Whose key the request brings; None without a valid one."""
         given = _digest(_presented_key(Headers(scope=scope).get("authorization", "")))
         # All keys are compared, whichever matches.
-        return sum(hmac.compare_digest(given, digest) for digest in self._digests) > 0
+        found = [tenant for digest, tenant in self._tenants.items() if hmac.compare_digest(given, digest)]
+        return found[0] if found else None
 
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def _tenant(key: str) -> str:
+    """A name for the holder of a key, from which nobody learns the key or the digest it is checked by."""
+    return hashlib.sha256(b"tenant\n" + key.encode()).hexdigest()[:TENANT_DIGITS]
 
 
 def _presented_key(authorization: str) -> bytes:

@@ -25,14 +25,23 @@ from server.errors import QueueFullError, UnavailableError
 from server.metrics import Metrics, SequenceMeter
 
 logger = logging.getLogger(__name__)
+QUEUED_ROUNDS = 8  # what may be in flight by default, in multiples of what the engine runs at once
 CLOSE_TIMEOUT = 2.0  # seconds for the last events of a closed engine to arrive
 
 
 class AdmissionLimits(NamedTuple):
-    """What may be in flight: sequences, and tokens that these may grow to, their prompts included."""
+    """What may be in flight: sequences, and tokens that these may grow to, their prompts included.
+
+    `max_tokens` None: by the engine's own numbers.
+    """
 
     max_requests: int
-    max_tokens: int
+    max_tokens: int | None = None
+
+    def most_tokens(self, info: EngineInfo) -> int:
+        """The limit of tokens. A fixed number would be few chats of one model and thousands of another."""
+        at_once = max(info.kv_cache_tokens, info.max_num_seqs * info.max_model_len)
+        return QUEUED_ROUNDS * at_once if self.max_tokens is None else self.max_tokens
 
 
 class _InFlight(NamedTuple):
@@ -163,6 +172,9 @@ class RequestBatcher:
         if self._draining:
             raise UnavailableError("the server is shutting down", "server_draining")
         health = self._engine.health()
+        if health.state == "loading" and health.num_failures:
+            tries = f"{health.num_failures} failure{'s' * (health.num_failures > 1)} in a row"
+            raise UnavailableError(f"the engine failed and is started again ({tries})", "engine_loading")
         if health.state == "loading":
             raise UnavailableError("the engine is loading the model", "engine_loading")
         if health.state == "dead" or self._reader is None or self._reader.done():
@@ -189,9 +201,9 @@ class RequestBatcher:
 
         Raises QueueFullError or UnavailableError.
         """
-        self.admit()
+        info = self.admit()
         try:
-            self._check_room(requests)
+            self._check_room(requests, info)
         except QueueFullError as error:
             self._metrics.rejected(error.reason)
             raise
@@ -215,17 +227,17 @@ class RequestBatcher:
             self._remove(request_id).meter.finished(self._reason(request_id, "abort"), None)
             self._engine.abort(request_id)
 
-    def _check_room(self, requests: Sequence[GenerationRequest]) -> None:
+    def _check_room(self, requests: Sequence[GenerationRequest], info: EngineInfo) -> None:
         limits, num_in_flight = self._limits, self.num_in_flight
         if num_in_flight + len(requests) > limits.max_requests:
             raise QueueFullError(
                 f"{num_in_flight} of at most {limits.max_requests} are in flight", "requests"
             )
         num_tokens = sum(map(_most_tokens, requests))
-        if num_in_flight and self._num_tokens + num_tokens > limits.max_tokens:
+        if num_in_flight and self._num_tokens + num_tokens > limits.most_tokens(info):
             raise QueueFullError(
                 f"requests in flight may grow to {self._num_tokens} tokens, this one to {num_tokens}; "
-                f"the limit is {limits.max_tokens} together",
+                f"the limit is {limits.most_tokens(info)} together",
                 "tokens",
             )
 
@@ -256,7 +268,7 @@ class RequestBatcher:
         if event.finish_reason is not None:
             self._remove(event.request_id)
             sequence.meter.finished(self._reason(event.request_id, event.finish_reason), event.stats)
-        if event.finish_reason == "error":
+        if event.finish_reason == "error" and not event.is_refusal:
             logger.error("request %s failed in the engine: %s", event.request_id, event.error)
         sequence.stream.put(event)
 

@@ -6,10 +6,11 @@ wrong in it is the request's error, never the server's.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jinja2 import TemplateError
 from jinja2 import nodes as jinja_nodes
@@ -17,10 +18,13 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from model.checkpoint.hub import LfsPointerError, read_file
+from server.content_format import ContentFormat, content_use
 from server.errors import InvalidRequestError, quote
 from server.settings import SettingsError
 
 TEMPLATE_FILE = "chat_template.jinja"
+END_OF_THOUGHTS = "</think>"
 DEFAULT = "default"  # the name of the template to use where a model has several
 
 
@@ -70,26 +74,47 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A compiled template with the special tokens it may write. Threads may share it."""
+    """A compiled template with the special tokens it may write. Threads may share it.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+    `trusts_content`: whether special tokens in the texts of messages are meant, and not only quoted.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        *,
+        content_format: Literal["auto"] | ContentFormat = "auto",
+        trusts_content: bool = False,
+    ) -> None:
         """Raises ChatTemplateError if `source` is no template."""
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            use = content_use(environment.parse(source))
         except TemplateError as error:
             raise ChatTemplateError(f"the chat template is not Jinja: {error}") from None
         self._special_tokens = dict(special_tokens or {})
+        self.trusts_content = trusts_content
+        self.content_format: ContentFormat = "openai" if use.loops else "string"
+        # A template that asks whether a content is a text shows a text as its maker meant it.
+        self._splits_strings = not use.asks_for_strings
+        if content_format != "auto":
+            self.content_format, self._splits_strings = content_format, True
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt's text. Raises InvalidRequestError if the template refuses or drops a message."""
+        """The prompt's text. The content of a message is a text, or a list of the texts of its parts.
+
+        Raises InvalidRequestError if the template refuses or drops a message.
+        """
         known = {
-            "messages": [dict(message) for message in messages],
+            "messages": [{**message, "content": self._shaped(message["content"])} for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -100,33 +125,86 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {quote(str(error))}", param="messages"
             ) from None
-        for message in messages:
-            # Few templates know this role, and most of those that don't leave its messages out.
-            if message["role"] == "developer" and message["content"].strip() not in text:
-                raise InvalidRequestError(
-                    "messages: the model's chat template has no role 'developer'; use 'system'",
-                    param="messages",
-                )
+        check_nothing_lost(messages, text)
         return text
 
+    def _shaped(self, content: str | list[str]) -> str | list[dict[str, str]]:
+        """The content as the template wants it; in one text parts stand on lines of their own, as in vLLM."""
+        if self.content_format == "string":
+            return content if isinstance(content, str) else "\n".join(content)
+        if isinstance(content, str):
+            if not self._splits_strings:
+                return content
+            content = [content]
+        return [{"type": "text", "text": text} for text in content]
 
-def load_chat_template(folder: Path, file: Path | None = None) -> ChatTemplate | None:
+
+def check_nothing_lost(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raises InvalidRequestError if `text`, which a template made of `messages`, lacks one of their texts.
+
+    A text that the template has changed (escaped, in capitals) counts as shown if its longest word is. Each
+    search begins where the last one of the same role ended, so that all of them together read `text` once.
+    """
+    exact, words = _Search(text), _Search(text.casefold())
+    for number, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        for part in [content] if isinstance(content, str) else content:
+            shown = part.strip()
+            if role == "assistant":  # templates drop the thoughts of earlier answers
+                shown = shown.rpartition(END_OF_THOUGHTS)[2].strip()
+            if not exact.has(role, shown) and not words.has(role, _longest_word(shown)):
+                reason = "has no role 'developer'; use 'system'" if role == "developer" else "leaves it out"
+                raise InvalidRequestError(
+                    f"messages.{number} (role {role!r}): the model's chat template {reason}", param="messages"
+                )
+
+
+class _Search:
+    """Finds texts one after the other, for each role in their order."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._begins: dict[str, int] = {}
+
+    def has(self, role: str, part: str) -> bool:
+        begin = self._text.find(part, self._begins.get(role, 0))
+        if begin >= 0:
+            self._begins[role] = begin + len(part)
+        return begin >= 0
+
+
+def _longest_word(text: str) -> str:
+    """The longest word, its case folded; the text itself if there is none."""
+    words = re.findall(r"[^\W_]+", text)
+    return max(words, key=len).casefold() if words else text
+
+
+def load_chat_template(
+    folder: Path,
+    file: Path | None = None,
+    *,
+    content_format: Literal["auto"] | ContentFormat = "auto",
+    trusts_content: bool = False,
+) -> ChatTemplate | None:
     """The template in `file`, else the one of the model in `folder`, else None.
 
     Raises ChatTemplateError.
     """
     config = _read_json(folder / "tokenizer_config.json")
     source = _read_text(file) if file is not None else _own_source(folder, config)
-    return None if source is None else ChatTemplate(source, _special_tokens(folder, config))
+    if source is None:
+        return None
+    special_tokens = _special_tokens(folder, config)
+    return ChatTemplate(source, special_tokens, content_format=content_format, trusts_content=trusts_content)
 
 
 def _own_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     if (folder / TEMPLATE_FILE).is_file():
         return _read_text(folder / TEMPLATE_FILE)
     template = config.get("chat_template")
-    if not isinstance(template, list):
+    if template is None or isinstance(template, str):
         return template
-    named = {entry["name"]: entry["template"] for entry in template}
+    named = _named_templates(folder, template)
     if DEFAULT not in named and len(named) > 1:
         names = ", ".join(sorted(named))
         raise ChatTemplateError(
@@ -134,6 +212,21 @@ def _own_source(folder: Path, config: Mapping[str, Any]) -> str | None:
         )
     source: str | None = named.get(DEFAULT, next(iter(named.values()), None))
     return source
+
+
+def _named_templates(folder: Path, templates: object) -> dict[str, str]:
+    """Name -> source of several templates; raises ChatTemplateError for what is no such list."""
+    entries = templates if isinstance(templates, list) else [None]
+    named = {}
+    for entry in entries:
+        name, source = (entry.get(key) if isinstance(entry, dict) else None for key in ("name", "template"))
+        if not isinstance(name, str) or not isinstance(source, str):
+            raise ChatTemplateError(
+                f"{folder / 'tokenizer_config.json'}: chat_template is {quote(templates)}; a string, or a "
+                "list of objects with a name and a template, is wanted (--chat-template FILE replaces it)"
+            )
+        named[name] = source
+    return named
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -149,7 +242,9 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path).decode()
+    except LfsPointerError as error:
+        raise ChatTemplateError(str(error)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ChatTemplateError(f"the chat template {path} cannot be read: {error}") from None
 
@@ -159,8 +254,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError:
+        value = json.loads(read_file(path))
+    except LfsPointerError as error:
+        raise ChatTemplateError(str(error)) from None
+    except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ChatTemplateError(f"{path} is not a JSON object")

@@ -6,14 +6,15 @@ token comes with the delta that shows its text.
 """
 
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from model.protocol import GenerationRequest, SequenceStats, TokenEvent, TokenLogprobs
 from server.batcher import EventStream, RequestBatcher
-from server.errors import EngineFailureError
+from server.errors import EngineFailureError, RefusedError
 from server.planning import Plan
 from server.prompts import EncodedPrompt
 from server.schemas.sampling import SamplingFields
@@ -22,6 +23,13 @@ from server.tokenizer import TextCodec
 
 CONTEXT_TOKENS = 8  # of the prompt, for decoders whose text depends on what came before
 FinishReason = Literal["stop", "length", "abort"]
+
+
+class SpecialStop(NamedTuple):
+    """A stop string that is a special token, and what the choice shows of it."""
+
+    text: str
+    shown: str
 
 
 class ShownToken(NamedTuple):
@@ -64,8 +72,14 @@ class Choice:
     """One completion: its text, its count of tokens, and in the end what it cost."""
 
     def __init__(
-        self, index: int, request: GenerationRequest, text: CompletionText, echo: EncodedPrompt
+        self,
+        index: int,
+        request: GenerationRequest,
+        text: CompletionText,
+        echo: EncodedPrompt,
+        special_stops: Mapping[int, SpecialStop] = MappingProxyType({}),
     ) -> None:
+        """`special_stops` are found by the ids of their tokens."""
         self.index = index
         self.request = request
         self.stats = SequenceStats()
@@ -73,6 +87,7 @@ class Choice:
         self.finished = False
         self._sum_logprobs = 0.0
         self._text = text
+        self._special_stops = special_stops
         self._echo = echo
         self._pending_echo = echo.text  # not yet shown
         self._waiting: deque[tuple[int, TokenLogprobs | None]] = deque()  # tokens whose text is held back
@@ -83,9 +98,9 @@ class Choice:
         return self._sum_logprobs / max(self.num_tokens, 1)
 
     def add(self, event: TokenEvent, *, include_stop: bool) -> ChoiceDelta:
-        """The delta of an event. Raises EngineFailureError if the event says so."""
+        """The delta of an event. Raises EngineFailureError or RefusedError if the event says so."""
         if event.finish_reason == "error":
-            raise EngineFailureError
+            raise RefusedError(event.error or "") if event.is_refusal else EngineFailureError
         self.stats = event.stats or self.stats
         if self.finished:  # a stop string ended it; the engine ran on until it saw the abort
             return ChoiceDelta(self.index, "", [], [])
@@ -100,9 +115,10 @@ class Choice:
             return self._delta(delta.text, delta.starts, echoed)
         rest = self._text.flush()
         starts = [*delta.starts, *rest.starts, *(self._text.length for _ in hidden)]
-        return self._delta(
-            delta.text + rest.text, starts, echoed, event.finish_reason, self._stop_reason(event)
-        )
+        stop = self._special_stops.get(-1 if event.stop_token_id is None else event.stop_token_id)
+        text = delta.text + rest.text + ("" if stop is None else stop.shown)
+        reason = self._stop_reason(event) if stop is None else stop.text
+        return self._delta(text, starts, echoed, event.finish_reason, reason)
 
     def finish_empty(self) -> ChoiceDelta:
         """The only delta of a choice without tokens."""
@@ -151,13 +167,20 @@ def make_choices(fields: SamplingFields, plan: Plan, codec: TextCodec) -> list[C
     """The choices of a plan, candidates that may be dropped included, without text yet."""
     patterns = [StopPattern(stop) for stop in fields.stop_strings]
     decode = partial(codec.decode, skip_special_tokens=fields.skip_special_tokens)
+    appended = fields.include_stop_str_in_output and fields.skip_special_tokens
+    special_stops = {
+        token_id: SpecialStop(text, text if appended else "")
+        for token_id, text in codec.special_stops(fields.stop_strings).items()
+        if token_id not in fields.stop_token_ids
+    }
 
     def make_choice(index: int, request: GenerationRequest) -> Choice:
         prompt = plan.prompts[index // fields.num_candidates]
         detokenizer = Detokenizer(decode, prompt.token_ids[-CONTEXT_TOKENS:])
         checker = StopChecker(patterns, include_stop=fields.include_stop_str_in_output)
         text = CompletionText(detokenizer, checker, fields.min_tokens)
-        return Choice(index, request, text, prompt if fields.echoes else EncodedPrompt([]))
+        echo = prompt if fields.echoes else EncodedPrompt([])
+        return Choice(index, request, text, echo, special_stops)
 
     return [make_choice(index, request) for index, request in enumerate(plan.requests)]
 
@@ -188,7 +211,7 @@ class Generation:
         self.stream.close()
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
-        """All deltas of all choices, interleaved as they come. Raises EngineFailureError."""
+        """All deltas of all choices, interleaved as they come. Raises EngineFailureError or RefusedError."""
         for choice in self.choices:
             if not _needs_engine(choice.request):
                 yield choice.finish_empty()

@@ -6,15 +6,19 @@ how long an answer may be. (The ending tokens in the same file are the engine's:
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from model.checkpoint.hub import LfsPointerError, read_file
 from server.schemas.sampling import SamplingFields
 from server.settings import SettingsError
+
+log = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
 FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -40,24 +44,36 @@ NO_DEFAULTS = SamplingDefaults({})
 def load_defaults(folder: Path) -> SamplingDefaults:
     """The defaults of the model in `folder`; none without the file.
 
-    Raises SettingsError for a file that is no JSON object, or a value that a request could not send.
+    A value that a request could not send is left out with a warning: makers of models write -1 for "off", and
+    numbers as text. Raises SettingsError for a file that is no JSON object.
     """
     file = folder / FILE
     if not file.is_file():
         return NO_DEFAULTS
+    return SamplingDefaults(dict(_values(_content(file))))
+
+
+def _content(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
-    except ValueError:
+        content = json.loads(read_file(file))
+    except LfsPointerError as error:
+        raise SettingsError(str(error)) from None
+    except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise SettingsError(f"{file} is not a JSON object; --generation-config none leaves it out")
-    values = {name: content[name] for name in FIELDS if content.get(name) is not None}
-    try:
-        checked = SamplingFields.model_validate({"model": "", **values})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SettingsError(
-            f"{file}: {first['loc'][0]} is {first['input']!r}: {first['msg']}; "
-            "--generation-config none leaves it out"
-        ) from None
-    return SamplingDefaults({name: getattr(checked, name) for name in values})
+    return content
+
+
+def _values(content: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name in FIELDS:
+        if content.get(name) is None:
+            continue
+        try:
+            checked = SamplingFields.model_validate({"model": "", name: content[name]})
+        except ValidationError as error:
+            log.warning(
+                "%s: %s is %r and is left out: %s", FILE, name, content[name], error.errors()[0]["msg"]
+            )
+        else:
+            yield name, getattr(checked, name)

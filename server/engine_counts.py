@@ -19,6 +19,7 @@ GAUGES = {
     "kv_cache_usage": "Share of the KV cache's pages that requests hold, 0 to 1",
     "rows_in_flight": "Rows of tokens that are not committed yet",
     "row_budget": "Rows of a pass beyond which nothing is speculated",
+    "speculation_enabled": "1 if a request alone is speculated for, by policy and prices of passes",
 }
 COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens read, those found in the prefix cache included"),

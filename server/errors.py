@@ -5,29 +5,36 @@
     │   ├── UnsupportedFieldError   400  unsupported_field: of OpenAI's API, but not served here
     │   ├── UnknownFieldError       400  unknown_field
     │   ├── ContextLengthError      400  context_length_exceeded
-    │   └── NoTokenizerError        400  no_tokenizer: the model is served by token ids
+    │   ├── TextTooLongError        400  context_length_exceeded: seen before all of it was tokenised
+    │   ├── NoTokenizerError        400  no_tokenizer: the model is served by token ids
+    │   └── RefusedError            400  request_refused: the engine can't go on with it, and says why
     ├── AuthenticationError         401  invalid_api_key, WWW-Authenticate
     ├── ForbiddenOriginError        403  forbidden_origin: a browser asks for a page that may not call
+    ├── ForbiddenHostError          403  forbidden_host: a browser may have been led here by another's name
     ├── ModelNotFoundError          404  model_not_found
+    ├── BodyTooLargeError           413  request_entity_too_large
     ├── UnsupportedMediaTypeError   415  unsupported_media_type
     ├── QueueFullError              429  queue_full, Retry-After
     ├── EngineFailureError          500  engine_error: it failed while running the request
-    └── UnavailableError            503  engine_loading, engine_unavailable, server_draining, Retry-After
+    └── UnavailableError            503  engine_loading, engine_unavailable, server_draining,
+                                         check_unavailable, Retry-After
 
 Invariant: every answer with a status >= 400 has the body {"error": {message, type, param, code}}, quotes
 at most `MAX_QUOTE` characters of the input, and says nothing about the inside of the server.
 """
 
-from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from reprlib import Repr
 from typing import Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 MAX_QUOTE = 200
+_QUOTE = Repr()  # of lists and objects the beginnings, lest eight megabytes be written out
+_QUOTE.maxlevel, _QUOTE.maxlist, _QUOTE.maxdict = 3, 20, 20
+_QUOTE.maxstring = _QUOTE.maxlong = _QUOTE.maxother = MAX_QUOTE
 
 
 def quote(value: object) -> str:
@@ -35,8 +42,7 @@ def quote(value: object) -> str:
 
     `repr` also escapes lone surrogates, which JSON can carry in but UTF-8 cannot carry back.
     """
-    # Slice before repr: the repr of eight megabytes is not free.
-    text = repr(value[:MAX_QUOTE] if isinstance(value, str | list) else value)
+    text = repr(value[:MAX_QUOTE]) if isinstance(value, str) else _QUOTE.repr(value)
     return text if len(text) <= MAX_QUOTE else text[: MAX_QUOTE - 1] + "…"
 
 
@@ -74,8 +80,8 @@ class UnsupportedFieldError(InvalidRequestError):
 
     code = "unsupported_field"
 
-    def __init__(self, field: str) -> None:
-        super().__init__(f"{field} is not supported by this server", param=field)
+    def __init__(self, field: str, place: str = "") -> None:
+        super().__init__(f"{place}{field} is not supported by this server", param=field)
 
 
 class UnknownFieldError(InvalidRequestError):
@@ -83,9 +89,10 @@ class UnknownFieldError(InvalidRequestError):
 
     code = "unknown_field"
 
-    def __init__(self, field: str) -> None:
+    def __init__(self, field: str, place: str = "") -> None:
+        where = f" in {place.removesuffix('.')}" if place else ""
         super().__init__(
-            f"unknown field {quote(field)}; the server was started without --allow-unknown-fields",
+            f"unknown field {quote(field)}{where}; the server was started without --allow-unknown-fields",
             param=field[:MAX_QUOTE],
         )
 
@@ -103,6 +110,18 @@ class NoTokenizerError(InvalidRequestError):
         )
 
 
+class RefusedError(InvalidRequestError):
+    """The engine took the request, but cannot do what it asks; in a stream this may come late.
+
+    A grammar whose lexer needs too many states is one: how many it needs depends on the text.
+    """
+
+    code = "request_refused"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the request cannot be completed: {quote(reason)}")
+
+
 class ContextLengthError(InvalidRequestError):
     """Prompt and completion do not fit the model."""
 
@@ -116,9 +135,24 @@ class ContextLengthError(InvalidRequestError):
             completion, where = max_tokens, "in max_tokens"
         at_fault = max_tokens is None or num_prompt_tokens > max_model_len
         super().__init__(
-            f"the model's context is {max_model_len} tokens, but {num_prompt_tokens + completion} were asked "
-            f"for: {num_prompt_tokens} in the prompt and {completion} {where}",
+            # Clients and gateways know the error by the first of these words, which are OpenAI's.
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+            f"{num_prompt_tokens + completion} tokens: {num_prompt_tokens} in the prompt and {completion} "
+            f"{where}. Please reduce the length of the {prompt_param} or the completion.",
             param=prompt_param if at_fault else "max_tokens",
+        )
+
+
+class TextTooLongError(InvalidRequestError):
+    """A text that cannot fit the model's context, whatever its exact number of tokens."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, num_characters: int, max_model_len: int, *, param: str) -> None:
+        super().__init__(
+            f"This model's maximum context length is {max_model_len} tokens, but the text of {param} has "
+            f"{num_characters} characters, which are more tokens than that",
+            param=param,
         )
 
 
@@ -147,6 +181,19 @@ class ForbiddenOriginError(ApiError):
     code = "forbidden_origin"
 
 
+class ForbiddenHostError(ApiError):
+    """The request is addressed to a name that this server doesn't go by."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden_host"
+
+    def __init__(self, host: str) -> None:
+        super().__init__(
+            f"this server is not addressed as {quote(host)}; if it should be, start it with --allowed-hosts"
+        )
+
+
 class ModelNotFoundError(ApiError):
     """No model of that name is served."""
 
@@ -156,6 +203,19 @@ class ModelNotFoundError(ApiError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"the model {quote(name)} does not exist", param="model")
+
+
+class BodyTooLargeError(ApiError):
+    """The body has more bytes than a request that the model can serve."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_entity_too_large"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(
+            f"the body is larger than {most} bytes, the most that this route takes with this model's context"
+        )
 
 
 class UnsupportedMediaTypeError(ApiError):
@@ -212,26 +272,6 @@ def error_body(message: str, type_: str, param: str | None = None, code: str | N
     return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
 
-def _param(location: Sequence[str | int]) -> str | None:
-    """The top-level field of a validation error; "body" itself is no field."""
-    fields = [part for part in location if part != "body"]
-    return fields[0] if fields and isinstance(fields[0], str) else None
-
-
-def _invalid_request(error: Mapping[str, Any]) -> InvalidRequestError:
-    """The first of pydantic's complaints in our words."""
-    if error["type"] == "json_invalid":
-        return InvalidRequestError(f"the body is not valid JSON: {quote(error['ctx']['error'])}")
-    param = _param(error["loc"])
-    if param is None:
-        return InvalidRequestError("the body must be a JSON object")
-    path = ".".join(str(part)[:MAX_QUOTE] for part in error["loc"] if part != "body")
-    if error["type"] == "missing":
-        return InvalidRequestError(f"{path} is required", param=param)
-    message = error["msg"].removeprefix("Value error, ")
-    return InvalidRequestError(f"{path}: {message} (got {quote(error['input'])})", param=param)
-
-
 def error_response(error: ApiError) -> Response:
     """The answer that says `error`."""
     return JSONResponse(error.body(), error.status, error.headers)
@@ -240,11 +280,6 @@ def error_response(error: ApiError) -> Response:
 async def _handle_api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error_response(error)
-
-
-async def _handle_validation(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return error_response(_invalid_request(error.errors()[0]))
 
 
 async def _handle_http(request: Request, error: Exception) -> Response:
@@ -267,6 +302,5 @@ async def _handle_bug(request: Request, _: Exception) -> Response:
 def install_error_handlers(app: FastAPI) -> None:
     """Makes every failure of `app` an answer of the one shape."""
     app.add_exception_handler(ApiError, _handle_api_error)
-    app.add_exception_handler(RequestValidationError, _handle_validation)
     app.add_exception_handler(HTTPException, _handle_http)
     app.add_exception_handler(Exception, _handle_bug)

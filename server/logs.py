@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.auth import route_path
 from server.errors import quote
 from server.settings import Settings
 
 access_logger = logging.getLogger("server.access")
+PROBES = ("/health", "/ready", "/metrics")  # asked all day: their lines come at level debug only
 NO_ANSWER = 499  # nginx's status for a client that went away before it got one
 
 
@@ -68,7 +70,11 @@ class AccessLogMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on everything that isn't HTTP."""
-        if scope["type"] != "http" or not access_logger.isEnabledFor(logging.INFO):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        level = logging.DEBUG if route_path(scope) in PROBES else logging.INFO
+        if not access_logger.isEnabledFor(level):
             await self._app(scope, receive, send)
             return
         watch = _Watch(send)
@@ -80,7 +86,7 @@ class AccessLogMiddleware:
             raise
         finally:
             record = watch.record(scope, status)
-            access_logger.info(record.as_json() if self._as_json else record.as_text())
+            access_logger.log(level, record.as_json() if self._as_json else record.as_text())
 
 
 class _Watch:

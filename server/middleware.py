@@ -1,4 +1,4 @@
-"""Pure ASGI middleware: root path, request ids, body limit, calls from other origins.
+"""Pure ASGI middleware: root path, request ids, HEAD, body limit, calls from other origins.
 
 (Starlette's BaseHTTPMiddleware hides a client's disconnect from the routes.)
 """
@@ -56,8 +56,26 @@ class RequestIdMiddleware:
         await self._app(scope, receive, send_with_id)
 
 
+class HeadMiddleware:
+    """Answers HEAD as GET, without the body: monitors and load balancers ask so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on everything else."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
+
+
 class BodyLimitMiddleware:
-    """Refuses bodies of more than `limit` bytes, whether their length is announced or not."""
+    """Refuses bodies of more than `limit` bytes; where no route reads one, only if that is announced."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -72,6 +90,9 @@ class BodyLimitMiddleware:
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > self._limit):
             body = error_body(self._message, "invalid_request_error", code="request_entity_too_large")
             await JSONResponse(body, 413)(scope, receive, send)
+            return
+        if scope["method"] != "POST":  # nobody reads it, but who listens for a disconnect must meet no error
+            await self._app(scope, receive, send)
             return
         num_bytes = 0
 

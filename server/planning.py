@@ -4,23 +4,43 @@ Checks what depends on the model: vocabulary, context length, number of loops, g
 that was made can be run; every refusal happens here or in `RequestBatcher.open`, before anything is sent.
 """
 
+import logging
 import secrets
 import uuid
-from collections.abc import Callable
 from typing import NamedTuple
 
-import anyio.to_thread
 import msgspec
 
-from model.grammar import GrammarError, check_grammar
+from model.grammar.check import CheckUnavailableError, GrammarError, check_grammar
 from model.protocol import EngineInfo, GenerationRequest, SamplingParams
 from server.chat_template import ChatTemplate
-from server.errors import ContextLengthError, InvalidRequestError, quote
-from server.prompts import EncodedPrompt, check_vocabulary, encode_chat, encode_completion
+from server.errors import ContextLengthError, InvalidRequestError, UnavailableError, quote
+from server.lanes import Lane, Lanes
+from server.prompts import (
+    EncodedPrompt,
+    check_lengths,
+    check_vocabulary,
+    encode_completion,
+    encode_conversation,
+    render,
+)
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.sampling import SamplingFields
 from server.tokenizer import TextCodec
+
+logger = logging.getLogger(__name__)
+
+
+class Caller(NamedTuple):
+    """Who asks: what tells clients apart in the queue and in the prefix cache, and what they may ask for."""
+
+    tenant: str = ""
+    cache_salt: str = ""
+    may_set_priority: bool = False
+
+
+ANYONE = Caller()
 
 
 class Plan(NamedTuple):
@@ -32,7 +52,13 @@ class Plan(NamedTuple):
 
 
 async def plan_completion(
-    body: CompletionRequest, codec: TextCodec, info: EngineInfo, max_sequences: int
+    body: CompletionRequest,
+    codec: TextCodec,
+    info: EngineInfo,
+    max_sequences: int,
+    *,
+    lanes: Lanes,
+    caller: Caller = ANYONE,
 ) -> Plan:
     """Encodes and checks; raises InvalidRequestError."""
     num_sequences = len(body.prompts) * body.num_candidates
@@ -45,7 +71,11 @@ async def plan_completion(
         )
     check_against_model(body, info)
     _check_text_fields(body, codec)
-    return await _plan("cmpl", "prompt", body, info, lambda: encode_completion(body, codec, info))
+    common = _common_request(body, codec, info, caller)
+    num_characters = check_lengths(body, codec, info)
+    await _check_grammar(body, info, lanes.grammars)
+    prompts = await lanes.texts(num_characters).run(lambda: encode_completion(body, codec, info))
+    return _plan(("cmpl", "prompt"), body, info, prompts, common)
 
 
 async def plan_chat(
@@ -54,50 +84,55 @@ async def plan_chat(
     template: ChatTemplate | None,
     info: EngineInfo,
     max_sequences: int,
+    *,
+    lanes: Lanes,
+    caller: Caller = ANYONE,
 ) -> Plan:
     """Renders, encodes and checks; raises InvalidRequestError."""
     if body.n > max_sequences:
         raise InvalidRequestError(f"n is {body.n}; one request may have {max_sequences}", param="n")
     check_against_model(body, info)
     codec.check_text("messages")
-    return await _plan("chatcmpl", "messages", body, info, lambda: encode_chat(body, codec, template, info))
+    common = _common_request(body, codec, info, caller)
+    await _check_grammar(body, info, lanes.grammars)
+    said = await lanes.templates.run(lambda: render(body.messages, body, codec, template, info))
+    encode = lanes.texts(len(said.text)).run(lambda: encode_conversation(said, body, codec, info))
+    return _plan(("chatcmpl", "messages"), body, info, [await encode], common)
 
 
-async def _plan(
-    prefix: str,
-    prompt_param: str,
+def _plan(
+    names: tuple[str, str],
     body: SamplingFields,
     info: EngineInfo,
-    encode: Callable[[], list[EncodedPrompt]],
+    prompts: list[EncodedPrompt],
+    common: GenerationRequest,
 ) -> Plan:
-    def prepare() -> list[EncodedPrompt]:
-        _check_grammar(body)
-        return encode()
-
-    # A long prompt or a large schema takes a while: not in the event loop.
-    prompts = await anyio.to_thread.run_sync(prepare)
+    """`names`: how the plan's id begins, and the field that holds the prompt."""
+    prefix, prompt_param = names
     limits = [_token_limit(body, len(prompt.token_ids), info, prompt_param) for prompt in prompts]
     plan_id = f"{prefix}-{uuid.uuid4().hex}"
-    return Plan(plan_id, prompts, _requests(plan_id, body, prompts, limits))
+    return Plan(plan_id, prompts, _requests(plan_id, body, common, prompts, limits))
 
 
 def _token_limit(body: SamplingFields, num_prompt_tokens: int, info: EngineInfo, prompt_param: str) -> int:
     """How many tokens may be generated; raises ContextLengthError if they don't fit behind the prompt."""
     room = info.max_model_len - num_prompt_tokens
-    # Where no number was given, there must be room for one token.
-    if room < (1 if body.token_limit is None else body.token_limit):
-        raise ContextLengthError(
-            num_prompt_tokens, body.token_limit, info.max_model_len, prompt_param=prompt_param
-        )
-    return room if body.token_limit is None else body.token_limit
+    asked = None if body.may_be_cut else body.token_limit
+    # Where the client gave no number, there must be room for one token.
+    if room < (1 if asked is None else asked):
+        raise ContextLengthError(num_prompt_tokens, asked, info.max_model_len, prompt_param=prompt_param)
+    return room if body.token_limit is None else min(room, body.token_limit)
 
 
 def _requests(
-    plan_id: str, body: SamplingFields, prompts: list[EncodedPrompt], limits: list[int]
+    plan_id: str,
+    body: SamplingFields,
+    common: GenerationRequest,
+    prompts: list[EncodedPrompt],
+    limits: list[int],
 ) -> list[GenerationRequest]:
     seed = secrets.randbits(63) if body.seed is None else body.seed
     sampling = [sampling_params(body, choice_seed(seed, i)) for i in range(body.num_candidates)]
-    common = _common_request(body)
     return [
         msgspec.structs.replace(
             common,
@@ -111,15 +146,23 @@ def _requests(
     ]
 
 
-def _common_request(body: SamplingFields) -> GenerationRequest:
+def _common_request(
+    body: SamplingFields, codec: TextCodec, info: EngineInfo, caller: Caller
+) -> GenerationRequest:
     """What all sequences of a request share; the rest is filled in for each."""
+    if body.priority and not caller.may_set_priority:
+        raise InvalidRequestError(
+            f"priority is {body.priority}, but the server was started without --allow-priority",
+            param="priority",
+        )
+    special_stops = [i for i in codec.special_stops(body.stop_strings) if i < info.vocab_size]
     ranked = body.num_candidates > body.n  # by the log-probabilities of their tokens
     return GenerationRequest(
         request_id="",
         prompt_token_ids=[],
         max_tokens=0,
         sampling=SamplingParams(),
-        stop_token_ids=body.stop_token_ids,
+        stop_token_ids=[*body.stop_token_ids, *special_stops],
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
         speculation=body.speculation,
@@ -129,8 +172,9 @@ def _common_request(body: SamplingFields) -> GenerationRequest:
         logprobs=0 if ranked and body.num_logprobs is None else body.num_logprobs,
         prompt_logprobs=body.num_logprobs if body.echoes else None,
         grammar=body.grammar,
-        cache_salt=body.cache_salt or "",
+        cache_salt="\n".join(filter(None, [caller.cache_salt, body.cache_salt])),
         draft_policy=body.draft_policy,
+        tenant=caller.tenant,
     )
 
 
@@ -144,11 +188,12 @@ def choice_seed(seed: int, choice: int) -> int:
 
 
 def sampling_params(fields: SamplingFields, seed: int) -> SamplingParams:
-    """The sampling fields in the engine's terms."""
+    """The sampling fields in the engine's terms. A `top_p` of 0 leaves the likeliest token alone."""
+    greedy = fields.top_p == 0
     return SamplingParams(
-        temperature=fields.temperature,
+        temperature=0.0 if greedy else fields.temperature,
         top_k=max(fields.top_k, 0),
-        top_p=fields.top_p,
+        top_p=1.0 if greedy else fields.top_p,
         min_p=fields.min_p,
         presence_penalty=fields.presence_penalty,
         frequency_penalty=fields.frequency_penalty,
@@ -201,19 +246,29 @@ def _check_text_fields(body: CompletionRequest, codec: TextCodec) -> None:
         "suffix": body.suffix,
         "echo": body.echo,
         "stop": body.stop_strings,
-        "structured_outputs" if body.structured_outputs else "response_format": body.grammar,
+        body.format_field or "response_format": body.format_field,
     }.items():
         if is_given:
             codec.check_text(field)
 
 
-def _check_grammar(fields: SamplingFields) -> None:
+async def _check_grammar(fields: SamplingFields, info: EngineInfo, lane: Lane) -> None:
     """Raises InvalidRequestError for a grammar that the engine could not follow."""
+    param = fields.format_field
+    if param is not None:
+        if info.grammar_problem:
+            raise InvalidRequestError(f"{param}: {quote(info.grammar_problem)}", param=param)
+        await lane.run(lambda: _check_grammar_now(fields, param))
+
+
+def _check_grammar_now(fields: SamplingFields, param: str) -> None:
     grammar = fields.grammar
     if grammar is None:
         return
-    param = "response_format" if fields.structured_outputs is None else "structured_outputs"
     try:
         check_grammar(grammar)
     except GrammarError as error:
         raise InvalidRequestError(f"{param}: {quote(str(error))}", param=param) from None
+    except CheckUnavailableError as error:
+        logger.warning("a grammar could not be checked: %s", error)
+        raise UnavailableError(f"{param} could not be checked; try again", "check_unavailable") from error

@@ -6,11 +6,12 @@ be a prompt of the model.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from model.protocol import EngineInfo
 from server.chat_template import ChatTemplate
-from server.errors import InvalidRequestError
+from server.errors import InvalidRequestError, TextTooLongError, quote
+from server.limits import longest_text, usual_text
 from server.schemas.chat import ChatRequest, Message, TemplateFields
 from server.schemas.completions import CompletionRequest
 from server.schemas.sampling import SamplingFields
@@ -29,6 +30,13 @@ class EncodedPrompt(NamedTuple):
     starts: Sequence[int] = ()
 
 
+class RenderedChat(NamedTuple):
+    """What the template made of a conversation; `is_disguised`: with control tokens in it that are text."""
+
+    text: str
+    is_disguised: bool
+
+
 def encode_completion(body: CompletionRequest, codec: TextCodec, info: EngineInfo) -> list[EncodedPrompt]:
     """The prompts of a completion request."""
     if not body.prompts:
@@ -40,37 +48,94 @@ def encode_completion(body: CompletionRequest, codec: TextCodec, info: EngineInf
     return [_encode_prompt(prompt, body, codec, info) for prompt in body.prompts]
 
 
-def encode_chat(
-    body: ChatRequest, codec: TextCodec, template: ChatTemplate | None, info: EngineInfo
-) -> list[EncodedPrompt]:
-    """The one prompt of a conversation."""
-    ids = conversation_ids(body.messages, body, codec, template, add_special_tokens=body.add_special_tokens)
-    if not ids:
-        raise InvalidRequestError("messages: the chat template makes no text of them", param="messages")
-    return [EncodedPrompt(_truncate(ids, body, info))]
+def check_lengths(body: CompletionRequest, codec: TextCodec, info: EngineInfo) -> int:
+    """How many characters must be tokenised. Raises TextTooLongError for a text that can't fit."""
+    cut = body.truncate_prompt_tokens is not None
+    texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+    for text in texts:
+        check_length("prompt", text, codec, info, cut=cut)
+    check_length("suffix", body.suffix or "", codec, info)
+    return sum(map(len, texts)) + len(body.suffix or "")
 
 
-def conversation_ids(
+def check_length(param: str, text: str, codec: TextCodec, info: EngineInfo, *, cut: bool = False) -> None:
+    """Raises TextTooLongError for a text that no tokeniser needs to see.
+
+    `cut`: only the end of it is wanted, so that it may be longer than the context, but within reason.
+    """
+    most = usual_text(info) if cut else longest_text(info, codec.longest_piece)
+    if len(text) > most:
+        raise TextTooLongError(len(text), info.max_model_len, param=param)
+
+
+def encode_text(
+    param: str, text: str, codec: TextCodec, info: EngineInfo, *, add_special_tokens: bool = True
+) -> list[int]:
+    """The ids of a text whose length was checked. Raises TextTooLongError.
+
+    Of a text that is longer than what usually fits only the beginning is tokenised if that alone is
+    too much: a million digits are a million tokens, which take seconds and hundreds of megabytes.
+    """
+    _check_beginning(param, text, codec, info)
+    return codec.encode(text, add_special_tokens=add_special_tokens)
+
+
+def encode_rendered(
+    said: RenderedChat, codec: TextCodec, info: EngineInfo, *, add_special_tokens: bool
+) -> list[int]:
+    """The ids of a conversation. Templates write their special tokens themselves; no text holds one."""
+    if not said.is_disguised:
+        return encode_text("messages", said.text, codec, info, add_special_tokens=add_special_tokens)
+    _check_beginning("messages", codec.disguise.show(said.text), codec, info)
+    return codec.disguise.encode(said.text, add_special_tokens=add_special_tokens)
+
+
+def _check_beginning(param: str, text: str, codec: TextCodec, info: EngineInfo) -> None:
+    usual = usual_text(info)
+    if len(text) > usual and len(codec.encode(text[:usual])) > info.max_model_len:
+        raise TextTooLongError(len(text), info.max_model_len, param=param)
+
+
+def render(
     messages: Sequence[Message],
     fields: TemplateFields,
     codec: TextCodec,
     template: ChatTemplate | None,
-    *,
-    add_special_tokens: bool,
-) -> list[int]:
-    """A conversation through the model's template. Templates write their special tokens themselves."""
+    info: EngineInfo,
+) -> RenderedChat:
+    """A conversation through the model's template."""
     if template is None:
         raise InvalidRequestError(
             "the model has no chat template, so it cannot read messages: start the server with "
             "--chat-template FILE, or use /v1/completions",
             param="messages",
         )
-    text = template.render(
-        [message.for_template() for message in messages],
-        add_generation_prompt=fields.add_generation_prompt,
-        variables=fields.chat_template_kwargs,
-    )
-    return codec.encode(text, add_special_tokens=add_special_tokens)
+    num_characters = sum(message.num_characters for message in messages)
+    if num_characters > longest_text(info, codec.longest_piece):
+        raise TextTooLongError(num_characters, info.max_model_len, param="messages")
+    told: list[Any] = [
+        [[message.texts, message.name] for message in messages],
+        fields.chat_template_kwargs,
+    ]
+    hidden = told if template.trusts_content else codec.disguise.hide(told)
+    seen = [
+        {"role": message.role, "content": texts} | ({} if name is None else {"name": name})
+        for message, (texts, name) in zip(messages, hidden[0], strict=True)
+    ]
+    text = template.render(seen, add_generation_prompt=fields.add_generation_prompt, variables=hidden[1])
+    check_length("messages", text, codec, info)
+    return RenderedChat(text, hidden is not told)
+
+
+def encode_conversation(
+    said: RenderedChat, body: ChatRequest, codec: TextCodec, info: EngineInfo
+) -> EncodedPrompt:
+    """The prompt of a rendered conversation."""
+    ids = encode_rendered(said, codec, info, add_special_tokens=body.add_special_tokens)
+    if not ids:
+        raise InvalidRequestError("messages: the chat template makes no text of them", param="messages")
+    _check_embedded("messages", ids, codec, info.vocab_size)
+    return EncodedPrompt(_truncate(ids, body, info))
 
 
 def check_vocabulary(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
@@ -79,6 +144,17 @@ def check_vocabulary(param: str, token_ids: Sequence[int], vocab_size: int) -> N
     if largest >= vocab_size:
         raise InvalidRequestError(
             f"{param}: {largest} is no token id; ids are 0 to {vocab_size - 1}", param=param
+        )
+
+
+def _check_embedded(param: str, ids: Sequence[int], codec: TextCodec, vocab_size: int) -> None:
+    """Raises InvalidRequestError for a text with a token that the tokenizer has and the model lacks."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise InvalidRequestError(
+            f"{param}: the text holds the token {quote(codec.piece(largest))}, whose id {largest} has no "
+            f"embedding in the model; ids are 0 to {vocab_size - 1}",
+            param=param,
         )
 
 
@@ -99,11 +175,22 @@ def _encode_prompt(
 
 def _read(prompt: str | list[int], body: CompletionRequest, codec: TextCodec, info: EngineInfo) -> list[int]:
     if isinstance(prompt, str):
-        if not body.suffix:
-            return codec.encode(prompt) if prompt else []
-        prompt = codec.encode(prompt, add_special_tokens=False)
-    check_vocabulary("prompt", prompt, info.vocab_size)
-    return codec.fill_in_the_middle(prompt, body.suffix) if body.suffix else prompt
+        ids = _read_text(prompt, body, codec, info) if prompt else []
+        _check_embedded("prompt", ids, codec, info.vocab_size)
+    else:
+        ids = prompt
+        check_vocabulary("prompt", ids, info.vocab_size)
+    if not body.suffix:
+        return ids
+    ids = codec.fill_in_the_middle(ids, body.suffix)
+    _check_embedded("suffix", ids, codec, info.vocab_size)
+    return ids
+
+
+def _read_text(prompt: str, body: CompletionRequest, codec: TextCodec, info: EngineInfo) -> list[int]:
+    if body.suffix or body.truncate_prompt_tokens is not None:
+        return codec.encode(prompt, add_special_tokens=not body.suffix)
+    return encode_text("prompt", prompt, codec, info)
 
 
 def _truncate(ids: list[int], body: SamplingFields, info: EngineInfo) -> list[int]:

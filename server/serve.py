@@ -1,30 +1,47 @@
 """`speed serve`: the engine in its own process, the application, and uvicorn around it.
 
-Invariant: at the first signal nothing new is accepted, running requests get `shutdown_timeout` seconds,
-and what is left then ends with finish reason "abort"; at the second signal everything ends at once.
+Invariants: the address is taken before the model loads, so that a port in use is known at once; at the first
+SIGTERM or SIGINT nothing new is accepted, running requests get `shutdown_timeout` seconds, what is left then
+ends with finish reason "abort", and the exit status is 0; at the second one everything ends at once; SIGHUP
+ends nothing.
 """
 
 import asyncio
+import logging
+import signal
 import socket
 import ssl
 import sys
+import threading
 import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
-from model.worker import EngineOptions, EngineProcess
+from model.options import WorkerOptions
+from model.worker import EngineProcess, Patience
+from server.announcer import Announcer
 from server.app import create_app
 from server.batcher import RequestBatcher
 from server.chat_template import load_chat_template
+from server.connections import BoundedProtocol, ConnectionLimits, Crowd
 from server.defaults import NO_DEFAULTS, load_defaults
+from server.listening import bound, open_connections, url_of
 from server.logs import configure_logging
-from server.settings import Settings, SettingsError
+from server.settings import Settings, SettingsError, check_variables
 from server.tokenizer import load_codec
 
+logger = logging.getLogger(__name__)
+
 LOAD_FAILED = 2  # exit status, that of any other option that cannot work
+ENGINE_FAILED = 1  # exit status when the engine died, or could not be started, again and again
+CUT_OFF = 1  # exit status when a second signal ended what was running
 FINAL_FRAMES_TIMEOUT = 3  # seconds for aborted requests to be answered
 
 
@@ -35,6 +52,28 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._batcher = batcher
         self._drain_timeout = drain_timeout
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """uvicorn's own raises the signals again at the end: a status that isn't 0, a traceback at Ctrl-C."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handlers: dict[int, Callable[[int, FrameType | None], Any]] = {
+            signal.SIGINT: self.handle_exit,
+            signal.SIGTERM: self.handle_exit,
+        }
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            handlers[signal.SIGHUP] = self._handle_hangup
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle_hangup(self, sig: int, frame: FrameType | None) -> None:
+        """Sent when a terminal closes, and by those who wish that a server reads its files again."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn itself ends at once only at a second SIGINT."""
@@ -53,61 +92,93 @@ class DrainingServer(uvicorn.Server):
 
 
 class EngineServer(DrainingServer):
-    """Gives up when the model cannot be loaded: waiting would not help."""
+    """Ends when the engine is given up: waiting would not help."""
 
     def __init__(
-        self, config: uvicorn.Config, batcher: RequestBatcher, drain_timeout: float, engine: EngineProcess
+        self,
+        config: uvicorn.Config,
+        batcher: RequestBatcher,
+        drain_timeout: float,
+        engine: EngineProcess,
+        announcer: Announcer,
     ) -> None:
         super().__init__(config, batcher, drain_timeout)
         self._engine = engine
-        self.load_failure: str | None = None
+        self._announcer = announcer
+        self._failure: int | None = None
+
+    @property
+    def exit_status(self) -> int:
+        """That of the process, when this server has ended."""
+        if self._failure is not None:
+            return self._failure
+        return CUT_OFF if self.force_exit else 0
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; true ends the server."""
-        if self._engine.load_failed.is_set():
-            self.load_failure = self._engine.health().reason
+        if self._engine.gave_up.is_set():
+            self._failure = self._report_failure()
             return True
+        self._announcer.tick(self._engine.health())
         return await super().on_tick(counter)
 
+    def _report_failure(self) -> int:
+        """One line for whoever started the server; the exit status."""
+        load_failed = self._engine.load_failed
+        what = "the model cannot be loaded" if load_failed else "the engine is given up"
+        print(f"speed: error: {what}: {self._engine.health().reason}", file=sys.stderr)
+        return LOAD_FAILED if load_failed else ENGINE_FAILED
 
-def engine_options(settings: Settings) -> EngineOptions:
-    """The part of the settings that is the engine's."""
-    return EngineOptions(
-        model_path=settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        generation_config=settings.generation_config == "auto",
-        draft_depths=settings.draft_depths,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        prefill_chunk_size=settings.prefill_chunk_size,
-        draft_policy=settings.draft_policy,
-        row_budget=None if settings.row_budget == "auto" else settings.row_budget,
-        prefix_caching=settings.prefix_caching,
-        kv_cache_tokens=settings.kv_cache_tokens,
-        kv_cache_memory=settings.kv_cache_memory,
-        threads=settings.threads,
-        deterministic=settings.deterministic,
-    )
+
+def worker_options(settings: Settings) -> WorkerOptions:
+    """The part of the settings that is the engine's: what is called the same means the same."""
+    names = set(WorkerOptions.__struct_fields__) & set(Settings.model_fields)
+    given = {name: getattr(settings, name) for name in names}
+    given["row_budget"] = None if settings.row_budget == "auto" else settings.row_budget
+    given["generation_config"] = settings.generation_config == "auto"
+    return WorkerOptions(model_path=settings.model, **given)
 
 
 def serve(settings: Settings) -> int:
-    """Serves until a signal arrives; returns the exit status."""
+    """Serves until a signal arrives; returns the exit status. Raises SettingsError."""
     configure_logging(settings)
     check_certificate(settings)
+    check_variables()
+    with bound(settings.host, settings.port) as sockets:
+        server = _engine_server(settings, url_of(settings, sockets[0]))
+        server.run(sockets)
+    return server.exit_status
+
+
+def _engine_server(settings: Settings, url: str) -> EngineServer:
     folder = Path(settings.model)
-    template = load_chat_template(folder, settings.chat_template)
+    template = load_chat_template(
+        folder,
+        settings.chat_template,
+        content_format=settings.chat_template_content_format,
+        trusts_content=settings.allow_special_tokens_in_content,
+    )
     defaults = load_defaults(folder) if settings.generation_config == "auto" else NO_DEFAULTS
-    engine = EngineProcess(engine_options(settings))
-    app = create_app(engine, load_codec(folder), settings, template, defaults)
+    patience = Patience(silence=settings.worker_timeout, loading=settings.load_timeout)
+    engine = EngineProcess(worker_options(settings), patience)
+    codec = load_codec(folder)
+    if template is not None and not template.trusts_content:
+        codec.prepare_for_chats()
+    app = create_app(engine, codec, settings, template, defaults)
     config = uvicorn_config(app, settings)
-    server = EngineServer(config, app.state.server.batcher, settings.shutdown_timeout, engine)
-    server.run()
-    if server.load_failure is None:
-        return 0
-    print(f"speed: error: the model cannot be loaded: {server.load_failure}", file=sys.stderr)
-    return LOAD_FAILED
+    announcer = Announcer(settings.model_names[0], url)
+    announcer.warn(settings)
+    return EngineServer(config, app.state.server.batcher, settings.shutdown_timeout, engine, announcer)
+
+
+def connection_limits(settings: Settings) -> ConnectionLimits:
+    """What clients may take; raises SettingsError if the system allows less."""
+    return ConnectionLimits(
+        max_connections=open_connections(settings.max_connections),
+        max_header_bytes=settings.max_header_bytes,
+        max_header_count=settings.max_header_count,
+        request_timeout=settings.request_timeout,
+    )
 
 
 def check_certificate(settings: Settings) -> None:
@@ -127,12 +198,16 @@ def check_certificate(settings: Settings) -> None:
 
 
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """How uvicorn runs the application."""
+    """How uvicorn runs the application; raises SettingsError."""
+    crowd = Crowd(connection_limits(settings))
+    # What it says at level info ("running" long before anything is served) is said by the announcer.
+    log_level = "warning" if settings.log_level == "info" else settings.log_level
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        log_level=settings.log_level,
+        log_level=log_level,
+        http=cast(type[asyncio.Protocol], partial(BoundedProtocol, crowd=crowd)),
         access_log=False,  # ours has request ids, and no query strings
         ws="none",
         ssl_certfile=settings.ssl_certfile,

@@ -4,6 +4,7 @@ The command line is made from these fields, so that a flag and its environment v
 apart. Imports neither torch nor a web framework: `speed --help` reads this module.
 """
 
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,9 +12,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.config import JsonDict
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
-from model.hub import is_hub_id
+from model.checkpoint.hub import is_hub_id
+from model.options import ENGINE_DEFAULTS, POLICIES, WORKER_DEFAULTS, BackendName, DraftPolicyName
 
 ENV_PREFIX = "SPEED_"
 
@@ -55,12 +64,14 @@ def _ascending_depths(depths: tuple[int, ...]) -> tuple[int, ...]:
     return depths
 
 
-DraftPolicyName = Literal["adaptive", "single", "gated", "recheck", "lookup", "none"]
 CommaList = BeforeValidator(_split_commas)
 Depths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(_ascending_depths)]
 Names = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 ApiKey = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[\x21-\x7e]+$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/]+)$")]
+
+
+Host = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])$")]
 
 
 class SettingsError(ValueError):
@@ -77,8 +88,44 @@ TLS: JsonDict = {"group": "TLS"}
 TLS_SECRET: JsonDict = {"group": "TLS", "secret": True}
 ACCESS: JsonDict = {"group": "access"}
 KEYS: JsonDict = {"group": "access", "flag": "--api-key", "repeat": True, "secret": True}
+HOSTS: JsonDict = {"group": "access", "repeat": True}
 LIMITS: JsonDict = {"group": "limits"}
 LOGGING: JsonDict = {"group": "logging"}
+
+
+# What Kubernetes puts into every pod beside a Service named "speed": SPEED_PORT=tcp://10.96.12.7:8000.
+SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
+SERVICE_LINK_NAMES = re.compile(
+    rf"{ENV_PREFIX}(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_.*)?)"
+)
+# A server that was meant to be guarded must not start open, so that an empty value is not the default here.
+GUARDS = ("api_keys", "api_key_file")
+
+
+class _Environment(EnvSettingsSource):
+    """The library's reader of the environment, which knows what Kubernetes writes there."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[object, str, bool]:
+        """The value as text, the variable's name, and whether it is JSON."""
+        value, key, is_complex = super().get_field_value(field, field_name)
+        if field_name == "port" and isinstance(value, str) and SERVICE_LINK.match(value):
+            value = None
+        if field_name in GUARDS and os.environ.get(ENV_PREFIX + field_name.upper()) == "":
+            value = ""
+        return value, key, is_complex
+
+
+def unknown_variables() -> list[str]:
+    """Names in the environment that look like options but are none, those of Kubernetes excepted."""
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    named = {name for name in os.environ if name.startswith(ENV_PREFIX)}
+    return sorted(name for name in named - known if not SERVICE_LINK_NAMES.fullmatch(name))
+
+
+def check_variables() -> None:
+    """Raises SettingsError for a variable that nobody reads, but without which the server would be open."""
+    if ENV_PREFIX + "API_KEY" in os.environ:
+        raise SettingsError(f"{ENV_PREFIX}API_KEY is not read: keys belong in {ENV_PREFIX}API_KEYS")
 
 
 class Settings(BaseSettings):
@@ -109,6 +156,18 @@ class Settings(BaseSettings):
         json_schema_extra=MODEL,
         description="file with the Jinja template that makes a prompt of messages; default: the model's",
     )
+    chat_template_content_format: Literal["auto", "string", "openai"] = Field(
+        "auto",
+        json_schema_extra=MODEL,
+        description="how the template wants the content of a message: string (one text), openai (a list of "
+        "parts) or auto (parts if it loops over them)",
+    )
+    allow_special_tokens_in_content: bool = Field(
+        False,
+        json_schema_extra=MODEL,
+        description="let special tokens in the texts of messages end turns and begin others, instead of "
+        "reading them as the plain texts that they are written with",
+    )
     generation_config: Literal["auto", "none"] = Field(
         "auto",
         json_schema_extra=MODEL,
@@ -120,6 +179,12 @@ class Settings(BaseSettings):
         json_schema_extra=MODEL,
         description="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+    )
+    backend: BackendName = Field(
+        WORKER_DEFAULTS.backend,
+        json_schema_extra=MODEL,
+        description="what runs the passes: torch, or native, the compiled library for CPUs, which is new and "
+        "must be asked for (docs/models.md says how it is compiled)",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -145,15 +210,29 @@ class Settings(BaseSettings):
         description="comma separated depths at which tokens are drafted; default: the model's",
     )
     max_num_seqs: int = Field(
-        32, json_schema_extra=ENGINE, description="sequences that run at the same time", ge=1
+        ENGINE_DEFAULTS.max_num_seqs,
+        json_schema_extra=ENGINE,
+        description="sequences that run at the same time",
+        ge=1,
     )
     prefill_chunk_size: int = Field(
-        64, json_schema_extra=ENGINE, description="positions of one prompt that enter a pass together", ge=1
+        ENGINE_DEFAULTS.prefill_chunk_size,
+        json_schema_extra=ENGINE,
+        description="positions of one prompt that enter a pass together",
+        ge=1,
+    )
+    pass_time_factor: float = Field(
+        ENGINE_DEFAULTS.pass_time_factor,
+        json_schema_extra=ENGINE,
+        description="how many times as long a pass may take for prompts that are read beside other requests; "
+        "more answers new requests earlier and lets running ones wait longer for each token",
+        ge=1,
+        le=1000,
     )
     draft_policy: DraftPolicyName = Field(
-        "adaptive",
+        ENGINE_DEFAULTS.draft_policy,
         json_schema_extra=ENGINE,
-        description="how tokens are drafted: adaptive, single, gated, recheck, lookup or none",
+        description=f"how tokens are drafted: {', '.join(POLICIES[:-1])} or {POLICIES[-1]}",
     )
     row_budget: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_number_or_word)] = (
         Field(
@@ -184,6 +263,20 @@ class Settings(BaseSettings):
         json_schema_extra=ENGINE,
         description="batch-invariant arithmetic: the same bits alone and in a batch, with and without "
         "speculation; slower, on a CPU only; default: for int8 weights in float32, where it costs least",
+    )
+
+    worker_timeout: float = Field(
+        300.0,
+        json_schema_extra=ENGINE,
+        description="seconds of silence after which the engine's process is taken for hung and replaced; "
+        "it speaks after every pass, so that no pass may take longer",
+        ge=1,
+    )
+    load_timeout: float = Field(
+        1800.0,
+        json_schema_extra=ENGINE,
+        description="seconds that the engine's process gets to load the model before it is replaced",
+        ge=1,
     )
 
     host: str = Field("127.0.0.1", json_schema_extra=NETWORK, description="address to listen on")
@@ -230,6 +323,20 @@ class Settings(BaseSettings):
     api_key_file: Path | None = Field(
         None, json_schema_extra=ACCESS, description="file of keys, one a line; # begins a comment"
     )
+    share_prefix_cache: bool = Field(
+        False,
+        json_schema_extra=ACCESS,
+        description="let requests with different API keys share what was read of prompts that begin alike; "
+        "then cached_tokens tells one what another has asked",
+    )
+    allowed_hosts: Annotated[list[Host] | None, NoDecode, CommaList] = Field(
+        None,
+        json_schema_extra=HOSTS,
+        description="comma separated host names, without port, that requests may be addressed to besides "
+        "those of this machine itself (localhost, 127.0.0.1, [::1]); *.NAME for all below a name, * for any; "
+        "default: none where the server listens on a loopback address and asks for no key, so that no page "
+        "can reach it by a name of its own, else any",
+    )
     protect_metrics: bool = Field(
         False, json_schema_extra=ACCESS, description="ask for a key at /metrics too"
     )
@@ -240,15 +347,47 @@ class Settings(BaseSettings):
         description="sequences in flight, waiting ones included; more are answered with 429",
         ge=1,
     )
-    max_queued_tokens: int = Field(
-        2**20,
+    max_queued_tokens: int | None = Field(
+        None,
         json_schema_extra=LIMITS,
         description="tokens that the sequences in flight may grow to, prompts included; more are answered "
-        "with 429, but a request that is alone is always taken",
+        "with 429, but a request that is alone is always taken; default: eight times what the engine runs at "
+        "once (max_num_seqs sequences of the whole context, or the KV cache if that holds more)",
         ge=1,
     )
+    allow_priority: bool = Field(
+        False,
+        json_schema_extra=LIMITS,
+        description="let requests say their priority; without it all are alike, and 400 answers another one",
+    )
+    max_connections: int | None = Field(
+        None,
+        json_schema_extra=LIMITS,
+        description="connections at the same time; at one more the one that has waited longest for its "
+        "client is closed, or 503 answered if all are being served; default: the limit of open files, less "
+        "what the server needs itself, at most 4096",
+        ge=1,
+    )
+    max_header_bytes: Annotated[int, BeforeValidator(_bytes)] = Field(
+        32 * 2**10,
+        json_schema_extra=LIMITS,
+        description="bytes of a request before its body; more are answered with 431",
+        ge=1024,
+    )
+    max_header_count: int = Field(
+        128, json_schema_extra=LIMITS, description="headers of a request; more are answered with 431", ge=16
+    )
+    request_timeout: float = Field(
+        60.0,
+        json_schema_extra=LIMITS,
+        description="seconds in which a request must have arrived, its body included; 408 is the answer else",
+        gt=0,
+    )
     body_limit: int = Field(
-        8 * 2**20, json_schema_extra=LIMITS, description="largest request body in bytes", ge=1
+        4 * 2**20,
+        json_schema_extra=LIMITS,
+        description="largest request body in bytes; less where the context of the model needs less",
+        ge=1,
     )
     allow_unknown_fields: bool = Field(
         False,
@@ -262,8 +401,26 @@ class Settings(BaseSettings):
     access_log: Literal["plain", "json", "off"] = Field(
         "plain",
         json_schema_extra=LOGGING,
-        description="a line for each request on standard output, at level info: plain, json or off",
+        description="a line for each request on standard output, at level info, or debug for those of "
+        "/health, /ready and /metrics: plain, json or off",
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment; no other source."""
+        return init_settings, _Environment(settings_cls)
+
+    @property
+    def asks_for_key(self) -> bool:
+        """Whether clients need a key. (A file without keys is an error.)"""
+        return bool(self.api_keys) or self.api_key_file is not None
 
     @property
     def model_names(self) -> list[str]:

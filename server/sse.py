@@ -1,17 +1,26 @@
 """Server-sent events: frames, keep-alive comments, and what happens when either side goes away.
 
-Invariants: a stream's resources are freed however it ends, also if it never began; nothing is sent
-before the first item exists, so that an early failure is an answer with a true status; a failure after
-that is an error frame, and [DONE] is always the last frame.
+Invariants: a stream's resources are freed however it ends, also if it never began; a failure that shows
+within `PING_SECONDS` is an answer with a true status, a later one an error frame; no stream is silent for
+longer than that; [DONE] is always the last frame.
+
+How a comment looks is decided by the clients that are out there. With a blank line behind it (": ping", "")
+it is an event without data, which openai-go before 3.43 gives to its JSON parser: the stream breaks. Without
+one it belongs to the frame that follows, which clients that split at blank lines and look at the first
+character then drop (vLLM's and EvalScope's benchmarks). So a comment is a line alone, and the frame that
+ends a pause is a filler: a chunk that says nothing.
 """
 
 import asyncio
 import json
 import logging
+import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
+import anyio
+from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
@@ -24,6 +33,10 @@ logger = logging.getLogger(__name__)
 PING_SECONDS = 15
 SEND_TIMEOUT = 60.0  # seconds in which a client takes nothing at all before it counts as dead
 DONE = "[DONE]"
+COMMENT = b": ping\n"
+# Characters at which clients that split text into lines, such as Python's splitlines, cut a frame.
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+CLIENT_CLOSED_REQUEST = 499  # nginx's status; nobody receives it, but access logs show it
 
 
 class ClientDisconnectedError(Exception):
@@ -41,69 +54,90 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
     The body of `request` must have been read.
     """
     task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnectedError
+        await _until_done(task, request, None)
         return task.result()
     finally:
-        task.cancel()
-        watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        await _cancelled(task)
+
+
+async def _until_done(task: asyncio.Future[T], request: Request, seconds: float | None) -> None:
+    """Waits, at most so long; raises ClientDisconnectedError if the client goes first."""
+    watcher = asyncio.create_task(_wait_for_disconnect(request))
+    try:
+        both: set[asyncio.Future[Any]] = {task, watcher}
+        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if watcher.done() and not task.done():
+            raise ClientDisconnectedError
+    finally:
+        await _cancelled(watcher)
+
+
+async def _cancelled(task: asyncio.Future[T]) -> None:
+    """Ends a task, if it hasn't ended, without a word about how."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def frames(items: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """The data of each frame: the items, an error if one is raised after the first item, [DONE]."""
+    """The data of each frame: the items (JSON), an error if one is raised after the first item, [DONE]."""
     started = False
     try:
         async for item in items:
-            yield item
+            yield item if item.isascii() else LINE_ENDS.sub(_escape, item)
             started = True
     except Exception as error:
         if not started:
             raise
-        yield json.dumps(_error_body(error))
+        yield _error_data(error)
     finally:
         await items.aclose()
     yield DONE
 
 
-def _error_body(error: Exception) -> dict[str, Any]:
+def _escape(character: re.Match[str]) -> str:
+    return f"\\u{ord(character[0]):04x}"
+
+
+def _error_data(error: Exception) -> str:
     if isinstance(error, ApiError):
-        return error.body()
+        return json.dumps(error.body())
     logger.error("a stream failed", exc_info=error)
-    return EngineFailureError().body()
-
-
-async def _chain(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-    yield first
-    async for data in rest:
-        yield data
+    return json.dumps(EngineFailureError().body())
 
 
 class StreamResponse(EventSourceResponse):
-    """Sends frames, and calls `on_close` when that is over, for whatever reason."""
+    """Sends frames, and calls `on_close` when that is over, for whatever reason.
+
+    `first` is the first frame, perhaps still to come, in which case its failure is an error frame; `filler`
+    makes a frame that says nothing; `quiet_since` is when the client last heard of us (time.monotonic).
+    """
 
     def __init__(
         self,
-        first: str,
+        first: asyncio.Future[str],
         rest: AsyncIterator[str],
         on_close: Callable[[], None],
+        filler: Callable[[], str],
         *,
         shutdown_grace_period: float,
         send_timeout: float = SEND_TIMEOUT,
+        quiet_since: float | None = None,
     ) -> None:
         super().__init__(
-            _chain(first, rest),
+            self._frames(rest),
             sep="\n",  # the default, CRLF, breaks clients that split at "\n\n"
-            ping=PING_SECONDS,
-            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
             send_timeout=send_timeout,
             # The library cancels streams when a signal arrives; the server ends them in its own time.
             shutdown_grace_period=shutdown_grace_period,
         )
+        del self.headers["connection"]  # the server's business: it may have to say "close"
+        self._first = first
         self._on_close = on_close
+        self._filler = filler
+        self._quiet_since = time.monotonic() if quiet_since is None else quiet_since
+        self._is_sending = False
+        self._is_pause = False  # a comment was the last that was sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the response."""
@@ -113,16 +147,63 @@ class StreamResponse(EventSourceResponse):
             logger.warning("a client took nothing for %.0f seconds and was dropped", self.send_timeout)
         finally:
             # Not in a generator: one that never started never runs its finally.
+            self._first.cancel()
             self._on_close()
+
+    async def _frames(self, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+        async for data in self._begin(rest):
+            self._is_sending = True
+            if self._is_pause:
+                self._is_pause = False
+                yield self._filler()
+            yield data
+            self._is_sending = False
+            self._quiet_since = time.monotonic()
+
+    async def _begin(self, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+        try:
+            first = await self._first
+        except Exception as error:
+            yield _error_data(error)
+            yield DONE
+            return
+        yield first
+        async for data in rest:
+            yield data
+
+    async def _ping(self, send: Send) -> None:
+        """A comment when nothing was sent for a while. (The library's own come however busy a stream is.)"""
+        while self.active:
+            pause = self._quiet_since + PING_SECONDS - time.monotonic()
+            if pause > 0 or self._is_sending:
+                await anyio.sleep(max(pause, PING_SECONDS / 10))
+                continue
+            self._is_pause = True
+            self._quiet_since = time.monotonic()
+            message = {"type": "http.response.body", "body": COMMENT, "more_body": True}
+            async with self._send_lock:
+                if self.active:
+                    await self._send_with_timeout(send, message)
 
 
 async def stream_response(
     request: Request,
     items: AsyncGenerator[str, None],
     on_close: Callable[[], None],
+    filler: Callable[[], str],
     shutdown_grace_period: float,
 ) -> StreamResponse:
-    """Waits for the first item, then answers. Raises what `items` raises before it."""
+    """Waits a while for the first item, then answers. Raises what `items` raises within that time."""
+    began = time.monotonic()
     data = frames(items)
-    first = await unless_disconnected(request, anext(data))
-    return StreamResponse(first, data, on_close, shutdown_grace_period=shutdown_grace_period)
+    first = asyncio.ensure_future(anext(data))
+    try:
+        await _until_done(first, request, PING_SECONDS)
+        if first.done():
+            first.result()
+    except BaseException:
+        await _cancelled(first)
+        raise
+    return StreamResponse(
+        first, data, on_close, filler, shutdown_grace_period=shutdown_grace_period, quiet_since=began
+    )

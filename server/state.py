@@ -5,11 +5,14 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from server.auth import TENANT
 from server.batcher import RequestBatcher
 from server.chat_template import ChatTemplate
 from server.defaults import SamplingDefaults
 from server.errors import ModelNotFoundError, UnsupportedMediaTypeError, quote
+from server.lanes import Lanes
 from server.metrics import Metrics
+from server.planning import Caller
 from server.settings import Settings
 from server.tokenizer import TextCodec
 
@@ -23,8 +26,15 @@ class ServerState:
     codec: TextCodec
     chat_template: ChatTemplate | None
     defaults: SamplingDefaults
+    lanes: Lanes
     settings: Settings
     created: int
+
+    def caller(self, request: Request) -> Caller:
+        """Who asks, and what that means for the request."""
+        tenant = request.scope.get(TENANT, "")
+        salt = "" if self.settings.share_prefix_cache else tenant
+        return Caller(tenant, salt, may_set_priority=self.settings.allow_priority)
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFoundError unless `name` is served."""
@@ -32,7 +42,8 @@ class ServerState:
             raise ModelNotFoundError(name)
 
 
-def _server_state(request: Request) -> ServerState:
+def server_state(request: Request) -> ServerState:
+    """The parts of the server that `request` came to."""
     state = request.app.state.server
     assert isinstance(state, ServerState)
     return state
@@ -45,4 +56,4 @@ def require_json(request: Request) -> None:
         raise UnsupportedMediaTypeError(f"the content type must be application/json, not {quote(media_type)}")
 
 
-State = Annotated[ServerState, Depends(_server_state)]
+State = Annotated[ServerState, Depends(server_state)]

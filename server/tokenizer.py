@@ -5,13 +5,15 @@ Not `transformers.AutoTokenizer`: that imports torch, and the API process never 
 
 import json
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from model.checkpoint.hub import LfsPointerError, read_file
+from server.disguise import Disguise
 from server.errors import NoTokenizerError
 from server.settings import SettingsError
 
@@ -37,7 +39,10 @@ class FillTokens(NamedTuple):
 
 
 class TextCodec:
-    """A tokenizer as the server needs it. Never changed after construction: threads may share it."""
+    """A tokenizer as the server needs it. Never changed after construction: threads may share it.
+
+    `longest_piece` is the most characters (of a byte-level vocabulary: bytes) that one token stands for.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -45,31 +50,54 @@ class TextCodec:
         tokenizer.no_padding()
         self._byte_of_character = _byte_of_character() if _is_byte_level(tokenizer) else {}
         self._anchor = self._find_anchor()
+        self.longest_piece = max(map(len, tokenizer.get_vocab()), default=0)
         self.token_bytes = lru_cache(TOKENS_REMEMBERED)(self._token_bytes)
         self.fill_tokens = self._find_fill_tokens()
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in added.items() if token.special}
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TextCodec":
         """The tokenizer of the model in `folder`; raises OSError or ValueError if it is unreadable."""
-        return cls(Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes()))
+        return cls(Tokenizer.from_buffer(read_file(folder / "tokenizer.json")))
 
     def check_text(self, field: str) -> None:
         """Raises NoTokenizerError if `field`, which means text, cannot be served. Here it always can."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, with the special tokens that tokenizer.json's post-processor adds if wanted."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch of one: the library's `encode` holds the interpreter's lock from beginning to end.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
+
+    def prepare_for_chats(self) -> None:
+        """Makes what the first conversation would wait for: up to a second for the largest vocabularies."""
+        _ = self.disguise
+
+    @cached_property
+    def disguise(self) -> Disguise:
+        """What keeps users' texts from holding control tokens; a second tokenizer, made when first needed."""
+        return Disguise(self._tokenizer)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of ids, bytes that are no UTF-8 as U+FFFD."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def decode_long(self, token_ids: Sequence[int]) -> str:
+        """The same with special tokens, for many ids: other threads run meanwhile, which costs a little."""
+        (text,) = self._tokenizer.decode_batch([list(token_ids)], skip_special_tokens=False)
+        return str(text)
+
     def piece(self, token_id: int) -> str:
         """The token as the vocabulary writes it; empty for ids that only pad the model's vocabulary."""
         piece: str | None = self._tokenizer.id_to_token(token_id)
         return piece or ""
+
+    def special_stops(self, stops: Iterable[str]) -> dict[int, str]:
+        """By id, those of the stop strings that are a special token each: no text would show them."""
+        return {self.special_ids[text]: text for text in stops if text in self.special_ids}
 
     def fill_in_the_middle(self, prefix: Sequence[int], suffix: str) -> list[int]:
         """Ids that ask for the text between `prefix` (without special tokens) and `suffix`.
@@ -120,11 +148,21 @@ class TokenIdCodec(TextCodec):
 
     def __init__(self) -> None:
         self.fill_tokens = None
+        self.special_ids = {}
+        self.longest_piece = 0
         self.token_bytes = lru_cache(TOKENS_REMEMBERED)(self._token_bytes)
 
     def check_text(self, field: str) -> None:
         """Raises NoTokenizerError."""
         raise NoTokenizerError(field)
+
+    def prepare_for_chats(self) -> None:
+        """There will be none."""
+
+    @cached_property
+    def disguise(self) -> Disguise:
+        """Raises NoTokenizerError."""
+        raise NoTokenizerError("messages")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:  # noqa: ARG002
         """Raises NoTokenizerError."""
@@ -153,6 +191,8 @@ def load_codec(folder: Path) -> TextCodec:
         return TokenIdCodec()
     try:
         return TextCodec.from_folder(folder)
+    except LfsPointerError as error:
+        raise SettingsError(str(error)) from None
     except Exception as error:  # the library raises no narrower class
         raise SettingsError(f"{file} is not a readable tokenizer: {error}") from None
 

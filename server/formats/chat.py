@@ -62,6 +62,10 @@ class ChatFormat:
         begin = ChatChunkChoice(index=index, delta=opening, logprobs=None, finish_reason=None)
         return [begin, part] if first else [part]
 
+    def nothing(self) -> ChatChunkChoice:
+        """What a chunk adds that is sent only to be sent."""
+        return ChatChunkChoice(index=0, delta=Delta(content=""), logprobs=None, finish_reason=None)
+
     def chunk(self, parts: list[ChatChunkChoice], **usage: Usage | None) -> ChatChunk:
         """A chunk of a stream."""
         chunk = ChatChunk(
@@ -73,7 +77,7 @@ class ChatFormat:
         )
         if "usage" in usage:
             chunk.usage = usage["usage"]
-        if self._prompt_ids_due:
+        if self._prompt_ids_due and any(part.delta.role for part in parts):
             chunk.prompt_token_ids, self._prompt_ids_due = self._prompt_ids, False
         return chunk
 
@@ -97,7 +101,8 @@ class ChatFormat:
     def _logprobs(self, tokens: Sequence[ShownToken]) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
-        return ChatLogprobs(content=[self._token(token) for token in tokens], refusal=None)
+        # Ours, and there may be a million: not checked.
+        return ChatLogprobs.model_construct(content=[self._token(token) for token in tokens], refusal=None)
 
     def _token(self, token: ShownToken) -> TokenLogprob:
         assert token.logprobs is not None

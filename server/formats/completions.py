@@ -37,6 +37,10 @@ class CompletionFormat:
         """What each chunk for a delta adds to its choice."""
         return [self._part(delta, first=first)]
 
+    def nothing(self) -> CompletionChoice:
+        """What a chunk adds that is sent only to be sent."""
+        return CompletionChoice(index=0, text="", logprobs=None, finish_reason=None, stop_reason=None)
+
     def chunk(self, parts: list[CompletionChoice], **usage: Usage | None) -> CompletionResponse:
         """A chunk of a stream."""
         return CompletionResponse(
@@ -65,7 +69,7 @@ class CompletionFormat:
     def _logprobs(self, tokens: Sequence[ShownToken]) -> CompletionLogprobs | None:
         if self._body.logprobs is None:
             return None
-        return CompletionLogprobs(
+        return CompletionLogprobs.model_construct(  # ours, and there may be a million: not checked
             tokens=[self._text(token.token_id) for token in tokens],
             token_logprobs=[clamp(t.logprobs.logprob) if t.logprobs else None for t in tokens],
             top_logprobs=[self._top(token) for token in tokens],

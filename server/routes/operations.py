@@ -1,23 +1,14 @@
 """What those who run a server ask: /health, /ready, /metrics, /version."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
 from server.metrics import CONTENT_TYPE
 from server.openapi import errors
 from server.state import State
+from server.version import package_version
 
 router = APIRouter(tags=["operations"])
-
-
-def package_version() -> str:
-    """The installed version; a source tree that was not installed has none."""
-    try:
-        return version("speed-serve")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 @router.get("/health")

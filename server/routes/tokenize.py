@@ -1,53 +1,70 @@
 """POST /tokenize and /detokenize."""
 
-import anyio.to_thread
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
+from starlette.responses import Response
 
+from model.protocol import EngineInfo
+from server.intake import BodyRoute
+from server.json_parts import json_bytes
 from server.openapi import JSON_BODY, errors
-from server.prompts import check_vocabulary, conversation_ids
-from server.schemas.base import RequestModel
+from server.prompts import RenderedChat, check_length, check_vocabulary, encode_rendered, encode_text, render
 from server.schemas.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
-from server.state import ServerState, State, require_json
+from server.sse import unless_disconnected
+from server.state import ServerState, State
 
-router = APIRouter(
-    tags=["tokenize"], dependencies=[Depends(require_json)], responses=errors(*JSON_BODY, 500, 503)
-)
+router = APIRouter(route_class=BodyRoute, tags=["tokenize"], responses=errors(*JSON_BODY, 500, 503))
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, state: State) -> TokenizeResponse:
+@router.post("/tokenize", response_model=TokenizeResponse)
+async def tokenize(request: Request, body: TokenizeRequest, state: State) -> Response:
     """The tokens of a text or of a conversation."""
-    _check(body, body.model, state)
-    info = state.batcher.engine_info()
-    ids = await anyio.to_thread.run_sync(_encode, body, state)
-    strings = [state.codec.piece(token_id) for token_id in ids] if body.return_token_strs else None
-    return TokenizeResponse(count=len(ids), max_model_len=info.max_model_len, tokens=ids, token_strs=strings)
+    _check_model(body.model, state)
+    content = await unless_disconnected(request, _tokens(body, state, state.batcher.engine_info()))
+    return Response(content, media_type="application/json")
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, state: State) -> DetokenizeResponse:
+async def detokenize(request: Request, body: DetokenizeRequest, state: State) -> DetokenizeResponse:
     """The text of tokens."""
-    _check(body, body.model, state)
+    _check_model(body.model, state)
     state.codec.check_text("tokens")
     check_vocabulary("tokens", body.tokens, state.batcher.engine_info().vocab_size)
-
-    def decode() -> str:
-        return state.codec.decode(body.tokens, skip_special_tokens=False)
-
-    return DetokenizeResponse(prompt=await anyio.to_thread.run_sync(decode))
+    decode = state.lanes.texts(len(body.tokens)).run(lambda: state.codec.decode_long(body.tokens))
+    return DetokenizeResponse(prompt=await unless_disconnected(request, decode))
 
 
-def _check(body: RequestModel, model: str | None, state: ServerState) -> None:
-    if model is not None:
-        state.check_model(model)
-    body.reject_extra_fields(allow_unknown=state.settings.allow_unknown_fields)
+def _check_model(name: str | None, state: ServerState) -> None:
+    if name is not None:
+        state.check_model(name)
 
 
-def _encode(body: TokenizeRequest, state: ServerState) -> list[int]:
-    special = body.add_special_tokens
+async def _tokens(body: TokenizeRequest, state: ServerState, info: EngineInfo) -> bytes:
+    """The answer's JSON."""
+    said = await _text(body, state, info)
+    is_conversation = body.messages is not None
+    special = not is_conversation if body.add_special_tokens is None else body.add_special_tokens
+
+    def write() -> bytes:
+        if is_conversation:
+            ids = encode_rendered(said, state.codec, info, add_special_tokens=special)
+        else:
+            ids = encode_text("prompt", said.text, state.codec, info, add_special_tokens=special)
+        strings = [state.codec.piece(token_id) for token_id in ids] if body.return_token_strs else None
+        answer = TokenizeResponse.model_construct(
+            count=len(ids), max_model_len=info.max_model_len, tokens=ids, token_strs=strings
+        )
+        return json_bytes(answer)
+
+    return await state.lanes.texts(len(said.text)).run(write)
+
+
+async def _text(body: TokenizeRequest, state: ServerState, info: EngineInfo) -> RenderedChat:
+    """The text to tokenise."""
     if body.messages is None:
         assert body.prompt is not None
-        return state.codec.encode(body.prompt, add_special_tokens=special is not False)
-    return conversation_ids(
-        body.messages, body, state.codec, state.chat_template, add_special_tokens=special is True
+        check_length("prompt", body.prompt, state.codec, info)
+        return RenderedChat(body.prompt, is_disguised=False)
+    messages = body.messages
+    return await state.lanes.templates.run(
+        lambda: render(messages, body, state.codec, state.chat_template, info)
     )

@@ -9,8 +9,8 @@ from functools import cache
 from typing import Annotated, ClassVar, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
@@ -18,23 +18,43 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from server.errors import UnknownFieldError, UnsupportedFieldError
+from server.limits import MAX_NAME
 
 INT64_MAX = 2**63 - 1
 
 
-def _check_unicode(text: str) -> str:
-    text.encode()  # UnicodeEncodeError is a ValueError
-    return text
-
-
-# JSON can carry lone surrogates, and pydantic lets them through in a union.
-Text = Annotated[str, AfterValidator(_check_unicode)]
-NonEmpty = Annotated[Text, Field(min_length=1)]
+Text = str  # of any length that a body may have
+Name = Annotated[str, Field(max_length=MAX_NAME)]
+NonEmpty = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
+
+
+def complain(text: str) -> PydanticCustomError:
+    """An error for validators to raise; `text` follows the place of the value, and the client reads it."""
+    # As an argument: braces in `text` are no fields to fill in.
+    return PydanticCustomError("request.complaint", "{text}", {"text": text})
+
+
+def at_most(most: int) -> BeforeValidator:
+    """Counts the entries of an object before any of them is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > most:
+            raise complain(f"must have at most {most} entries, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def each_of(most: int, least: int = 0) -> FieldInfo:
+    """Limits of a list; the first bad entry ends validation."""
+    limits: FieldInfo = Field(min_length=least, max_length=most, fail_fast=True)
+    return limits
 
 
 def _allow_null(schema: JsonSchemaValue) -> None:
@@ -77,6 +97,8 @@ class RequestModel(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
+    has_many_prompts: ClassVar[bool] = False  # else at most one
+
     # Fields of the API that are not served, with the values that ask for nothing.
     unserved: ClassVar[dict[str, tuple[object, ...]]] = {}
 
@@ -106,27 +128,30 @@ class RequestModel(BaseModel):
                 _allow_null(field)
         return schema
 
-    def parts(self) -> Iterator["RequestModel"]:
-        """The bodies within this one."""
-        for name in type(self).model_fields:
+    def parts(self) -> Iterator[tuple[str, "RequestModel"]]:
+        """The bodies within this one, each with its place."""
+        for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            for part in value if isinstance(value, list) else [value]:
-                if isinstance(part, RequestModel):
-                    yield part
+            if isinstance(value, RequestModel):
+                yield field.alias or name, value
+            elif isinstance(value, list):
+                for index, part in enumerate(value):
+                    if isinstance(part, RequestModel):
+                        yield f"{field.alias or name}.{index}", part
 
-    def reject_extra_fields(self, *, allow_unknown: bool) -> None:
-        """Raises for a field that isn't served, here or in a part.
+    def reject_extra_fields(self, *, allow_unknown: bool, place: str = "") -> None:
+        """Raises for a field that isn't served, here or in a part; `place` is where this body stands.
 
         One of OpenAI's is let through if it asks for nothing, an unknown one if `allow_unknown`.
         """
         for name, value in (self.model_extra or {}).items():
             if name not in self.unserved:
                 if not allow_unknown:
-                    raise UnknownFieldError(name)
+                    raise UnknownFieldError(name, place)
             elif not self._is_neutral(name, value):
-                raise UnsupportedFieldError(name)
-        for part in self.parts():
-            part.reject_extra_fields(allow_unknown=allow_unknown)
+                raise UnsupportedFieldError(name, place)
+        for inner, part in self.parts():
+            part.reject_extra_fields(allow_unknown=allow_unknown, place=f"{place}{inner}.")
 
     def _is_neutral(self, name: str, value: object) -> bool:
         """Whether the value of an unserved field changes nothing."""

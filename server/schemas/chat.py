@@ -5,27 +5,31 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
 
 from server.errors import InvalidRequestError, quote
-from server.schemas.base import RequestModel, Text
-from server.schemas.sampling import MAX_LOGPROBS, SamplingFields
+from server.limits import MAX_CONTENT_PARTS, MAX_MESSAGES
+from server.schemas.base import Name, RequestModel, Text, at_most, complain, each_of
+from server.schemas.sampling import MAX_LOGPROBS, NO_LIMIT, SamplingFields, agreed_limit
 from server.schemas.usage import Usage
 
+MAX_METADATA = 16
 OTHER_ROLES = ("tool", "function")  # OpenAI's, but nothing without tools
 
 
 class TextPart(RequestModel):
     """A part of a message."""
 
+    unserved: ClassVar[dict[str, tuple[object, ...]]] = {"annotations": (None, [])}
+
     type: Literal["text"]
     text: Text
+    cache_control: dict[str, Any] | None = Field(None, description="taken and not needed")
+    id: Name | None = Field(None, description="taken and not needed")
 
     @model_validator(mode="before")
     @classmethod
     def _check_type(cls, data: object) -> object:
         kind = data.get("type") if isinstance(data, dict) else None
         if isinstance(kind, str) and kind != "text":
-            raise InvalidRequestError(
-                f"messages: content of type {quote(kind)} is not supported, only text is", param="messages"
-            )
+            raise complain(f"has the type {quote(kind)}, which is not supported: only text is")
         return data
 
 
@@ -39,38 +43,49 @@ class Message(RequestModel):
         "function_call": (None,),
         "audio": (None,),
         "annotations": (None, []),
+        "reasoning_content": (None, ""),
     }
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: Text | None = None
+    content: Text | Annotated[list[TextPart], each_of(MAX_CONTENT_PARTS)] | None = Field(
+        None, description="only an assistant's may be absent"
+    )
+    name: Name | None = None
+    id: Name | None = Field(None, description="taken and not needed")
+    cache_control: dict[str, Any] | None = Field(None, description="taken and not needed")
+    provider_specific_fields: dict[str, Any] | None = Field(None, description="taken and not needed")
 
     @field_validator("role", mode="before")
     @classmethod
     def _check_role(cls, role: object) -> object:
         if role in OTHER_ROLES:
-            raise InvalidRequestError(
-                f"messages: the role {role!r} is not supported: this server has no tools", param="messages"
-            )
+            raise complain(f"{role!r} is not supported: this server has no tools")
         return role
 
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise complain(f"has no content, which is required of the role {self.role!r}")
+        return self
+
     @property
-    def text(self) -> str:
-        """The content; parts stand on lines of their own, as in vLLM."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
+    def texts(self) -> str | list[str]:
+        """The content: a text, or those of its parts."""
+        if isinstance(self.content, list):
+            return [part.text for part in self.content]
+        return self.content or ""
 
-    def for_template(self) -> dict[str, str]:
-        """What a chat template sees."""
-        seen = {"role": self.role, "content": self.text}
-        return seen if self.name is None else {**seen, "name": self.name}
+    @property
+    def num_characters(self) -> int:
+        """Of all texts of the content together."""
+        return len(self.texts) if isinstance(self.texts, str) else sum(map(len, self.texts))
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], each_of(MAX_MESSAGES, least=1)]
 Metadata = Annotated[
     dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
-    Field(max_length=16),
+    Field(max_length=MAX_METADATA),
+    at_most(MAX_METADATA),
 ]
 
 
@@ -105,32 +120,29 @@ class ChatRequest(SamplingFields, TemplateFields):
 
     messages: Messages
     add_special_tokens: bool = Field(False, description="the tokenizer's own, beside those of the template")
-    max_tokens: int | None = Field(None, ge=1, description="default: until the context is full")
-    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
+    max_tokens: int | None = Field(
+        None, ge=NO_LIMIT, description="at least 1; default, null or -1: until the context is full"
+    )
+    max_completion_tokens: int | None = Field(None, ge=NO_LIMIT, description="the newer name of max_tokens")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     metadata: Metadata | None = None
     parallel_tool_calls: bool = Field(True, description="means nothing without tools")
-    prompt_cache_key: Text | None = None
-    prompt_cache_retention: Text | None = None
-    safety_identifier: Text | None = None
+    prompt_cache_key: Name | None = None
+    prompt_cache_retention: Name | None = None
+    safety_identifier: Name | None = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if None not in (self.max_tokens, self.max_completion_tokens) and (
-            self.max_tokens != self.max_completion_tokens
-        ):
-            raise InvalidRequestError(
-                f"max_tokens ({self.max_tokens}) and max_completion_tokens ({self.max_completion_tokens}) "
-                "mean the same, but differ",
-                param="max_tokens",
-            )
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(self, name) == 0:
+                raise InvalidRequestError(f"{name} is 0; at least 1 is needed", param=name)
         if self.token_limit is not None and self.min_tokens > self.token_limit:
             raise InvalidRequestError(
                 f"min_tokens ({self.min_tokens}) is greater than max_tokens ({self.token_limit})",
                 param="min_tokens",
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError(
                 "top_logprobs is only allowed with logprobs: true", param="top_logprobs"
             )
@@ -139,7 +151,8 @@ class ChatRequest(SamplingFields, TemplateFields):
     @property
     def token_limit(self) -> int | None:
         """Under either name."""
-        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        limit = agreed_limit(self.max_tokens, self.max_completion_tokens)
+        return None if limit == NO_LIMIT else limit
 
     @property
     def num_logprobs(self) -> int | None:

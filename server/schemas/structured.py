@@ -1,6 +1,6 @@
 """What a generated text must look like: `response_format`, and `structured_outputs` as in vLLM.
 
-Knows nothing about grammars: whether a schema or expression can be used is `model.grammar`'s to say.
+Knows nothing about grammars: whether a schema or expression can be used is `model.grammar.check`'s to say.
 """
 
 import json
@@ -10,9 +10,12 @@ from pydantic import Field, model_validator
 
 from model.protocol import Grammar
 from server.errors import InvalidRequestError
-from server.schemas.base import NonEmpty, RequestModel, Text
+from server.limits import MAX_CHOICES, MAX_GRAMMAR
+from server.schemas.base import NonEmpty, RequestModel, Text, each_of
 
 JsonSchema = dict[str, Any]
+Choices = Annotated[list[NonEmpty], each_of(MAX_CHOICES, least=1)]
+GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR)]
 
 
 class NamedSchema(RequestModel):
@@ -25,34 +28,43 @@ class NamedSchema(RequestModel):
 
 
 class ResponseFormat(RequestModel):
-    """Any text, any JSON object, or JSON after a schema."""
+    """Any text, any JSON object, or JSON after a schema.
+
+    The schema stands in `json_schema`, as OpenAI has it, or in `schema`, as many others do.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+    bare_schema: JsonSchema | None = Field(default=None, alias="schema")
 
     @model_validator(mode="after")
     def _check_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            word = "required" if self.type == "json_schema" else "only allowed"
-            raise InvalidRequestError(
-                f"response_format.json_schema is {word} with type json_schema", param="response_format"
-            )
+        problem = None
+        if self.type == "text" and self.bare_schema is not None:
+            problem = "schema is only allowed with type json_object or json_schema"
+        elif self.type != "json_schema" and self.json_schema is not None:
+            problem = "json_schema is only allowed with type json_schema"
+        elif self.type == "json_schema" and (self.json_schema is None) == (self.bare_schema is None):
+            problem = "json_schema is required with type json_schema, and goes without schema"
+        if problem is not None:
+            raise InvalidRequestError(f"response_format.{problem}", param="response_format")
         return self
 
     def to_grammar(self) -> Grammar | None:
         """The same in the engine's terms; None: anything."""
-        if self.json_schema is not None:
-            return Grammar(kind="json_schema", text=_dump("response_format", self.json_schema.json_schema))
+        schema = self.bare_schema if self.json_schema is None else self.json_schema.json_schema
+        if schema is not None:
+            return Grammar(kind="json_schema", text=_dump("response_format", schema))
         return Grammar(kind="json_object") if self.type == "json_object" else None
 
 
 class StructuredOutputs(RequestModel):
     """Exactly one of: a JSON schema (or its text), a regular expression, choices, a grammar after Lark."""
 
-    json_schema: JsonSchema | NonEmpty | None = Field(default=None, alias="json")
-    regex: NonEmpty | None = None
-    choice: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
-    grammar: NonEmpty | None = None
+    json_schema: JsonSchema | GrammarText | None = Field(default=None, alias="json")
+    regex: GrammarText | None = None
+    choice: Choices | None = None
+    grammar: GrammarText | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:

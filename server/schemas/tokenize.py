@@ -1,11 +1,12 @@
 """Bodies of /tokenize and /detokenize, as in vLLM."""
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, Field, model_validator
 
 from server.errors import InvalidRequestError
-from server.schemas.base import RequestModel, Text, TokenId
+from server.limits import MAX_IDS
+from server.schemas.base import RequestModel, Text, TokenId, each_of
 from server.schemas.chat import Messages, TemplateFields
 
 
@@ -40,7 +41,7 @@ class DetokenizeRequest(RequestModel):
     """Ids of the model's vocabulary."""
 
     model: str | None = Field(None, description="default: the served one")
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], each_of(MAX_IDS)]
 
 
 class DetokenizeResponse(BaseModel):
