@@ -1,0 +1,72 @@
+// What Python calls and hands over; `structs.py` has the same structures. All pointers stay the caller's.
+#pragma once
+#include "products.h"
+
+enum { INTERFACE = 1 };  // changes with any of the structures below
+
+enum Placement { PRE, SANDWICH, POST_ADD, OUTPUT };
+enum Start { FROM_NOISE, FROM_INPUT, FROM_INPUT_ALONE };
+
+struct Layer {
+  Matrix qkv, o, gate_up, down;  // gate_up: blocks of 16 gates and 16 ups in turn
+  const float *attn_norm, *mlp_norm, *attn_out_norm, *mlp_out_norm, *attn_sum_norm, *mlp_sum_norm;
+  const float *q_norm, *k_norm, *qk_bias;
+  const float *loop_gate_weight, *loop_gate_bias;
+  int32_t windowed, unused;
+};
+
+struct Model {
+  int32_t vocab_size, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, rotary_dim, max_positions;
+  int32_t num_prelude_layers, num_block_layers, num_coda_layers, num_loops;
+  int32_t placement, norm_after_loop, norm_before_coda, input_injection, start, activation, interleaved, window;
+  int32_t first_loop_gate, embedding_type;  // SourceType
+  float norm_eps, embedding_scale;
+  const Layer* layers;
+  const void* embedding;          // (vocab_size, hidden_size)
+  const float* embedding_scales;  // of int8 rows
+  const float* norm;
+  Matrix head, adapter;
+  const float *cos, *sin;  // (max_positions, rotary_dim / 2)
+};
+
+struct Setup {
+  int32_t num_threads, spin_microseconds, num_pages, half_cache;
+  void* cache;   // speed_cache_bytes, zeroed
+  float* states; // (num_pages * 16, hidden_size), and the block's inputs behind them with input_injection
+};
+
+struct Pass {
+  int32_t num_rows, num_pages, num_readouts, num_logits, num_noise, unused;
+  const int32_t* tokens;     // of rows in their first loop
+  const int32_t* positions;  // (rows)
+  const int32_t* loops;      // (rows) 0..num_loops - 1
+  const int32_t* tables;     // (rows) where the row's page table begins in `pages`
+  const int32_t* pages;      // (num_pages)
+  const uint8_t* ends;       // (rows) whether the coda runs behind this loop
+  const int32_t* noises;     // (rows) row of `noise` that its state starts from, or -1
+  const float* noise;        // (num_noise, hidden_size)
+  const int32_t* readouts;   // (readouts) rows
+  const int32_t* logit_rows; // (readouts) row of `logits`, or -1
+  int32_t* tokens_out;       // (readouts) argmax of each
+  float* logits;             // (num_logits, vocab_size)
+};
+
+struct Engine;
+
+#pragma GCC visibility push(default)
+extern "C" {
+int32_t speed_interface(void);
+// sizeof Matrix, Layer, Model, Setup, Pass, PackJob and of a pointer.
+void speed_sizes(int32_t sizes[7]);
+const char* speed_level(void);
+// Bytes of a packed block of 16 outputs, or 0 for a type or size that there is none of.
+uint64_t speed_block_bytes(int32_t type, int32_t inputs);
+int32_t speed_pack(const PackJob* job);
+uint64_t speed_cache_bytes(const Model* model, int32_t num_pages, int32_t half_cache);
+// NULL on failure, and why in `error`. The model's structures are copied, what they point to is not.
+Engine* speed_open(const Model* model, const Setup* setup, char* error, int32_t error_bytes);
+void speed_close(Engine* engine);
+// 0, or 1 and why in `error`; then nothing has been changed.
+int32_t speed_run(Engine* engine, const Pass* pass, char* error, int32_t error_bytes);
+}
+#pragma GCC visibility pop

@@ -1,0 +1,45 @@
+// A model that is ready to run: its memory, and the program of one pass.
+#pragma once
+#include "api.h"
+#include "attention.h"
+#include "pool.h"
+
+enum { PRIVATE_ROWS = 8 };  // up to so many rows every thread prepares inputs for itself, which saves a wait
+
+struct Private {  // of one thread
+  Input input;
+  float* row;     // the widest row
+  float* scores;
+  float* heads;   // outputs of a group of heads, for both branches of a first-loop gate
+};
+
+struct Best {
+  float value;
+  int32_t token;
+};
+
+struct Engine {
+  Model model;
+  Layer* layers;
+  Setup setup;
+  Heads heads;
+  Pool* pool;
+  size_t page_bytes, slot_bytes;
+  int hidden, hidden_padded, qkv_padded, attended, inner_padded, widest;
+  bool heads_are_blocks;  // a head is a whole number of blocks of 16 outputs
+  Private threads[MAX_THREADS];
+  // of a pass, grown as needed
+  int rows_capacity, readouts_capacity;
+  void* memory;
+  float *h, *coda_h, *sums, *qkv, *mixed, *inner;  // (rows, ...)
+  Input shared;
+  int32_t *entering, *ending, *all, *coda_row;  // rows by their number in the pass
+  int64_t* slots;                               // (rows) where the row's state lies
+  int num_entering, num_ending;
+  Best* best;  // (chunks of the head, readouts)
+  int head_chunks;
+  const Pass* pass;
+};
+
+void run_program(Worker* self, void* engine);
+int head_chunk_blocks(const Engine& engine);

@@ -1,0 +1,373 @@
+#include "engine.h"
+
+// ---- rows ------------------------------------------------------------------------------------------------
+
+static void rms_norm(const float* x, const float* weight, int size, float eps, float* out) {
+  f32x16 squares = splat(0);
+  int i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    f32x16 v = load<f32x16>(x + i);
+    squares = fma16(v, v, squares);
+  }
+  if (i < size) {
+    f32x16 v = splat(0);
+    memcpy(&v, x + i, (size_t)(size - i) * 4);
+    squares = fma16(v, v, squares);
+  }
+  float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / (float)size + eps);
+  for (i = 0; i + LANES <= size; i += LANES) {
+    store(out + i, load<f32x16>(x + i) * scale * load<f32x16>(weight + i));
+  }
+  for (; i < size; i++) out[i] = x[i] * scale * weight[i];
+}
+
+static void add_to(float* to, const float* x, int size) {
+  for (int i = 0; i < size; i++) to[i] += x[i];
+}
+
+static void rotate(const Model& m, int position, float* head) {
+  int half = m.rotary_dim / 2;
+  const float *cos = m.cos + (size_t)position * (size_t)half, *sin = m.sin + (size_t)position * (size_t)half;
+  int step = m.interleaved ? 2 : 1, apart = m.interleaved ? 1 : half;
+  for (int i = 0; i < half; i++) {
+    float a = head[i * step], b = head[i * step + apart];
+    head[i * step] = a * cos[i] - b * sin[i];
+    head[i * step + apart] = b * cos[i] + a * sin[i];
+  }
+}
+
+static void look_up(const Model& m, int token, float* out) {
+  size_t first = (size_t)token * (size_t)m.hidden_size;
+  for (int i = 0; i < m.hidden_size; i++) {
+    size_t at = first + (size_t)i;
+    float x = 0;
+    switch (m.embedding_type) {
+      case FROM_FP32:
+        x = ((const float*)m.embedding)[at];
+        break;
+      case FROM_BF16:
+        x = bf16_to_float(((const uint16_t*)m.embedding)[at]);
+        break;
+      case FROM_FP16:
+        x = half_to_float(((const uint16_t*)m.embedding)[at]);
+        break;
+      default:
+        x = (float)((const int8_t*)m.embedding)[at] * m.embedding_scales[token];
+    }
+    out[i] = x * m.embedding_scale;
+  }
+}
+
+// ---- one thread's way through a pass ---------------------------------------------------------------------
+
+namespace {
+
+struct RowSet {  // rows that go through layers together
+  int count;
+  const int32_t* rows;  // their numbers in the pass
+  float* h;             // (count, hidden_padded)
+};
+
+struct Step {
+  Worker* self;
+  Engine& e;
+  const Model& m;
+  const Pass& p;
+  Private& mine;
+
+  float* state(int row) const { return e.setup.states + e.slots[row] * m.hidden_size; }
+  float* entered(int row) const {
+    return state(row) + (m.input_injection ? (int64_t)e.setup.num_pages * PAGE * m.hidden_size : 0);
+  }
+
+  int per_chunk(int units) const {
+    int chunks = pool_threads(self->pool) * 12;
+    return (units + chunks - 1) / chunks;
+  }
+
+  template <class Work>
+  void each(int count, Work work) {  // one stage over single items
+    int per = count > MAX_CHUNKS ? (count + MAX_CHUNKS - 1) / MAX_CHUNKS : 1;
+    run_stage(self, (count + per - 1) / per, [&](int chunk) {
+      for (int i = chunk * per; i < count && i < (chunk + 1) * per; i++) work(i);
+    });
+  }
+
+  // The product of `rows` rows. `fill(row, scratch)` gives a row of the input, `emit(row, block, values, chunk)`
+  // takes 16 outputs, `after(unit)` follows when all rows of `unit_blocks` blocks are done.
+  template <class Fill, class Emit, class After>
+  void product(const Matrix& w, int rows, int unit_blocks, int per, Fill fill, Emit emit, After after) {
+    if (!rows) return;
+    bool alone = rows <= PRIVATE_ROWS;
+    const Input& in = alone ? mine.input : e.shared;
+    auto ready = [&](int row) { encode(in, row, w.type, fill(row, mine.row), w.inputs); };
+    if (!alone) each(rows, ready);
+    int units = w.blocks / unit_blocks;
+    auto prepare = [&] {
+      for (int row = 0; alone && row < rows; row++) ready(row);
+    };
+    run_stage(self, (units + per - 1) / per, prepare, [&](int chunk) {
+      for (int unit = chunk * per; unit < units && unit < (chunk + 1) * per; unit++) {
+        for (int block = unit * unit_blocks; block < (unit + 1) * unit_blocks; block++) {
+          multiply_all(w, block, in, rows, [&](int row, f32x16 v) { emit(row, block, v, chunk); });
+        }
+        after(unit);
+      }
+    });
+  }
+
+  template <class Fill, class Emit>
+  void product(const Matrix& w, int rows, int unit_blocks, Fill fill, Emit emit) {
+    product(w, rows, unit_blocks, per_chunk(w.blocks / unit_blocks), fill, emit, [](int) {});
+  }
+
+  template <class Take>
+  void multiply_all(const Matrix& w, int block, const Input& in, int rows, Take take) {
+    alignas(64) float out[MOST_TILE_ROWS * BLOCK];
+    int tiles = (rows + MOST_TILE_ROWS - 1) / MOST_TILE_ROWS;
+    for (int tile = 0; tile < tiles; tile++) {
+      int first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
+      multiply(w, block, in, first, count, out);
+      for (int r = 0; r < count; r++) take(first + r, load<f32x16>(out + r * BLOCK));
+    }
+  }
+
+  const float* normed(const float* x, const float* weight, float* scratch) {
+    if (!weight) return x;
+    rms_norm(x, weight, m.hidden_size, m.norm_eps, scratch);
+    return scratch;
+  }
+
+  // ---- attention -----------------------------------------------------------------------------------------
+
+  uint8_t* slot(int layer, int loop) const {
+    int prelude = m.num_prelude_layers, block = m.num_block_layers, index = layer;
+    if (layer >= prelude) index += layer < prelude + block ? loop * block : (m.num_loops - 1) * block;
+    return (uint8_t*)e.setup.cache + (size_t)index * e.slot_bytes;
+  }
+
+  bool is_block(int layer) const {
+    return layer >= m.num_prelude_layers && layer < m.num_prelude_layers + m.num_block_layers;
+  }
+
+  int loop_of(int layer, int row) const { return is_block(layer) ? p.loops[row] : 0; }
+
+  // Bias, rotation and storing of one head of q, k or v: heads of q first, then of k, then of v.
+  void finish_head(int layer, const RowSet& set, int i, int head) {
+    const Layer& l = e.layers[layer];
+    int row = set.rows[i], position = p.positions[row], kv_heads = m.num_kv_heads, kv_head = head - m.num_heads;
+    float* x = e.qkv + (size_t)i * (size_t)e.qkv_padded + (size_t)head * (size_t)m.head_dim;
+    bool is_value = kv_head >= kv_heads;
+    if (!is_value) {
+      if (l.qk_bias) add_to(x, l.qk_bias + (size_t)head * (size_t)m.head_dim, m.head_dim);
+      rotate(m, position, x);
+    }
+    if (kv_head < 0) return;
+    uint8_t* page = slot(layer, loop_of(layer, row)) + (size_t)p.pages[p.tables[row] + position / PAGE] * e.page_bytes;
+    bool half = e.setup.half_cache;
+    if (is_value) {
+      write_value(e.heads, page, half, kv_head - kv_heads, position % PAGE, x);
+    } else {
+      write_key(e.heads, page, half, kv_head, position % PAGE, x);
+    }
+  }
+
+  void finish_heads(int layer, const RowSet& set, int i) {
+    const Layer& l = e.layers[layer];
+    int q_size = m.num_heads * m.head_dim, k_size = m.num_kv_heads * m.head_dim;
+    float* q = e.qkv + (size_t)i * (size_t)e.qkv_padded;
+    if (l.q_norm) {
+      rms_norm(q, l.q_norm, q_size, m.norm_eps, q);
+      rms_norm(q + q_size, l.k_norm, k_size, m.norm_eps, q + q_size);
+    }
+    for (int head = 0; head < m.num_heads + 2 * m.num_kv_heads; head++) finish_head(layer, set, i, head);
+  }
+
+  void project_qkv(int layer, const RowSet& set) {
+    const Layer& l = e.layers[layer];
+    auto fill = [&](int i, float* scratch) { return normed(set.h + (size_t)i * (size_t)e.hidden_padded, l.attn_norm, scratch); };
+    auto emit = [&](int i, int block, f32x16 v, int) { store(e.qkv + (size_t)i * (size_t)e.qkv_padded + block * BLOCK, v); };
+    if (e.heads_are_blocks && !l.q_norm) {
+      auto after = [&](int head) {
+        for (int i = 0; i < set.count; i++) finish_head(layer, set, i, head);
+      };
+      int unit = m.head_dim / BLOCK;
+      product(l.qkv, set.count, unit, per_chunk(l.qkv.blocks / unit), fill, emit, after);
+    } else {
+      product(l.qkv, set.count, 1, fill, emit);
+      each(set.count, [&](int i) { finish_heads(layer, set, i); });
+    }
+  }
+
+  void attend_row(int layer, const RowSet& set, int i, int kv_head) {
+    const Layer& l = e.layers[layer];
+    int row = set.rows[i], loop = loop_of(layer, row), position = p.positions[row], group = e.heads.group;
+    const float* q = e.qkv + (size_t)i * (size_t)e.qkv_padded + (size_t)(kv_head * group) * (size_t)m.head_dim;
+    bool gated = m.first_loop_gate && is_block(layer) && loop > 0;
+    bool windowed = l.windowed && !(m.first_loop_gate && loop == 0);
+    int first = windowed && position >= m.window ? position - m.window + 1 : 0;
+    Span span = {slot(layer, loop), e.page_bytes, p.pages + p.tables[row], first, position};
+    float *own = mine.heads, *whole = own + group * e.heads.padded_dim;
+    attend(e.heads, span, e.setup.half_cache, kv_head, q, mine.scores, own);
+    if (gated) {
+      Span everything = {slot(layer, 0), e.page_bytes, span.pages, 0, position};
+      attend(e.heads, everything, e.setup.half_cache, kv_head, q, mine.scores, whole);
+    }
+    for (int g = 0; g < group; g++) {
+      int head = kv_head * group + g;
+      float* to = e.mixed + (size_t)i * (size_t)e.attended + (size_t)head * (size_t)m.head_dim;
+      const float *a = own + g * e.heads.padded_dim, *b = whole + g * e.heads.padded_dim;
+      float share = gated ? first_loop_share(l, head, q + g * m.head_dim) : 0;
+      for (int c = 0; c < m.head_dim; c++) to[c] = gated ? a[c] + share * (b[c] - a[c]) : a[c];
+    }
+  }
+
+  float first_loop_share(const Layer& l, int head, const float* q) const {
+    const float* w = l.loop_gate_weight + (size_t)head * (size_t)m.head_dim;
+    float dot = 0;
+    for (int c = 0; c < m.head_dim; c++) dot += q[c] * w[c];
+    return sigmoid16(splat(dot + l.loop_gate_bias[head]))[0];
+  }
+
+  // ---- a layer -------------------------------------------------------------------------------------------
+
+  // A sub-layer's last product, added to h where nothing stands between; else kept for `join`.
+  void close(const Matrix& w, const RowSet& set, const float* from, int stride) {
+    bool direct = m.placement == PRE;
+    float* to = direct ? set.h : e.sums;
+    auto fill = [=](int i, float*) { return from + (size_t)i * (size_t)stride; };
+    product(w, set.count, 1, fill, [=, this](int i, int block, f32x16 v, int) {
+      float* at = to + (size_t)i * (size_t)e.hidden_padded + block * BLOCK;
+      store(at, direct ? load<f32x16>(at) + v : v);
+    });
+  }
+
+  void join(const RowSet& set, const float* out_norm, const float* sum_norm) {
+    if (m.placement == PRE) return;
+    each(set.count, [&](int i) {
+      float* h = set.h + (size_t)i * (size_t)e.hidden_padded;
+      add_to(h, normed(e.sums + (size_t)i * (size_t)e.hidden_padded, out_norm, mine.row), m.hidden_size);
+      if (sum_norm) rms_norm(h, sum_norm, m.hidden_size, m.norm_eps, h);
+    });
+  }
+
+  void layer(int index, const RowSet& set) {
+    const Layer& l = e.layers[index];
+    if (!set.count) return;
+    project_qkv(index, set);
+    each(set.count * m.num_kv_heads, [&](int task) { attend_row(index, set, task % set.count, task / set.count); });
+    close(l.o, set, e.mixed, e.attended);
+    join(set, l.attn_out_norm, l.attn_sum_norm);
+    auto fill = [&](int i, float* scratch) { return normed(set.h + (size_t)i * (size_t)e.hidden_padded, l.mlp_norm, scratch); };
+    product(l.gate_up, set.count, 2, fill, [&](int i, int block, f32x16 v, int) {
+      float* at = e.inner + (size_t)i * (size_t)e.inner_padded + block / 2 * BLOCK;
+      store(at, block % 2 ? activate(m.activation, load<f32x16>(at)) * v : v);
+    });
+    close(l.down, set, e.inner, e.inner_padded);
+    join(set, l.mlp_out_norm, l.mlp_sum_norm);
+  }
+
+  void layers(int first, int count, const RowSet& set) {
+    for (int index = first; index < first + count; index++) layer(index, set);
+  }
+
+  // ---- a pass --------------------------------------------------------------------------------------------
+
+  void enter() {
+    RowSet set = {e.num_entering, e.entering, e.h};
+    if (!set.count) return;
+    each(set.count, [&](int i) { look_up(m, p.tokens[set.rows[i]], set.h + (size_t)i * (size_t)e.hidden_padded); });
+    layers(0, m.num_prelude_layers, set);
+    each(set.count, [&](int i) {
+      int row = set.rows[i];
+      size_t bytes = (size_t)m.hidden_size * 4;
+      const float* h = set.h + (size_t)i * (size_t)e.hidden_padded;
+      memcpy(entered(row), h, bytes);
+      if (!m.input_injection) return;
+      int noise = p.noises ? p.noises[row] : -1;
+      if (noise >= 0) {
+        memcpy(state(row), p.noise + (size_t)noise * (size_t)m.hidden_size, bytes);
+      } else if (m.start == FROM_NOISE) {
+        memset(state(row), 0, bytes);
+      } else {
+        memcpy(state(row), h, bytes);
+      }
+    });
+  }
+
+  void mix_in() {  // the block's input: the state, through the adapter where there is one
+    if (!m.input_injection) {
+      each(p.num_rows, [&](int row) { memcpy(e.h + (size_t)row * (size_t)e.hidden_padded, state(row), (size_t)m.hidden_size * 4); });
+      return;
+    }
+    auto fill = [&](int row, float* scratch) {
+      memcpy(scratch, state(row), (size_t)m.hidden_size * 4);
+      memcpy(scratch + m.hidden_size, entered(row), (size_t)m.hidden_size * 4);
+      return scratch;
+    };
+    product(m.adapter, p.num_rows, 1, fill, [&](int row, int block, f32x16 v, int) {
+      float* to = e.h + (size_t)row * (size_t)e.hidden_padded + block * BLOCK;
+      bool alone = m.start == FROM_INPUT_ALONE && p.loops[row] == 0;
+      int count = m.hidden_size - block * BLOCK;
+      store(to, v);
+      if (alone) memcpy(to, entered(row) + block * BLOCK, (size_t)(count < BLOCK ? count : BLOCK) * 4);
+    });
+  }
+
+  void loop() {
+    mix_in();
+    layers(m.num_prelude_layers, m.num_block_layers, {p.num_rows, e.all, e.h});
+    each(p.num_rows, [&](int row) {
+      float* h = e.h + (size_t)row * (size_t)e.hidden_padded;
+      if (m.norm_after_loop) rms_norm(h, m.norm, m.hidden_size, m.norm_eps, h);
+      memcpy(state(row), h, (size_t)m.hidden_size * 4);
+      if (!m.num_coda_layers || !p.ends[row]) return;
+      float* to = e.coda_h + (size_t)e.coda_row[row] * (size_t)e.hidden_padded;
+      memcpy(to, h, (size_t)e.hidden_padded * 4);
+      if (m.norm_before_coda) rms_norm(h, m.norm, m.hidden_size, m.norm_eps, to);
+    });
+  }
+
+  void read_out() {
+    layers(m.num_prelude_layers + m.num_block_layers, m.num_coda_layers, {e.num_ending, e.ending, e.coda_h});
+    auto fill = [&](int i, float* scratch) {
+      int row = p.readouts[i];
+      const float* h = m.num_coda_layers ? e.coda_h + (size_t)e.coda_row[row] * (size_t)e.hidden_padded
+                                         : e.h + (size_t)row * (size_t)e.hidden_padded;
+      return normed(h, m.norm_after_loop ? nullptr : m.norm, scratch);
+    };
+    int per = head_chunk_blocks(e);
+    auto emit = [&](int i, int block, f32x16 v, int chunk) { note(i, block, v, chunk, block == chunk * per); };
+    product(m.head, p.num_readouts, 1, per, fill, emit, [](int) {});
+  }
+
+  void note(int i, int block, f32x16 v, int chunk, bool is_first) {
+    Best* best = e.best + (size_t)chunk * (size_t)p.num_readouts + i;
+    int count = m.vocab_size - block * BLOCK;
+    if (count > BLOCK) count = BLOCK;
+    if (p.logit_rows[i] >= 0) {
+      memcpy(p.logits + (size_t)p.logit_rows[i] * (size_t)m.vocab_size + block * BLOCK, &v, (size_t)count * 4);
+    }
+    if (is_first) *best = {v[0], block * BLOCK};
+    float top = count == BLOCK ? max_lanes(v) : best->value;
+    if (count == BLOCK && !(top > best->value)) return;
+    for (int lane = 0; lane < count; lane++) {
+      if (v[lane] > best->value) *best = {v[lane], block * BLOCK + lane};
+    }
+  }
+};
+
+}  // namespace
+
+int head_chunk_blocks(const Engine& e) {
+  int chunks = pool_threads(e.pool) * 12;
+  return (e.model.head.blocks + chunks - 1) / chunks;
+}
+
+void run_program(Worker* self, void* context) {
+  Engine& e = *(Engine*)context;
+  Step step = {self, e, e.model, *e.pass, e.threads[self->index]};
+  step.enter();
+  step.loop();
+  step.read_out();
+}

@@ -1,0 +1,125 @@
+"""The library's structures, field by field as in src/api.h and src/products.h.
+
+Knows nothing about models. Invariant: `library.load` compares the sizes of all of them with the library's
+own, so that a difference is an error at load and never a crash later.
+"""
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_uint64, c_void_p
+from enum import IntEnum
+
+INTERFACE = 1  # src/api.h
+BLOCK = 16  # outputs that are stored together
+PAGE = 16  # positions of a page of K/V
+MOST_INPUTS = 65536
+MOST_CHUNKS = 65535
+
+
+class WeightType(IntEnum):
+    """How a matrix is held."""
+
+    FP32 = 0
+    BF16 = 1
+    INT8 = 2  # one scale for each output
+    INT4 = 3  # one scale for each output and 32 inputs
+
+
+class SourceType(IntEnum):
+    """What numbers are given as."""
+
+    FP32 = 0
+    BF16 = 1
+    FP16 = 2
+    INT8 = 3
+
+
+def _int32s(names: str) -> list[tuple[str, type]]:
+    return [(name, c_int32) for name in names.split()]
+
+
+def _pointers(names: str) -> list[tuple[str, type]]:
+    return [(name, c_void_p) for name in names.split()]
+
+
+class Matrix(ctypes.Structure):
+    """A packed weight."""
+
+    _fields_ = [*_int32s("type inputs blocks unused"), *_pointers("data scales bias")]
+
+
+class Layer(ctypes.Structure):
+    """The weights of a layer; what it doesn't have is NULL."""
+
+    _fields_ = [
+        *[(name, Matrix) for name in ("qkv", "o", "gate_up", "down")],
+        *_pointers("attn_norm mlp_norm attn_out_norm mlp_out_norm attn_sum_norm mlp_sum_norm"),
+        *_pointers("q_norm k_norm qk_bias loop_gate_weight loop_gate_bias"),
+        *_int32s("windowed unused"),
+    ]
+
+
+class Model(ctypes.Structure):
+    """Sizes and weights of a looped transformer."""
+
+    _fields_ = [
+        *_int32s("vocab_size hidden_size intermediate_size num_heads num_kv_heads head_dim rotary_dim"),
+        *_int32s("max_positions num_prelude_layers num_block_layers num_coda_layers num_loops"),
+        *_int32s("placement norm_after_loop norm_before_coda input_injection start activation interleaved"),
+        *_int32s("window first_loop_gate embedding_type"),
+        ("norm_eps", c_float),
+        ("embedding_scale", c_float),
+        ("layers", POINTER(Layer)),
+        *_pointers("embedding embedding_scales norm"),
+        ("head", Matrix),
+        ("adapter", Matrix),
+        *_pointers("cos sin"),
+    ]
+
+
+class Setup(ctypes.Structure):
+    """Threads and memory of an engine."""
+
+    _fields_ = [
+        *_int32s("num_threads spin_microseconds num_pages half_cache"),
+        *_pointers("cache states"),
+    ]
+
+
+class Pass(ctypes.Structure):
+    """The rows of a pass and where its results go."""
+
+    _fields_ = [
+        *_int32s("num_rows num_pages num_readouts num_logits num_noise unused"),
+        *_pointers("tokens positions loops tables pages ends noises noise"),
+        *_pointers("readouts logit_rows tokens_out logits"),
+    ]
+
+
+class PackJob(ctypes.Structure):
+    """A matrix to be packed."""
+
+    _fields_ = [
+        *_int32s("type source_type inputs blocks"),
+        *_pointers("source source_scales row_map data scales"),
+    ]
+
+
+SIZES = [ctypes.sizeof(kind) for kind in (Matrix, Layer, Model, Setup, Pass, PackJob, c_void_p)]
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Gives the library's functions their types."""
+    signatures: dict[str, tuple[type | None, list[type]]] = {
+        "speed_interface": (c_int32, []),
+        "speed_sizes": (None, [POINTER(c_int32)]),
+        "speed_level": (c_char_p, []),
+        "speed_block_bytes": (c_uint64, [c_int32, c_int32]),
+        "speed_pack": (c_int32, [POINTER(PackJob)]),
+        "speed_cache_bytes": (c_uint64, [POINTER(Model), c_int32, c_int32]),
+        "speed_open": (c_void_p, [POINTER(Model), POINTER(Setup), c_char_p, c_int32]),
+        "speed_close": (None, [c_void_p]),
+        "speed_run": (c_int32, [c_void_p, POINTER(Pass), c_char_p, c_int32]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments

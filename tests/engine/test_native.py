@@ -1,0 +1,129 @@
+"""The native backend: the torch modules' numbers, and rows whose bits depend on nothing else in the pass.
+
+The library is compiled once for these tests, for the best level that runs here, unless it is in place.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import msgspec
+import pytest
+import torch
+
+from model.engine import Engine
+from model.network.int8 import quantize_linears
+from model.network.looped import LoopedTransformer
+from model.options import EngineOptions, WorkerOptions
+from model.passes.native import library, weights
+from model.passes.native.backend import NativeOptions
+from model.passes.native.build import build
+from model.passes.native.library import LEVELS, NativeUnavailableError, usable_levels
+from model.protocol import GenerationRequest, SamplingParams, TokenEvent
+from model.worker.build import choose_backend
+from tests.tiny_models import SHAPES, tiny_model
+
+FP32 = NativeOptions(threads=1, half_cache=False)
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if not usable_levels():
+            folder = tmp_path_factory.mktemp("native")
+            build([next(level for level in LEVELS if level.runs_here)], folder)
+            patch.setattr(library, "FOLDER", folder)
+        yield
+
+
+def native(model: LoopedTransformer, options: NativeOptions = FP32, chunk: int = 16) -> Engine:
+    limits = EngineOptions(kv_cache_tokens=1024, prefill_chunk_size=chunk, prefix_caching=False)
+    return Engine(model, limits, maker=options)
+
+
+def requests(count: int, *, speculation: bool, logprobs: int | None = None) -> list[GenerationRequest]:
+    """Half of them greedy, half of them sampled."""
+    return [
+        GenerationRequest(
+            request_id=str(index),
+            prompt_token_ids=[(7 * index + 3 * place) % 61 for place in range(5 + 6 * index)],
+            max_tokens=12,
+            speculation=speculation,
+            logprobs=logprobs,
+            prompt_logprobs=logprobs,
+            sampling=SamplingParams(temperature=0.9 * (index % 2), seed=index),
+        )
+        for index in range(count)
+    ]
+
+
+def texts(events: dict[str, list[TokenEvent]]) -> dict[str, list[int]]:
+    return {name: [token for event in each for token in event.token_ids] for name, each in events.items()}
+
+
+def scores(events: list[TokenEvent]) -> list[float]:
+    prompts = [score for event in events for score in event.prompt_logprobs or () if score is not None]
+    return [score.logprob for score in [*prompts, *(score for event in events for score in event.logprobs)]]
+
+
+def held_as(kind: str) -> tuple[LoopedTransformer, NativeOptions]:
+    """A model with layers before and behind the loop, its weights in a type."""
+    model = tiny_model(**SHAPES["prelude_and_coda"])
+    if kind == "bfloat16":
+        model = model.to(torch.bfloat16)
+    elif kind == "int8":
+        quantize_linears(model)
+    return model, NativeOptions(threads=1, int4=kind == "int4")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scores_of_every_position_are_those_of_torch(shape: str) -> None:
+    """Log-probabilities of prompt and text, in fp32; greedy, so that no rounding decides a draw."""
+    greedy = SamplingParams(temperature=0.0)
+    asked = [
+        msgspec.structs.replace(request, sampling=greedy)
+        for request in requests(4, speculation=True, logprobs=2)
+    ]
+    model = tiny_model(**SHAPES[shape])
+    ours = native(model).run(asked)
+    theirs = Engine(model, EngineOptions(kv_cache_tokens=1024, prefix_caching=False)).run(asked)
+    assert texts(ours) == texts(theirs)
+    for name in ours:
+        assert scores(ours[name]) == pytest.approx(scores(theirs[name]), abs=5e-4)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_text_depends_on_nothing_else_in_the_pass(kind: str) -> None:
+    """Speculation on and off, alone and five at once, chunks of 1, 7 and 16, one thread and two."""
+    model, options = held_as(kind)
+    engine = native(model, options)
+    expected = texts(engine.run(requests(5, speculation=False)))
+    assert texts(engine.run(requests(5, speculation=True))) == expected
+    engine.check_integrity()
+    for chunk, threads in ((1, 1), (7, 2), (16, 2)):
+        other = native(model, replace(options, threads=threads), chunk)
+        alone = [texts(other.run([request])) for request in requests(5, speculation=True)]
+        assert {name: text for each in alone for name, text in each.items()} == expected
+
+
+def test_the_bits_of_a_score_depend_on_nothing_else_in_the_pass() -> None:
+    model, options = held_as("int8")
+    engine = native(model, options)
+    together = engine.run(requests(5, speculation=True, logprobs=3))
+    for request in requests(5, speculation=False, logprobs=3):
+        alone = engine.run([request])[request.request_id]
+        assert scores(alone) == scores(together[request.request_id])
+
+
+def test_what_is_not_covered_is_an_error_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = WorkerOptions(model_path="x", backend="native")
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "MOST_INPUTS", 40)
+        with pytest.raises(ValueError, match="a matrix has 64 inputs; 40 are the most"):
+            choose_backend(options, tiny_model())
+    monkeypatch.setenv(library.VARIABLE, "0")
+    with pytest.raises(ValueError, match="backend native: SPEED_NATIVE is 0"):
+        choose_backend(options, tiny_model())
+    monkeypatch.setenv(library.VARIABLE, "sse9")
+    with pytest.raises(NativeUnavailableError, match="'sse9' is not known"):
+        library.choose()
