@@ -16,10 +16,11 @@ import time
 from itertools import islice
 from typing import Any, NamedTuple
 
-import psutil
 import uvicorn
 
+from bench.options import positive, reporting
 from bench.paced_engine import PacedEngine
+from model.machine import process_seconds
 from server.app import create_app
 from server.chat_template import ChatTemplate
 from server.serve import uvicorn_config
@@ -54,10 +55,11 @@ class Load(NamedTuple):
         return f"{rate}, {self.cpu_share:.1%} of a core, {per_token:.0f} us a token"
 
 
-def main() -> None:
+@reporting("python -m bench.api_overhead")
+def main() -> int:
     """Measures each kind of request at the given rate and at the highest one."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clients", type=int, default=32)
+    parser = argparse.ArgumentParser(prog="python -m bench.api_overhead", description=__doc__)
+    parser.add_argument("--clients", type=positive, default=32)
     parser.add_argument("--rate", type=float, default=1000, help="tokens/s of all clients together")
     parser.add_argument("--passes", type=float, default=125, help="passes/s of the engine")
     parser.add_argument("--seconds", type=float, default=8, help="length of each measurement")
@@ -65,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         serve(args.serve, args.rate, args.passes)
-        return
+        return 0
     report: dict[str, object] = {"clients": args.clients}
     for name, (path, fields) in CASES.items():
         steady = measure(args, path, fields, args.rate, args.passes)
@@ -73,6 +75,7 @@ def main() -> None:
         print(f"{name}: {steady}; at most {highest.tokens_per_second:.0f} tokens/s", flush=True)
         report[name] = {**steady._asdict(), "highest_tokens_per_second": highest.tokens_per_second}
     print(json.dumps(report))
+    return 0
 
 
 def serve(port: int, rate: float, passes: float) -> None:
@@ -103,14 +106,14 @@ def measure(args: argparse.Namespace, path: str, fields: Body, rate: float, pass
     try:
         os.sched_setaffinity(0, {max(cores)})
         request = _request(path, {"model": "default", "max_tokens": 500_000, "stream": True, **fields})
-        return asyncio.run(_load(psutil.Process(process.pid), port, [request] * args.clients, args.seconds))
+        return asyncio.run(_load(process.pid, port, [request] * args.clients, args.seconds))
     finally:
         os.sched_setaffinity(0, cores)
         process.kill()
         process.wait()
 
 
-async def _load(server: psutil.Process, port: int, requests: list[bytes], seconds: float) -> Load:
+async def _load(server: int, port: int, requests: list[bytes], seconds: float) -> Load:
     counts = [0] * len(requests)
     await _until_it_listens(port)
     async with asyncio.TaskGroup() as group:
@@ -118,18 +121,13 @@ async def _load(server: psutil.Process, port: int, requests: list[bytes], second
         while not all(counts):
             await asyncio.sleep(0.05)
         await asyncio.sleep(1)
-        cpu, tokens, started = _cpu_seconds(server), sum(counts), time.perf_counter()
+        cpu, tokens, started = process_seconds(server), sum(counts), time.perf_counter()
         await asyncio.sleep(seconds)
         wall = time.perf_counter() - started
-        load = Load((sum(counts) - tokens) / wall, (_cpu_seconds(server) - cpu) / wall)
+        load = Load((sum(counts) - tokens) / wall, (process_seconds(server) - cpu) / wall)
         for task in tasks:
             task.cancel()
     return load
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 async def _until_it_listens(port: int) -> None:
@@ -145,7 +143,7 @@ async def _until_it_listens(port: int) -> None:
 
 def _request(path: str, body: Body) -> bytes:
     content = json.dumps(body).encode()
-    head = ["Host: bench", "Content-Type: application/json", f"Content-Length: {len(content)}"]
+    head = ["Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(content)}"]
     return "\r\n".join([f"POST {path} HTTP/1.1", *head, "", ""]).encode() + content
 
 
@@ -161,4 +159,4 @@ async def _client(port: int, request: bytes, counts: list[int], index: int) -> N
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

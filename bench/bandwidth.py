@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model.looped import LoopedTransformer
+from model.network.looped import LoopedTransformer
 
 BUFFER_BYTES = 2 * 2**30  # far beyond any cache
 REPEATS = 5

@@ -1,7 +1,7 @@
 """Where a pass goes: matrix products, attention, other tensor work, Python.
 
 Two measurements of the same requests. Timers around the tensor work of a pass, without a profiler: what
-is left is our own Python (scheduler, wave, the runner's bookkeeping). And torch's profiler, whose
+is left is our own Python (scheduler, wave, the backend's bookkeeping). And torch's profiler, whose
 top-level operators are sorted by name; the rest of its wall time is all Python, nn.Module's calls and the
 profiler's own cost included: an upper bound.
 """
@@ -13,6 +13,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 
 from model.engine import Engine
+from model.passes.torch.backend import TorchBackend
 from model.protocol import GenerationRequest
 
 MATRIX = ("linear", "matmul", "mm", "addmm", "_linear_pointwise", "qlinear_pointwise")
@@ -69,7 +70,8 @@ class _Stopwatch:
 
 
 def _timed(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, float]:
-    model, sampler, watch = engine.model, engine.runner.sampler, _Stopwatch()
+    assert isinstance(engine.backend, TorchBackend)
+    model, sampler, watch = engine.model, engine.backend.sampler, _Stopwatch()
     wrapped = {name: watch.around(getattr(model, name)) for name in TENSOR_WORK}
     vars(model).update(wrapped)  # found before the class's methods and nn.Module's children
     vars(sampler)["sample"] = watch.around(sampler.sample)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from bench.options import at_least, positive, reporting
 from bench.server_process import ServerProcess
 
 BODY = {"model": "default", "prompt": "def fibonacci(n):", "ignore_eos": True, "stream": True}
@@ -38,7 +39,7 @@ class Stream:
         await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
         reader, writer = await asyncio.open_connection(sock=sock, limit=SLOW_BUFFER if slow else 2**16)
         content = json.dumps({**BODY, "max_tokens": max_tokens, **fields}).encode()
-        head = ["Host: bench", "Content-Type: application/json", f"Content-Length: {len(content)}"]
+        head = ["Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(content)}"]
         writer.write("\r\n".join(["POST /v1/completions HTTP/1.1", *head, "", ""]).encode() + content)
         return cls(reader, writer)
 
@@ -178,17 +179,19 @@ async def run(args: argparse.Namespace) -> None:
         print(json.dumps({"freed_after": [drop.freed_after for drop in drops], **figures}))
 
 
-def main() -> None:
+@reporting("python -m bench.clients")
+def main() -> int:
     """Parses options and runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.clients", description=__doc__)
     parser.add_argument("--model", nargs=1, default=[], help="folder or Hugging Face id (default: embedded)")
-    parser.add_argument("--dropped", type=int, default=200, help="streams that are opened and dropped")
-    parser.add_argument("--slow", type=int, default=100, help="readers that take a few bytes a second")
-    parser.add_argument("--good", type=int, default=4, help="clients that are measured")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of each of those")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dropped", type=positive, default=200, help="streams that are opened and dropped")
+    parser.add_argument("--slow", type=positive, default=100, help="readers that take a few bytes a second")
+    parser.add_argument("--good", type=positive, default=4, help="clients that are measured")
+    parser.add_argument("--tokens", type=at_least(2), default=64, help="tokens of each of those")
+    parser.add_argument("--rounds", type=positive, default=3)
     asyncio.run(run(parser.parse_args()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -22,15 +22,16 @@ from tqdm import tqdm
 
 from bench.depth_report import PLAIN, SERVER, SPEED, Row, write_report
 from bench.depth_variants import Variant, held_out, train, variants
+from bench.options import numbers, reporting
 from bench.prompts import held_out_prompts
+from model.checkpoint.loader import load_model
 from model.engine import Engine
-from model.loader import load_model
+from model.options import WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams
-from model.serving import build_engine
-from model.training.losses import evaluate
-from model.training.main import TOKENIZER, UNFINISHED
-from model.training.recipe import Recipe, load_recipe
-from model.worker import EngineOptions
+from model.worker.build import build_engine
+from training.losses import evaluate
+from training.main import TOKENIZER, UNFINISHED
+from training.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).with_suffix(".toml")
 RESULTS = Path(__file__).with_name("results")
@@ -44,6 +45,7 @@ class Decoded(NamedTuple):
     tokens: list[int]
 
 
+@reporting("python -m bench.depth_for_free")
 def main() -> int:
     """The command; 0 when all is done, 3 when training is to be continued."""
     parser = _parser()
@@ -127,7 +129,7 @@ def milliseconds(rounds: list[list[Decoded]]) -> float:
 def _engine(folder: Path, args: argparse.Namespace) -> Engine:
     loops = recipe_loops(folder)
     depths = args.draft_depths and tuple(depth for depth in args.draft_depths if depth < loops)
-    options = EngineOptions(model_path=str(folder), device="cpu", threads=args.threads, draft_depths=depths)
+    options = WorkerOptions(model_path=str(folder), device="cpu", threads=args.threads, draft_depths=depths)
     return build_engine(options)
 
 
@@ -186,9 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument(
-        "--layers", type=_numbers, default=None, help="of a block, comma-separated (default: the recipe's)"
+        "--layers", type=numbers, default=None, help="of a block, comma-separated (default: the recipe's)"
     )
-    parser.add_argument("--depths", type=_numbers, default=[2, 3, 4, 6], help="R, comma-separated")
+    parser.add_argument("--depths", type=numbers, default=[2, 3, 4, 6], help="R, comma-separated")
     parser.add_argument(
         "--only", type=lambda text: text.split(","), help="names such as 2x4, comma-separated"
     )
@@ -201,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compile", action="store_true", help="train: compile the layers (needs a C++ compiler)"
     )
     parser.add_argument(
-        "--draft-depths", type=_numbers, default=None, help="measure: of SPEED (default: the server's)"
+        "--draft-depths", type=numbers, default=None, help="measure: of SPEED (default: the server's)"
     )
     parser.add_argument("--num-prompts", type=int, default=16, help="measure")
     parser.add_argument("--prompt-tokens", type=int, default=96, help="measure")
@@ -212,10 +214,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="measure: folder of table and plot")
     return parser
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.depth_variants import Variant
-from model.training.recipe import Recipe
+from training.recipe import Recipe
 
 NAME = "depth_for_free"
 PLAIN, SPEED, SERVER = "none", "recheck", "adaptive"  # draft policies

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.loader import save_checkpoint
-from model.training.corpus import standard_library
-from model.training.main import TOKENIZER, prepare
-from model.training.recipe import Recipe, Stage
-from model.training.text_task import TextTask, spread_windows
-from model.training.trainer import Trainer, new_model
+from model.checkpoint.loader import save_checkpoint
+from training.corpus import standard_library
+from training.main import TOKENIZER, prepare
+from training.recipe import Recipe, Stage
+from training.text_task import TextTask, spread_windows
+from training.trainer import Trainer, new_model
 
 HELD_OUT_WINDOWS = 100
 

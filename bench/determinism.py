@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from bench.exactness import texts
 from bench.latency import DEFAULT_MODEL
+from bench.options import count, positive, reporting
 from bench.prompts import prompts_for
-from model.engine import Engine, EngineConfig
+from model.engine import Engine
+from model.options import EngineOptions, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams
-from model.scheduler import SchedulerLimits
-from model.serving import build_engine
-from model.worker import EngineOptions
+from model.worker.build import build_engine
 
 AT_ONCE = 16
 NUM_PROMPTS, PROMPT_TOKENS = 400, 96  # what the requests' prompts are cut from
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--num-requests", type=int, default=10_000)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--num-requests", type=positive, default=10_000)
+    parser.add_argument("--threads", type=count, default=0, help="CPU threads (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-minutes", type=float, default=None, help="stop after so long")
     parser.add_argument("--state", type=Path, default=None, help="file of what is done (default: by dtype)")
@@ -118,7 +118,7 @@ def table(records: list[dict[str, object]]) -> dict[str, dict[str, int]]:
 
 def build_engines(args: argparse.Namespace) -> Engines:
     """The model once, with one engine for single requests and one for batches."""
-    options = EngineOptions(
+    options = WorkerOptions(
         model_path=args.model,
         device="cpu",
         dtype=args.dtype,
@@ -126,8 +126,8 @@ def build_engines(args: argparse.Namespace) -> Engines:
         deterministic=args.deterministic,
     )
     alone = build_engine(options)
-    limits = SchedulerLimits(max_num_seqs=AT_ONCE, prefill_chunk_size=24, prefill_rows=96)
-    return Engines(alone, Engine(alone.model, EngineConfig(limits=limits)))
+    small = EngineOptions(max_num_seqs=AT_ONCE, prefill_chunk_size=24, prefill_rows=96)
+    return Engines(alone, Engine(alone.model, small))
 
 
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
@@ -156,6 +156,7 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
     return records
 
 
+@reporting("python -m bench.determinism")
 def main() -> int:
     """Runs the comparison; 1 if a text differs in deterministic mode."""
     parser = argparse.ArgumentParser(prog="python -m bench.determinism", description=__doc__)

@@ -12,11 +12,12 @@ import time
 from tqdm import tqdm
 
 from bench.latency import DEFAULT_MODEL
+from bench.options import count, positive, reporting
 from bench.prompts import prompts_for
 from model.engine import Engine
+from model.options import WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams
-from model.serving import build_engine
-from model.worker import EngineOptions
+from model.worker.build import build_engine
 
 AT_ONCE = 8
 CASES = {
@@ -62,18 +63,19 @@ def compare(
     }
 
 
+@reporting("python -m bench.determinism_cost")
 def main() -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.determinism_cost", description=__doc__)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
-    parser.add_argument("--num-prompts", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=count, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--num-prompts", type=positive, default=16)
+    parser.add_argument("--prompt-tokens", type=positive, default=64)
+    parser.add_argument("--max-tokens", type=positive, default=64)
     args = parser.parse_args()
     options = {
-        mode: EngineOptions(
+        mode: WorkerOptions(
             model_path=args.model, device="cpu", dtype=args.dtype, threads=args.threads, deterministic=mode
         )
         for mode in (True, False)

@@ -11,11 +11,13 @@ import json
 from tqdm import tqdm
 
 from bench.latency import DEFAULT_MODEL
+from bench.options import device, positive, reporting
 from bench.prompts import prompts_for
+from model.checkpoint.loader import DTYPES
 from model.engine import Engine
+from model.options import WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams
-from model.serving import build_engine
-from model.worker import EngineOptions
+from model.worker.build import build_engine
 
 SAMPLINGS = {"greedy": (0.0, 1.0), "sampled": (0.8, 0.95)}  # temperature, top_p
 WAYS = {
@@ -54,16 +56,17 @@ def texts(engine: Engine, requests: list[GenerationRequest], at_once: int, name:
     return result
 
 
+@reporting("python -m bench.exactness")
 def main() -> int:
     """Runs the comparison; 0 if every text is the same in every way."""
     parser = argparse.ArgumentParser(prog="python -m bench.exactness", description=__doc__)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--num-prompts", type=int, default=200)
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--device", type=device, default="auto")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--num-prompts", type=positive, default=200)
+    parser.add_argument("--max-tokens", type=positive, default=64)
     args = parser.parse_args()
-    engine = build_engine(EngineOptions(model_path=args.model, device=args.device, dtype=args.dtype))
+    engine = build_engine(WorkerOptions(model_path=args.model, device=args.device, dtype=args.dtype))
     prompts = prompts_for(args.model, engine.model.config.vocab_size, args.num_prompts, 48, seed=1)
     report: dict[str, object] = {
         "prompts": len(prompts),

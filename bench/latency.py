@@ -17,15 +17,15 @@ from tqdm import tqdm
 
 from bench.bandwidth import WeightReading, memory_bandwidth, weight_bytes_of_a_pass
 from bench.breakdown import break_down
+from bench.options import count, device, numbers, positive, reporting
 from bench.prompts import prompts_for, question_prompts
-from model.drafts import POLICIES
-from model.engine import DEFAULT_POLICY, Engine
-from model.hub import model_folder
-from model.loader import load_skeleton
-from model.looped import LoopedTransformer
+from model.checkpoint.hub import model_folder
+from model.checkpoint.loader import DTYPES, load_skeleton
+from model.engine import Engine
+from model.network.looped import LoopedTransformer
+from model.options import BACKENDS, ENGINE_DEFAULTS, POLICIES, WORKER_DEFAULTS, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams, SequenceStats
-from model.serving import build_engine, resolve_device, resolve_quantization
-from model.worker import EngineOptions
+from model.worker.build import build_engine, resolve_device, resolve_quantization
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model" / "weights" / "default"
 
@@ -51,22 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default=str(DEFAULT_MODEL), help="folder or Hugging Face id (default: embedded)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:i")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:i")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--quantization", default="auto", choices=["auto", "none", "int8"])
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
-    parser.add_argument("--draft-depths", default=None, help="comma-separated (default: the model's)")
-    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, help="default: as serving")
-    parser.add_argument("--draft-policy", default=DEFAULT_POLICY, choices=POLICIES)
+    parser.add_argument("--threads", type=count, default=0, help="CPU threads (default: all)")
     parser.add_argument(
-        "--row-budget", type=int, default=32, help="rows of a pass; a fixed one: passes repeat exactly"
+        "--draft-depths", type=numbers, default=None, help="comma-separated (default: the model's)"
     )
-    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, help="default: as serving")
+    parser.add_argument("--backend", default=WORKER_DEFAULTS.backend, choices=BACKENDS)
+    parser.add_argument("--draft-policy", default=ENGINE_DEFAULTS.draft_policy, choices=POLICIES)
+    parser.add_argument(
+        "--row-budget", type=positive, default=32, help="rows of a pass; a fixed one: passes repeat exactly"
+    )
+    parser.add_argument("--num-prompts", type=positive, default=16)
     parser.add_argument(
         "--questions", action="store_true", help="of a chat model: the questions of bench.questions"
     )
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--prompt-tokens", type=positive, default=64)
+    parser.add_argument("--max-tokens", type=positive, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="of the sampled half")
     parser.add_argument("--top-p", type=float, default=0.95, help="of the sampled half")
     parser.add_argument("--seed", type=int, default=0)
@@ -78,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@reporting("speed bench latency")
 def run(args: argparse.Namespace) -> int:
     """Runs `speed bench latency`; the last line printed is one JSON object."""
     folder = model_folder(args.model)
@@ -123,9 +127,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace, folder: Path) -> Engine:
-    depths = None if args.draft_depths is None else tuple(int(d) for d in args.draft_depths.split(","))
+    depths = None if args.draft_depths is None else tuple(args.draft_depths)
     return build_engine(
-        EngineOptions(
+        WorkerOptions(
             model_path=str(folder),
             device=args.device,
             dtype=args.dtype,
@@ -134,6 +138,7 @@ def _load(args: argparse.Namespace, folder: Path) -> Engine:
             draft_depths=depths,
             deterministic=args.deterministic,
             draft_policy=args.draft_policy,
+            backend=args.backend,
             row_budget=args.row_budget,
             prefix_caching=False,  # the same prompts run again and again
         )

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import LoopedConfig
-from model.families import Family, Place, families_of
-from model.hub import INDEX_FILE
-from model.loader import DTYPES
-from model.looped import LoopedTransformer
+from bench.options import reporting
+from model.checkpoint.families import Family, Place, families_of
+from model.checkpoint.hub import INDEX_FILE
+from model.checkpoint.loader import DTYPES
+from model.network.config import LoopedConfig
+from model.network.looped import LoopedTransformer
 
 OURO = {
     "architectures": ["OuroForCausalLM"],
@@ -122,13 +123,25 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def _change(text: str) -> tuple[str, Any]:
+    field, _, value = text.partition("=")
+    try:
+        return field, json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=JSON") from None
+
+
+@reporting("python -m bench.make_checkpoint")
+def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Writes a checkpoint with random weights.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.make_checkpoint", description="Writes a checkpoint with random weights."
+    )
     parser.add_argument("output", type=Path, help="folder to write to")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="ouro-1.4b")
     parser.add_argument(
         "--set",
+        type=_change,
         action="append",
         default=[],
         metavar="FIELD=JSON",
@@ -137,10 +150,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    changes = {field: json.loads(value) for field, _, value in (item.partition("=") for item in args.set)}
-    count = write(args.output, {**PRESETS[args.preset], **changes}, DTYPES[args.dtype], args.seed)
+    config = {**PRESETS[args.preset], **dict(args.set)}
+    count = write(args.output, config, DTYPES[args.dtype], args.seed)
     print(f"{args.output}: {count / 1e9:.3f} billion weights in {args.dtype}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -17,12 +17,14 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from bench.latency import DEFAULT_MODEL
+from bench.options import count, device, plot_file, positive, reporting
 from bench.prompts import copy_prompts, prompts_for
-from model.drafts import POLICIES, Experience
+from model.checkpoint.loader import DTYPES
 from model.engine import Engine
+from model.options import POLICIES, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams, SequenceStats
-from model.serving import build_engine
-from model.worker import EngineOptions
+from model.schedule.drafts import Experience
+from model.worker.build import build_engine
 
 ROW_BUDGET = 64  # above the rows of any one sequence: batch 1 is never short of them
 PLAIN = "none"
@@ -120,18 +122,19 @@ def _print_table(name: str, table: dict[str, dict[str, float]]) -> None:
         print(f"{policy:10} {figures}{row['tokens_per_second']:9.0f} {row['speedup_median']:8.2f}x")
 
 
+@reporting("python -m bench.policies")
 def main() -> int:
     """Runs the comparison; the last line printed is one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m bench.policies", description=__doc__)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
-    parser.add_argument("--num-prompts", type=int, default=12)
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--plot", type=Path, help="an .svg file to write")
+    parser.add_argument("--device", type=device, default="auto")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--threads", type=count, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--num-prompts", type=positive, default=12)
+    parser.add_argument("--max-tokens", type=positive, default=128)
+    parser.add_argument("--plot", type=plot_file, help="an .svg file to write")
     args = parser.parse_args()
-    options = EngineOptions(
+    options = WorkerOptions(
         model_path=args.model,
         device=args.device,
         dtype=args.dtype,

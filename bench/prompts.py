@@ -12,8 +12,8 @@ from pydoc_data.topics import topics
 from tokenizers import Tokenizer
 
 from bench.questions import QUESTIONS
-from model.training.corpus import read_corpus, standard_library
 from server.chat_template import ChatTemplate, load_chat_template
+from training.corpus import read_corpus, standard_library
 
 
 def held_out_prompts(

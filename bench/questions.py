@@ -7,11 +7,14 @@ gives the same page.
 """
 
 import argparse
+import http.client
 import json
+import urllib.error
 import urllib.request
-from pathlib import Path
 
 from tqdm import tqdm
+
+from bench.options import output_file, positive, reporting
 
 QUESTIONS = (
     "Hello! How are you?",
@@ -53,6 +56,18 @@ def ask(url: str, model: str, question: str, max_tokens: int) -> str:
     return answer.strip()
 
 
+def _asked(args: argparse.Namespace, question: str) -> str:
+    """The answer to one question; raises OSError that says where there is no server, or what it refuses."""
+    try:
+        return ask(args.url, args.model, question, args.max_tokens)
+    except urllib.error.HTTPError as error:
+        raise OSError(
+            f"{args.url} answers {error.code}: {error.read(500).decode(errors='replace')}"
+        ) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"no server answers at {args.url} ({error}): start one with `speed serve`") from None
+
+
 def page(model: str, answers: list[str]) -> str:
     """Questions and answers as Markdown."""
     pairs = zip(QUESTIONS, answers, strict=True)
@@ -64,15 +79,16 @@ def _quoted(answer: str) -> str:
     return "\n".join(f"    {line}" for line in answer.splitlines() or ["(nothing)"])
 
 
+@reporting("python -m bench.questions")
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.questions", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--model", default="default")
-    parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--output", type=Path, default=None, help="Markdown file (default: print it)")
+    parser.add_argument("--max-tokens", type=positive, default=96)
+    parser.add_argument("--output", type=output_file, default=None, help="Markdown file (default: print it)")
     args = parser.parse_args()
-    answers = [ask(args.url, args.model, q, args.max_tokens) for q in tqdm(QUESTIONS, unit="question")]
+    answers = [_asked(args, question) for question in tqdm(QUESTIONS, unit="question", disable=None)]
     if args.output is None:
         print(page(args.model, answers))
     else:

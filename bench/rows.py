@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from bench.bandwidth import weight_bytes_of_a_pass
-from model.hub import model_folder
-from model.loader import DTYPES, load_model, load_skeleton
-from model.looped import LoopedTransformer
-from model.packed import pack_linears
-from model.quantize import quantize_linears
+from bench.options import positive, reporting
+from model.checkpoint.hub import model_folder
+from model.checkpoint.loader import DTYPES, load_model, load_skeleton
+from model.network.int8 import quantize_linears
+from model.network.looped import LoopedTransformer
+from model.network.packed import pack_linears
 
 ROWS = (1, 2, 4, 8, 16)
 REPEATS = 7
@@ -50,11 +51,14 @@ def _no_attention(_layer: int, q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
     return q
 
 
-def main() -> None:
+@reporting("python -m bench.rows")
+def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Times passes of one to sixteen rows.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.rows", description="Times passes of one to sixteen rows."
+    )
     parser.add_argument("--model", required=True, help="folder or Hugging Face id")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = model_folder(args.model)
@@ -69,7 +73,8 @@ def main() -> None:
         name = kind.dtype if kind.quantization == "none" else f"int8 ({kind.dtype})"
         print(f"{name:<18}{size / 1e9:>7.2f}{times}", flush=True)
         del model
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,14 +1,17 @@
 """`speed serve` as a process of its own, for benchmarks that measure it from outside."""
 
+import json
+import os
 import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from typing import Self
+from collections.abc import Mapping
+from typing import IO, Self
 
-import psutil
+from model.machine import process_memory
 
 START_SECONDS, STOP_SECONDS = 300, 30
 
@@ -16,21 +19,40 @@ START_SECONDS, STOP_SECONDS = 300, 30
 class ServerProcess:
     """A server on a free port of this machine; use as a context manager."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(
+        self,
+        *flags: str,
+        environment: Mapping[str, str] | None = None,
+        stderr: IO[bytes] | None = None,
+        own_group: bool = False,
+    ) -> None:
+        """`environment` is added to this process's; `own_group`: signals to its group are for it alone."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
-        command = [sys.executable, "-m", "server.cli", "serve", "--port", str(self.port)]
-        self.process = subprocess.Popen([*command, "--log-level", "warning", *flags])
+        command = [sys.executable, "-m", "cli.main", "serve", "--port", str(self.port)]
+        self.process = subprocess.Popen(
+            [*command, "--log-level", "warning", *flags],
+            env={**os.environ, **(environment or {})},
+            stderr=stderr,
+            start_new_session=own_group,
+        )
 
     @property
     def resident_bytes(self) -> int:
         """Memory of the API process, without the engine's."""
-        return int(psutil.Process(self.process.pid).memory_info().rss)
+        return process_memory(self.process.pid)
 
     def get(self, path: str) -> str:
         """The text at `path`; raises OSError unless its status is 200."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
+            return str(response.read().decode())
+
+    def post(self, path: str, body: object) -> str:
+        """The answer to a JSON body; raises OSError unless its status is 200."""
+        url, headers = f"http://127.0.0.1:{self.port}{path}", {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
             return str(response.read().decode())
 
     def gauge(self, name: str) -> float:
@@ -51,8 +73,11 @@ class ServerProcess:
             try:
                 self.get("/ready")
             except OSError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise
+                if self.process.poll() is not None:
+                    raise OSError(f"the server ended with exit status {self.process.returncode}") from None
+                if time.monotonic() > deadline:
+                    self.__exit__()
+                    raise OSError(f"the server was not ready after {START_SECONDS} seconds") from None
                 time.sleep(0.1)
             else:
                 return self

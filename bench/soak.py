@@ -9,22 +9,25 @@ must stay flat. The last line printed is one JSON object; exit status 1 if anyth
 import argparse
 import json
 import random
-import resource
 from collections import Counter
 
 from tqdm import tqdm
 
 from bench.latency import DEFAULT_MODEL
+from bench.options import at_least, count, device, positive, reporting
 from bench.prompts import prompts_for
-from model.drafts import POLICIES
+from model.checkpoint.loader import DTYPES
 from model.engine import Engine
+from model.machine import process_memory
+from model.options import POLICIES, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams, TokenEvent
-from model.serving import build_engine
-from model.worker import EngineOptions
+from model.worker.build import build_engine
 
 ABORT_SHARE = 0.1
 NUM_TEXTS = 200  # different requests; each comes again and again
 REPORTS = 10
+LONGEST_PROMPT, LENGTHS = 64, (1, 2, 4, 8, 8, 16, 100)  # tokens
+LONGEST = LONGEST_PROMPT + max(LENGTHS)
 FLAT = 1.05  # growth of memory over the last half that still counts as none
 
 
@@ -46,14 +49,14 @@ class Soak:
         """One more request."""
         number = self.rng.randrange(NUM_TEXTS)
         shape = random.Random(number)
-        prompt = self.prompts[shape.randrange(len(self.prompts))][: shape.randint(1, 64)]
+        prompt = self.prompts[shape.randrange(len(self.prompts))][: shape.randint(1, LONGEST_PROMPT)]
         name = str(self.num_started)
         self.num_started += 1
         self.running[name], self.said[name] = number, []
         request = GenerationRequest(
             request_id=name,
             prompt_token_ids=prompt,
-            max_tokens=shape.choice((1, 2, 4, 8, 8, 16, 100)),
+            max_tokens=shape.choice(LENGTHS),
             sampling=SamplingParams(temperature=shape.choice((0.0, 0.8)), top_p=0.95, seed=number),
             ignore_eos=True,
             draft_policy=self.rng.choice(POLICIES),  # says nothing about the text
@@ -83,32 +86,28 @@ class Soak:
             self.faults.append(f"request {event.request_id} ({event.finish_reason}) says something else")
 
 
-def resident_megabytes() -> float:
-    """Memory of this process now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
-
-
+@reporting("python -m bench.soak")
 def main() -> int:
     """Runs the soak."""
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
-    parser.add_argument("--num-requests", type=int, default=10_000)
-    parser.add_argument("--kv-cache-tokens", type=int, default=1536)
+    parser.add_argument("--device", type=device, default="auto")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--threads", type=count, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--num-requests", type=positive, default=10_000)
+    parser.add_argument("--kv-cache-tokens", type=at_least(LONGEST), default=1536)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    options = EngineOptions(
+    options = WorkerOptions(
         model_path=args.model,
         device=args.device,
         dtype=args.dtype,
         threads=args.threads,
+        max_model_len=LONGEST,
         kv_cache_tokens=args.kv_cache_tokens,
     )
     engine = build_engine(options)
-    prompts = prompts_for(args.model, engine.model.config.vocab_size, 40, 64, seed=5)
+    prompts = prompts_for(args.model, engine.model.config.vocab_size, 40, LONGEST_PROMPT, seed=5)
     soak, memory = Soak(engine, prompts, args.seed), list[float]()
     with tqdm(total=args.num_requests, unit="request", disable=None) as bar:
         while soak.num_started < args.num_requests:
@@ -121,7 +120,7 @@ def main() -> int:
                 while soak.running:
                     soak.step()
                 engine.check_integrity()
-                memory.append(round(resident_megabytes(), 1))
+                memory.append(round(process_memory() / 2**20, 1))
     while soak.running:
         soak.step()
     engine.check_integrity()

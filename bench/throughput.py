@@ -20,13 +20,13 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.latency import DEFAULT_MODEL
+from bench.options import count, device, numbers, plot_file, positive, reporting, rows
 from bench.prompts import prompts_for
-from model.drafts import POLICIES
-from model.engine import DEFAULT_POLICY, Engine
-from model.loader import load_model, save_checkpoint
+from model.checkpoint.loader import DTYPES, load_model, save_checkpoint
+from model.engine import Engine
+from model.options import ENGINE_DEFAULTS, POLICIES, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams
-from model.serving import build_engine
-from model.worker import EngineOptions
+from model.worker.build import build_engine
 
 
 class Block(NamedTuple):
@@ -54,22 +54,23 @@ class Point(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `speed bench throughput` on a parser."""
     parser.add_argument("--model", default=str(DEFAULT_MODEL), help="model folder (default: embedded)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:i")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
-    parser.add_argument("--draft-policy", default=DEFAULT_POLICY, choices=POLICIES)
-    parser.add_argument("--row-budget", default="auto", help="auto, or rows of a pass")
-    parser.add_argument("--concurrency", default="1,2,4,8,16,32", help="comma-separated")
-    parser.add_argument("--blocks", type=int, default=3, help="pairs of blocks at each concurrency")
-    parser.add_argument("--requests", type=int, default=2, help="requests of a block, for each place")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:i")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--threads", type=count, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--draft-policy", default=ENGINE_DEFAULTS.draft_policy, choices=POLICIES)
+    parser.add_argument("--row-budget", type=rows, default="auto", help="auto, or rows of a pass")
+    parser.add_argument("--concurrency", type=numbers, default="1,2,4,8,16,32", help="comma-separated")
+    parser.add_argument("--blocks", type=positive, default=3, help="pairs of blocks at each concurrency")
+    parser.add_argument("--requests", type=positive, default=2, help="requests of a block, for each place")
+    parser.add_argument("--prompt-tokens", type=positive, default=64)
+    parser.add_argument("--max-tokens", type=positive, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--random-weights", action="store_true", help="the same shape, useless drafts")
-    parser.add_argument("--plot", type=Path, help="an .svg file to write")
+    parser.add_argument("--plot", type=plot_file, help="an .svg file to write")
     parser.add_argument("--seed", type=int, default=0)
 
 
+@reporting("speed bench throughput")
 def run(args: argparse.Namespace) -> int:
     """Runs `speed bench throughput`; the last line printed is one JSON object."""
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     info = engine.info
     print(f"{args.model}: {info.family}, {info.num_loops} loops, {info.dtype} on {info.device}, ", end="")
     print(f"{info.draft_policy}{', random weights' if args.random_weights else ''}")
-    levels = [int(part) for part in args.concurrency.split(",")]
+    levels = args.concurrency
     count = args.blocks * args.requests * max(levels)
     prompts = prompts_for(args.model, info.vocab_size, count, args.prompt_tokens, args.seed)
     points = [measure(engine, prompts, level, args) for level in levels]
@@ -145,15 +146,15 @@ def _requests(
     ]
 
 
-def _options(args: argparse.Namespace, model: str) -> EngineOptions:
-    return EngineOptions(
+def _options(args: argparse.Namespace, model: str) -> WorkerOptions:
+    return WorkerOptions(
         model_path=model,
         device=args.device,
         dtype=args.dtype,
         threads=args.threads,
         draft_policy=args.draft_policy,
-        row_budget=None if args.row_budget == "auto" else int(args.row_budget),
-        max_num_seqs=max(int(part) for part in args.concurrency.split(",")),
+        row_budget=args.row_budget,
+        max_num_seqs=max(args.concurrency),
         prefix_caching=False,  # both ways run the same prompts
     )
 

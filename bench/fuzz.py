@@ -1,0 +1,223 @@
+"""`python -m bench.fuzz`: many odd requests over all routes; none may break, hang or fatten the server.
+
+Starts `speed serve` and sends requests that are valid after the server's own schemas, damaged in their JSON,
+damaged in their bytes, with strange grammars, or with strange methods and headers, a bounded number at a
+time. Faults are: a status of 500 or above, an error frame that blames the engine, no answer in time, a 4xx
+whose body isn't an error, words about the inside of the server, and memory that grows over the last half.
+Each fault is printed as one line of JSON; `--only NUMBER` sends that request again. The last line printed is
+one JSON object; exit status 1 if anything was wrong.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from bench.fuzz_requests import FuzzRequest, RequestSource
+from bench.latency import DEFAULT_MODEL
+from bench.make_checkpoint import NANBEIGE, write
+from bench.options import Extra, reporting
+from bench.server_process import ServerProcess
+
+if TYPE_CHECKING:
+    import httpx
+    import psutil
+else:
+    httpx, psutil = Extra("httpx"), Extra("psutil")
+
+
+REPORTS = 10  # readings of memory
+FLAT_SHARE, FLAT_BYTES = 1.10, 64 * 2**20  # growth that still counts as none
+MAX_SHOWN = 300  # characters of an answer
+FLAGS = (
+    "--kv-cache-tokens",
+    "4096",
+    "--row-budget",
+    "32",
+    "--threads",
+    "1",
+    "--served-model-name",
+    "default",
+)
+# Passes of a millisecond: what is tested is all around the model.
+TINY = {
+    **NANBEIGE,
+    "vocab_size": 16384,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
+    "num_loops": 3,
+    "max_position_embeddings": 128,  # an answer without a limit is no long one
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BLAME = re.compile(r'"code": ?"(engine_error|internal_error)"')
+INSIDE = re.compile(r"function-|functools|0x[0-9a-f]{8}|Traceback|<class '|pydantic")
+
+
+class Fuzz:
+    """Sends requests and keeps the books."""
+
+    def __init__(self, server: ServerProcess, source: RequestSource, args: argparse.Namespace) -> None:
+        self.statuses: Counter[tuple[str, int]] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.slowest = 0.0
+        self.num_sent = 0
+        self._server = server
+        self._source = source
+        self._time_limit: float = args.time_limit
+        self._console = Console(stderr=True)
+
+    async def send_all(self, numbers: range, num_clients: int) -> list[dict[str, int]]:
+        """All requests of these numbers; the bytes of each process at each tenth of the way."""
+        left = iter(numbers)
+        memory = [self._memory()]
+        limits = httpx.Limits(max_connections=num_clients, max_keepalive_connections=num_clients)
+        url = f"http://127.0.0.1:{self._server.port}"
+        with tqdm(total=len(numbers), unit="request", disable=None) as bar:
+            async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None) as client:
+
+                async def work() -> None:
+                    for number in left:
+                        await self._send(client, number)
+                        bar.update()
+                        self.num_sent += 1
+                        if self.num_sent * REPORTS // len(numbers) >= len(memory):
+                            memory.append(self._memory())
+
+                await asyncio.gather(*(work() for _ in range(num_clients)))
+        return memory
+
+    async def _send(self, client: "httpx.AsyncClient", number: int) -> None:
+        request = self._source.request(number)
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(self._time_limit):
+                response = await _answer(client, request)
+        except TimeoutError:
+            self._fault("hung", number, request, f"no answer in {self._time_limit} s")
+            return
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            self._fault("broken", number, request, repr(error))
+            return
+        self.slowest = max(self.slowest, time.monotonic() - started)
+        self.statuses[request.kind, response.status_code] += 1
+        if fault := fault_of(request, response):
+            self._fault(fault, number, request, f"{response.status_code} {response.text[:MAX_SHOWN]}")
+
+    def _fault(self, fault: str, number: int, request: FuzzRequest, answer: str) -> None:
+        self.faults[fault] += 1
+        line = {"fault": fault, "number": number, "answer": answer, **request.as_json()}
+        tqdm.write(json.dumps(line))
+
+    def _memory(self) -> dict[str, int]:
+        api = psutil.Process(self._server.process.pid)
+        engine = max((child.memory_info().rss for child in api.children()), default=0)
+        return {"api": api.memory_info().rss, "engine": engine}
+
+    def report(self) -> None:
+        """Statuses by the kind of request, as a table."""
+        table = Table(title="answers")
+        statuses = sorted({status for _, status in self.statuses})
+        for heading in ("requests", *map(str, statuses)):
+            table.add_column(heading, justify="right")
+        for kind in sorted({kind for kind, _ in self.statuses}):
+            table.add_row(kind, *(str(self.statuses[kind, status]) for status in statuses))
+        self._console.print(table)
+
+
+async def _answer(client: "httpx.AsyncClient", request: FuzzRequest) -> "httpx.Response":
+    """The whole answer; a stream is read to its end."""
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in request.headers]
+    return await client.request(request.method, request.path, headers=headers, content=request.body)
+
+
+def fault_of(request: FuzzRequest, response: "httpx.Response") -> str | None:
+    """What is wrong with an answer, in a word."""
+    if response.status_code >= 500:
+        return "status"
+    if BLAME.search(response.text):
+        return "error frame"
+    if response.status_code < 400 or request.method == "HEAD":
+        return None
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return "no error body"
+    return "inside" if INSIDE.search(message) else None
+
+
+def fat(memory: list[dict[str, int]]) -> list[str]:
+    """The processes whose memory grew from the middle to the end."""
+    middle, end = memory[len(memory) // 2], memory[-1]
+    return [name for name in end if end[name] > middle[name] * FLAT_SHARE + FLAT_BYTES]
+
+
+@reporting("python -m bench.fuzz")
+def main() -> int:
+    """Runs the fuzzer."""
+    parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--clients", type=int, default=16, help="requests at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="send the request of this number alone, and print it")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for one answer")
+    parser.add_argument("--model", help="what the server serves (default: tiny random weights)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model or write_tiny_model(Path(folder))
+        with ServerProcess("--model", model, *FLAGS) as server:
+            source = RequestSource(json.loads(server.get("/openapi.json")), args.seed)
+            if args.only is not None:
+                print(json.dumps(source.request(args.only).as_json()))
+            numbers = range(args.requests) if args.only is None else range(args.only, args.only + 1)
+            fuzz = Fuzz(server, source, args)
+            memory = asyncio.run(fuzz.send_all(numbers, args.clients))
+            restarts = server.gauge("engine_restarts_total")
+    return _finish(fuzz, memory, restarts, args)
+
+
+def write_tiny_model(folder: Path) -> str:
+    """A checkpoint with random weights and the tokenizer and template of the embedded model."""
+    write(folder, TINY, torch.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEFAULT_MODEL / name, folder)
+    return str(folder)
+
+
+def _finish(fuzz: Fuzz, memory: list[dict[str, int]], restarts: float, args: argparse.Namespace) -> int:
+    fuzz.faults.update({f"{name} grew": 1 for name in fat(memory)})
+    if restarts:
+        fuzz.faults["engine restarted"] = int(restarts)
+    fuzz.report()
+    figures: dict[str, Any] = {
+        "requests": fuzz.num_sent,
+        "seed": args.seed,
+        "statuses": dict(sum((Counter({str(s): n}) for (_, s), n in fuzz.statuses.items()), Counter())),
+        "faults": dict(fuzz.faults),
+        "slowest_s": round(fuzz.slowest, 2),
+        "memory_mb": [{name: round(size / 2**20) for name, size in reading.items()} for reading in memory],
+    }
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures))
+    return int(bool(fuzz.faults))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,102 @@
+"""What the command lines of the benchmarks share: types of options, and errors told in one line.
+
+Invariant: what can't be had is said before anything is measured, and with exit status 2.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ParamSpec
+
+P = ParamSpec("P")
+USAGE_ERROR = 2
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number with a lower limit."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return number
+
+
+positive, count = at_least(1), at_least(0)
+
+
+def numbers(text: str) -> list[int]:
+    """The type of an option that is several whole numbers, each at least 1, with commas between them."""
+    return [positive(part) for part in text.split(",")]
+
+
+def rows(text: str) -> int | None:
+    """The type of `--row-budget`: None for "auto"."""
+    return None if text == "auto" else positive(text)
+
+
+def device(text: str) -> str:
+    """The type of `--device`."""
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
+    return text
+
+
+def output_file(text: str) -> Path:
+    """The type of a file to be written, in a folder that is there."""
+    file = Path(text)
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(file.parent)!r} to write {file.name!r} to")
+    return file
+
+
+def plot_file(text: str) -> Path:
+    """The type of a plot to be written, which matplotlib must be there for."""
+    if find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError(
+            "a plot needs matplotlib, which is not installed: pip install '.[bench]'"
+        )
+    return output_file(text)
+
+
+class Extra:
+    """A package that not everybody has, imported at its first use; ValueError says what to install."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> object:
+        try:
+            found: object = getattr(import_module(self._name), attribute)
+        except ImportError:
+            raise ValueError(
+                f"{self._name} is needed, which is not installed: pip install '.[bench]'"
+            ) from None
+        return found
+
+
+def reporting(prog: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
+    """The same command, with what a user can mend told in one line on stderr and exit status 2."""
+
+    def decorate(command: Callable[P, int]) -> Callable[P, int]:
+        @wraps(command)
+        def reported(*args: P.args, **kwargs: P.kwargs) -> int:
+            try:
+                return command(*args, **kwargs)
+            except (OSError, ValueError) as error:
+                print(f"{prog}: error: {error}", file=sys.stderr)
+                return USAGE_ERROR
+
+        return reported
+
+    return decorate
