@@ -45,10 +45,13 @@ def logprobs_of(token_id: int, position: int, num_top: int) -> TokenLogprobs:
 class FakeEngine:
     """Emits `script(request)` `tokens_per_event` at a time, `delay` seconds apart."""
 
-    def __init__(self, script: Script, *, tokens_per_event: int = 1, delay: float = 0.0) -> None:
+    def __init__(
+        self, script: Script, *, tokens_per_event: int = 1, delay: float = 0.0, info: EngineInfo = INFO
+    ) -> None:
         self.script = script
         self.tokens_per_event = tokens_per_event
         self.delay = delay
+        self._info = info
         self.state: EngineState = "ready"
         self.num_restarts = 0
         self.counts = EngineStats()
@@ -61,7 +64,7 @@ class FakeEngine:
     def info(self) -> EngineInfo:
         if self.state != "ready":
             raise EngineUnavailableError(self.state)
-        return INFO
+        return self._info
 
     def health(self) -> EngineHealth:
         return EngineHealth(state=self.state)

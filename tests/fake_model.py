@@ -7,14 +7,15 @@ each entry it would attend to was written, at its own loop, by the very tokens t
 
 from collections.abc import Callable, Sequence
 
-from model.cache import PagePool, PrefixKeys
-from model.cost import PassCost
-from model.drafts import Experience, make_policy, policy_depths
+from model.options import SchedulerLimits
 from model.protocol import GenerationRequest, SamplingParams, SequenceStats, TokenEvent
-from model.scheduler import Scheduler, SchedulerLimits
-from model.sequence import ScheduledRun
-from model.sequence import Sequence as EngineSequence
-from model.wave import Wave
+from model.schedule.batch import PassResult, ScheduledRun
+from model.schedule.cost import PassCost
+from model.schedule.drafts import Experience, make_policy, policy_depths
+from model.schedule.pages import PagePool, PrefixKeys
+from model.schedule.scheduler import Scheduler
+from model.schedule.sequence import Sequence as EngineSequence
+from model.schedule.wave import Wave
 
 VOCAB = 50
 
@@ -28,8 +29,26 @@ def mixed(*values: int) -> int:
     return state
 
 
-class FakeRunner:
-    """Satisfies the scheduler's `forward`; `num_loops` as in the waves it is given.
+def waiting_sequence(
+    request_id: str, *, priority: int = 0, tenant: str = "", arrival: int = 0
+) -> EngineSequence:
+    """A sequence that has just arrived."""
+    request = GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=[1],
+        max_tokens=1,
+        sampling=SamplingParams(),
+        priority=priority,
+        tenant=tenant,
+    )
+    wave = Wave([1], 2, make_policy("none", frozenset()), 2)
+    sequence = EngineSequence(request, wave, PrefixKeys("", 4))
+    sequence.arrival = arrival
+    return sequence
+
+
+class FakeBackend:
+    """Runs passes for the scheduler; `num_loops` as in the waves it is given.
 
     With `memory`, a token depends on so many tokens before it: texts soon repeat themselves.
     """
@@ -43,8 +62,10 @@ class FakeRunner:
         self.cache: dict[tuple[int, int], list[int]] = {}  # (token slot, loop) -> the text up to there
         self.pass_rows: list[int] = []
         self.pass_readouts: list[int] = []
+        self.faults: dict[EngineSequence, str] = {}
+        self.inject: Callable[[Sequence[ScheduledRun]], None] = lambda _: None  # may raise, or set faults
 
-    def forward(self, batch: Sequence[ScheduledRun]) -> list[int]:
+    def run(self, batch: Sequence[ScheduledRun]) -> PassResult:
         """Writes the cache, checks what is read, returns the readouts' tokens."""
         for item in batch:
             for position in range(item.start, item.start + item.num_rows):
@@ -52,13 +73,15 @@ class FakeRunner:
         for item in batch:
             for position in range(item.start + item.num_rows):
                 assert self.cache.get(self._entry(item, position)) == self._prefix(item, position)
+        self.inject(batch)
         self.pass_rows.append(sum(item.num_rows for item in batch))
         self.pass_readouts.append(sum(item.num_readouts for item in batch))
-        return [
+        tokens = [
             self._token(item, position)
             for item in batch
             for position in range(item.start + item.num_rows - item.num_readouts, item.start + item.num_rows)
         ]
+        return PassResult(tokens, {}, [], self.faults.copy())
 
     def final_token(self, tokens: list[int]) -> int:
         """The token that depth R gives behind a text."""
@@ -103,7 +126,7 @@ class Harness:
     ) -> None:
         self.pool = PagePool(num_pages, 4)
         self.scheduler = Scheduler(self.pool, limits or SchedulerLimits(), cost)
-        self.runner = FakeRunner(error_rate, error_depths, memory)
+        self.backend = FakeBackend(error_rate, error_depths, memory)
         self.experience = Experience.none()
         self.answers: dict[str, list[TokenEvent]] = {}
 
@@ -118,6 +141,7 @@ class Harness:
         draft_depths: tuple[int, ...] = (1, 2, 3),
         ending: frozenset[int] = frozenset(),
         priority: int = 0,
+        tenant: str = "",
     ) -> None:
         """Queues a request."""
         request = GenerationRequest(
@@ -126,6 +150,7 @@ class Harness:
             max_tokens=max_tokens,
             sampling=SamplingParams(temperature=0),
             priority=priority,
+            tenant=tenant,
         )
         depths = policy_depths(policy, num_loops, (), draft_depths)
         drafts = make_policy(policy, depths, self.experience)
@@ -138,9 +163,14 @@ class Harness:
         self._keep(filter(None, [self.scheduler.abort(request_id)]))
 
     def step(self) -> list[ScheduledRun]:
-        """One pass; the rows that it ran."""
-        batch = self.scheduler.schedule()
-        self._keep(self.scheduler.update(batch, self.runner.forward(batch)))
+        """One pass; the rows that it ran, none if it failed."""
+        try:
+            batch = self.scheduler.schedule()
+            self._keep(self.scheduler.update(batch, self.backend.run(batch)))
+        except RuntimeError as error:
+            batch = []
+            self.scheduler.retry(str(error))
+        self._keep(self.scheduler.take_ended())
         self.pool.check_integrity()
         return batch
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from model.config import InitialState, LoopedConfig, NormPlacement
-from model.looped import LoopedTransformer
+from model.network.config import InitialState, LoopedConfig, NormPlacement
+from model.network.looped import LoopedTransformer
 
 
 def tiny_config(**changes: object) -> LoopedConfig:

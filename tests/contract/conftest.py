@@ -35,7 +35,7 @@ class Served:
         self.engine = engine
         self.app = create_app(engine, codec or byte_codec(), settings, chat_template, defaults)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=10)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=10)
 
     async def post(self, path: str = "/v1/completions", **fields: Any) -> httpx.Response:
         """A field that is `...` is left out."""

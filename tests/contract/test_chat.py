@@ -110,7 +110,7 @@ async def test_without_a_limit_the_context_is_the_limit(served):
     assert [request.max_tokens for request in served.engine.requests[1:]] == [7, 7, 7]
 
 
-async def test_every_field_reaches_the_engine(served):
+async def test_every_field_reaches_the_engine():
     sampling = {"temperature": 0.5, "top_p": 0.9, "min_p": 0.1, "presence_penalty": 1, "seed": -7}
     others = {
         "min_tokens": 3,
@@ -122,7 +122,8 @@ async def test_every_field_reaches_the_engine(served):
         "cache_salt": "mine",
         "draft_policy": "earliest",
     }
-    await answer(served, top_k=3, logit_bias={"65": 1.5}, max_tokens=9, **sampling, **others)
+    async with chatting(allow_priority=True) as served:
+        await answer(served, top_k=3, logit_bias={"65": 1.5}, max_tokens=9, **sampling, **others)
     (request,) = served.engine.requests
     assert {name: getattr(request, name) for name in others} == others
     assert {name: getattr(request.sampling, name) for name in sampling} == sampling
@@ -146,8 +147,9 @@ async def test_no_generation_prompt_and_further_variables():
         "{{ greeting }} {{ messages[0].content }}{% if add_generation_prompt %}!{% endif %}"
     )
     async with serving(chat_template=template) as served:
-        await answer(served, chat_template_kwargs={"greeting": "ho", "messages": []})
-        await answer(served, add_generation_prompt=False)
+        first = {"messages": MESSAGES[:1]}
+        await answer(served, chat_template_kwargs={"greeting": "ho", "messages": []}, **first)
+        await answer(served, add_generation_prompt=False, **first)
         prompts = [bytes(request.prompt_token_ids).decode() for request in served.engine.requests]
     assert prompts == ["ho Be.!", " Be."]
 
@@ -290,7 +292,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "developer", "content": "hi"}]}, "messages"),  # the template skips it
     (user(None), "messages"),
     (user(3), "messages"),
-    (user("\ud800"), "messages"),
     (user([{"type": "image_url", "image_url": {"url": "http://a"}}]), "messages"),
     (user([{"type": "text"}]), "messages"),
     (user([{"text": "hi"}]), "messages"),
@@ -367,7 +368,7 @@ async def test_a_base_model_says_that_it_has_no_template():
         ("{{ messages.append(1) }}", "refuses these messages"),
         ("{{ ''.__class__.__mro__ }}", "refuses these messages"),
         ("{% for i in range(10**9) %}{% endfor %}", "refuses these messages"),
-        ("", "no text"),
+        ("{{ messages[0].content }}", "messages.1"),
     ],
 )
 async def test_a_template_that_fails_is_the_requests_error(source, words):

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from server.cli import UsageError, build_parser, main, read_settings
+from cli.main import build_parser, main
+from server.command import UsageError, read_settings
 from server.settings import Settings
 
 
@@ -76,8 +77,8 @@ def test_chat_template_that_is_not_there(capsys):
 
 def test_help_names_every_option_and_imports_no_framework():
     code = (
-        "import sys, server.cli\n"
-        "try: server.cli.main(['serve', '--help'])\n"
+        "import sys, cli.main\n"
+        "try: cli.main.main(['serve', '--help'])\n"
         "except SystemExit: pass\n"
         "sys.exit(bool({'torch', 'fastapi', 'uvicorn', 'starlette'} & set(sys.modules)))"
     )
@@ -100,7 +101,8 @@ def test_a_hub_id_is_served_from_the_cache_under_its_own_name(tmp_path):
     for name in ("config.json", "model.safetensors"):
         (snapshot / name).write_bytes(b"{}")
     code = (
-        "from server.cli import build_parser, local_model, read_settings\n"
+        "from cli.main import build_parser\n"
+        "from server.command import local_model, read_settings\n"
         "command = ['serve', '--model', 'org/name']\n"
         "settings = local_model(read_settings(build_parser(command).parse_args(command)))\n"
         "print(settings.model, *settings.model_names)"

@@ -2,13 +2,14 @@
 
 import json
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.protocol import GenerationRequest
 from tests.contract.conftest import TEXT, Served, serving
-from tests.fake_engine import EOS, FakeEngine
+from tests.fake_engine import EOS, INFO, FakeEngine
 from tests.text_tools import byte_codec, ids_of
 from tests.unit.test_tokenizer import fim_codec
 
@@ -86,7 +87,7 @@ async def test_whole_answer(served):
     assert (request.sampling.seed, request.sampling.top_k, request.speculation) == (5, 0, True)
 
 
-async def test_every_field_reaches_the_engine(served):
+async def test_every_field_reaches_the_engine():
     sampling = {
         "temperature": 0.5,
         "top_p": 0.9,
@@ -109,7 +110,8 @@ async def test_every_field_reaches_the_engine(served):
         "draft_policy": "earliest",
         "init_scale": 0.0,
     }
-    response = await served.post(top_k=-1, logit_bias={"65": 1.5}, **sampling, **others)
+    async with serving(allow_priority=True) as served:
+        response = await served.post(top_k=-1, logit_bias={"65": 1.5}, **sampling, **others)
     assert response.status_code == 200
     (request,) = served.engine.requests
     assert {name: getattr(request, name) for name in others} == others
@@ -118,7 +120,7 @@ async def test_every_field_reaches_the_engine(served):
 
 
 async def test_max_tokens_is_16_by_default(served):
-    await served.post(max_tokens=None)
+    await served.post(max_tokens=...)
     assert served.engine.requests[0].max_tokens == 16
 
 
@@ -314,7 +316,8 @@ async def test_request_with_charset_and_large_prompt(served: Served):
 @pytest.mark.parametrize("prompt", ["def ", [100, 101, 102, 32]], ids=str)
 async def test_suffix_asks_for_what_stands_between(prompt):
     codec = fim_codec(["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
-    async with serving(codec=codec) as served:
+    engine = FakeEngine(lambda _: ids_of(TEXT), info=msgspec.structs.replace(INFO, vocab_size=260))
+    async with serving(engine, codec=codec) as served:
         body = (await served.post(prompt=prompt, suffix=" end", logprobs=0)).json()
         assert body["choices"][0]["text"] == TEXT
         assert body["usage"]["prompt_tokens"] == 11

@@ -77,12 +77,19 @@ async def test_without_the_file_the_apis_own(served, tmp_path):
     [
         ("{", "not a JSON object"),
         ("[]", "not a JSON object"),
-        ({"temperature": -1}, "temperature is -1"),
-        ({"top_p": "high"}, "top_p is 'high'"),
-        ({"top_k": 2.5}, "top_k is 2.5"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 9\n", "Git LFS pointer"),
     ],
 )
-def test_a_value_that_no_client_could_send_is_an_error_at_the_start(tmp_path, content, part):
+def test_a_file_that_is_no_object_is_an_error_at_the_start(tmp_path, content, part):
     with pytest.raises(SettingsError, match=part) as caught:
         defaults(tmp_path, content)
     assert "generation_config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1), ("temperature", "0,7"), ("top_p", "high"), ("top_k", 2.5), ("min_p", [0.1])],
+)
+def test_a_value_that_no_client_could_send_is_left_out_with_a_warning(tmp_path, caplog, name, value):
+    assert defaults(tmp_path, {"repetition_penalty": 1.1, name: value}).values == {"repetition_penalty": 1.1}
+    assert f"{name} is {value!r}" in caplog.text

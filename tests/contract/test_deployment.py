@@ -9,8 +9,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from cli.main import build_parser
 from server.app import create_app
-from server.cli import build_parser, read_settings
+from server.command import read_settings
 from server.settings import ENV_PREFIX, Settings
 from tests.contract.test_metrics import served_and_refused
 from tests.fake_engine import FakeEngine
@@ -95,7 +96,7 @@ def test_prometheus_scrapes_a_path_that_the_server_has_where_it_listens():
 
 def test_compose_mounts_what_is_there_and_leaves_requests_their_time():
     services = COMPOSE["services"]
-    assert services["speed"]["ports"] == [f"{image_port()}:{image_port()}"]
+    assert services["speed"]["ports"] == [f"127.0.0.1:{image_port()}:{image_port()}"]
     assert seconds(services["speed"]["stop_grace_period"]) > Settings().shutdown_timeout
     assert "profiles" not in services["speed"]
     for name in ("prometheus", "grafana"):
@@ -132,6 +133,12 @@ def test_the_cluster_gives_options_that_exist_and_time_to_end():
     limit = CONTAINER["resources"]["limits"]["memory"]
     assert settings.kv_cache_memory < int(limit.removesuffix("Gi")) * 2**30 / 2
     assert f"--uid {POD['securityContext']['runAsUser']} " in DOCKERFILE
+
+
+def test_a_cluster_without_keys_has_no_open_server_and_a_service_changes_no_option():
+    (keys,) = [variable for variable in CONTAINER["env"] if variable["name"] == "SPEED_API_KEYS"]
+    assert "optional" not in keys["valueFrom"]["secretKeyRef"]
+    assert POD["enableServiceLinks"] is False
 
 
 def test_every_variable_is_that_of_an_option():

@@ -7,8 +7,11 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
+from model.options import WorkerOptions
+from model.worker import EngineProcess, Patience
+from server.announcer import Announcer
 from server.app import create_app
-from server.serve import DrainingServer, uvicorn_config
+from server.serve import ENGINE_FAILED, DrainingServer, EngineServer, uvicorn_config
 from server.settings import Settings
 from tests.contract.conftest import TEXT, until
 from tests.fake_engine import FakeEngine
@@ -27,10 +30,12 @@ async def running(
     task = asyncio.create_task(server.serve())
     await until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield server, f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    async with asyncio.timeout(10):
-        await task
+    try:
+        yield server, f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        async with asyncio.timeout(10):
+            await task
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -67,3 +72,25 @@ async def test_client_that_closes_its_connection_is_noticed():
         async with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as response:
             await anext(response.aiter_bytes())
         await until(lambda: engine.aborted)
+
+
+async def test_an_engine_that_cannot_be_started_ends_the_server_with_a_status_of_its_own(capsys):
+    """It said "loading" for ever, and exit status 0 when somebody lost patience."""
+    engine = EngineProcess(WorkerOptions(model_path="x"), Patience(first_pauses=(1000,)), ["/no/program"])
+    settings = Settings(port=0, log_level="critical")
+    app = create_app(engine, byte_codec(), settings)
+    announcer = Announcer("default", "http://127.0.0.1")
+    server = EngineServer(uvicorn_config(app, settings), app.state.server.batcher, 0, engine, announcer)
+    task = asyncio.create_task(server.serve())
+    await until(lambda: server.started and engine.health().num_failures == 1)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        ready = await client.get("/ready")
+        assert ready.status_code == 503
+        assert "failed and is started again (1 failure in a row)" in ready.text
+        assert (await client.get("/health")).status_code == 200
+    engine._give_up("no program")
+    async with asyncio.timeout(10):
+        await task
+    assert server.exit_status == ENGINE_FAILED
+    assert capsys.readouterr().err.count("the engine is given up: no program") == 1

@@ -28,7 +28,7 @@ class ServerProcess:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-P", "-m", "server.cli", "serve", "--port", str(self.port)]
+        command = [sys.executable, "-P", "-m", "cli.main", "serve", "--port", str(self.port)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "SPEED_THREADS": "1"}
         self.process = subprocess.Popen(
             [*command, "--log-level", "warning", *arguments],
@@ -36,6 +36,7 @@ class ServerProcess:
             stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # a test may send signals to the whole group
         )
         self.output = ("", "")
 

@@ -60,12 +60,12 @@ def only_a_pickle(folder: Path) -> str:
     return "pytorch_model.bin is a pickle"
 
 
-def bad_defaults(folder: Path) -> str:
-    (folder / "generation_config.json").write_text('{"temperature": "hot"}')
-    return "temperature is 'hot'"
+def no_template(folder: Path) -> str:
+    (folder / "tokenizer_config.json").write_text('{"chat_template": 5}')
+    return "chat_template"
 
 
-DAMAGES = [missing_tensor, unknown_architecture, only_a_pickle, bad_defaults]
+DAMAGES = [missing_tensor, unknown_architecture, only_a_pickle, no_template]
 
 
 def test_a_wrong_checkpoint_is_one_error_and_exit_status_two(folder, tmp_path):

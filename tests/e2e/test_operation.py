@@ -79,7 +79,7 @@ def test_keys_logs_and_metrics_of_a_running_server(checkpoint, tmp_path) -> None
 def test_a_crowd_that_opens_streams_and_leaves_holds_nothing(server) -> None:
     """How fast it is forgotten is measured by `python -m bench.clients`."""
     content = json.dumps(ENDLESS | {"n": 1})
-    head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    head = ["POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]
     request = "\r\n".join([*head, f"Content-Length: {len(content)}", "", content])
     crowd = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(200)]
     for connection in crowd:

@@ -70,7 +70,7 @@ def test_the_openai_package_reads_whole_and_streamed_answers(server) -> None:
         (b"{", 400),
         (b'{"model": "default"}', 400),
         (b'{"model": "default", "prompt": 5}', 400),
-        (b'{"model": "default", "prompt": "x", "max_tokens": -1}', 400),
+        (b'{"model": "default", "prompt": "x", "max_tokens": -2}', 400),
         (b'{"model": "default", "prompt": [999999]}', 400),
         (json.dumps({"model": "default", "prompt": "x " * 5000}).encode(), 400),
         (b'{"model": "other", "prompt": "x"}', 404),

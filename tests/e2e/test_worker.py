@@ -8,8 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from model.options import WorkerOptions
 from model.protocol import EngineUnavailableError, GenerationRequest, SamplingParams, TokenEvent
-from model.worker import EngineOptions, EngineProcess
+from model.worker import EngineProcess
 from tests.small_checkpoint import LOOPS
 
 
@@ -25,7 +26,7 @@ def request(request_id: str, max_tokens: int = 8) -> GenerationRequest:
 
 @asynccontextmanager
 async def running(checkpoint: Path) -> AsyncIterator[EngineProcess]:
-    engine = EngineProcess(EngineOptions(model_path=str(checkpoint), threads=1))
+    engine = EngineProcess(WorkerOptions(model_path=str(checkpoint), threads=1))
     await engine.start()
     try:
         async with asyncio.timeout(120):
@@ -75,10 +76,11 @@ async def test_close_answers_what_is_in_flight_and_leaves_no_process(checkpoint)
 
 
 async def test_a_model_that_cannot_be_loaded_is_said_so_and_not_tried_again(tmp_path) -> None:
-    engine = EngineProcess(EngineOptions(model_path=str(tmp_path / "nothing")))
+    engine = EngineProcess(WorkerOptions(model_path=str(tmp_path / "nothing")))
     await engine.start()
     async with asyncio.timeout(60):
-        await engine.load_failed.wait()
+        await engine.gave_up.wait()
+    assert engine.load_failed
     assert engine.health().state == "dead"
     assert "is not a local folder" in engine.health().reason
     assert engine.num_restarts == 0

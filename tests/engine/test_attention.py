@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.attention import GatheredAttention, InvariantAttention, KVStore, ViewedAttention
-from model.attention.invariant import attend_block, blocks_agree
-from model.attention.store import RowRun, zeros
-from model.cache import PageTable
-from model.config import LoopedConfig
-from model.layers import causal_attention
+from model.network.config import LoopedConfig
+from model.network.layers import causal_attention
+from model.passes.rows import RowRun
+from model.passes.torch.attention import GatheredAttention, InvariantAttention, KVStore, ViewedAttention
+from model.passes.torch.attention.invariant import attend_block, blocks_agree
+from model.passes.torch.attention.store import zeros
+from model.schedule.pages import PageTable
 from tests.tiny_models import tiny_config
 
 LENGTH, PAGE = 40, 4
@@ -75,7 +76,7 @@ runs_of_one_sequence = st.lists(
 
 def implementations() -> list[type]:
     # Imported here: conftest has asked for Triton's interpreter by now.
-    from model.attention.triton_paged import TritonAttention  # noqa: PLC0415
+    from model.passes.cuda.triton_paged import TritonAttention  # noqa: PLC0415
 
     return [GatheredAttention, ViewedAttention, InvariantAttention, TritonAttention]
 
@@ -189,7 +190,8 @@ def test_rows_of_a_page_attend_as_a_block_or_by_themselves_with_the_same_bits(
     agree = blocks_agree(2, 3, config.head_dim, page_size, torch.get_num_threads())
     blocks = []
     monkeypatch.setattr(
-        "model.attention.invariant.attend_block", lambda *tensors: blocks.append(1) or attend_block(*tensors)
+        "model.passes.torch.attention.invariant.attend_block",
+        lambda *tensors: blocks.append(1) or attend_block(*tensors),
     )
     for start, rows in ((0, 40), (30, 9), (250, 64), (513, 35)):
         runs = [RowRun(table, start, rows, 1)]
@@ -213,7 +215,7 @@ def test_a_machine_whose_blocks_round_otherwise_attends_row_by_row(monkeypatch) 
     def rounded(q, keys, values, mask):
         return attend_block(q, keys, values, mask) * (1 + 2**-20)
 
-    monkeypatch.setattr("model.attention.invariant.attend_block", rounded)
+    monkeypatch.setattr("model.passes.torch.attention.invariant.attend_block", rounded)
     assert not blocks_agree.__wrapped__(2, 3, 16, 16, 1)
 
 

@@ -12,8 +12,8 @@ from bench.depth_for_free import Decoded, milliseconds
 from bench.depth_report import Row, claims
 from bench.depth_variants import Variant, recipe_of, variants
 from model import load_model
-from model.training.recipe import Recipe, load_recipe
-from model.training.text_task import TextTask
+from training.recipe import Recipe, load_recipe
+from training.text_task import TextTask
 
 
 @pytest.fixture

@@ -10,24 +10,25 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bench.questions import QUESTIONS
+from cli import main as cli
 from model import load_model
-from model.families import llama
-from model.training.distill import labels as labelling
-from model.training.distill import main
-from model.training.distill.batch import BatchWriter, Written
-from model.training.distill.data import Heads, batches, save_shard
-from model.training.distill.generate import Generation, Writer, turn
-from model.training.distill.labels import Labeller
-from model.training.distill.primer import primer
-from model.training.distill.pruning import Pruner
-from model.training.distill.questions import QuestionBank, load_questions
-from model.training.distill.recipe import load_distill_recipe
-from model.training.distill.student import student_from_teacher
-from model.training.distill.teacher import halves_from_pairs
-from model.training.distill.vocabulary import VocabularyError, cut_tokenizer, encode, pieces_of
-from model.training.trainer import read_log
-from server import cli
+from model.checkpoint.families import llama
 from tests.tiny_models import tiny_model
+from training.distill import labels as labelling
+from training.distill import main
+from training.distill.batch import BatchWriter, Written
+from training.distill.data import Heads, batches, save_shard
+from training.distill.generate import Generation, Writer, turn
+from training.distill.labels import Labeller
+from training.distill.primer import primer
+from training.distill.pruning import Pruner
+from training.distill.questions import QuestionBank, load_questions
+from training.distill.recipe import load_distill_recipe
+from training.distill.student import student_from_teacher
+from training.distill.teacher import halves_from_pairs
+from training.distill.vocabulary import VocabularyError, cut_tokenizer, encode, pieces_of
+from training.reporting import USAGE_ERROR
+from training.trainer import read_log
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXT = "the rain in spain stays mainly in the plain, and the train to the mountain waits in the rain. "
@@ -382,15 +383,15 @@ def test_generation_goes_on_where_it_stopped(teacher_folder, tmp_path) -> None:
 
 def test_texts_without_labels_are_not_trained_on(full, teacher_folder, tmp_path, capsys) -> None:
     save_shard(tmp_path / "bare" / "texts", 0, [full.encode("<|endoftext|>rain").ids] * 60)
-    assert _run("train", tmp_path / "bare", teacher_folder, tmp_path) == main.USAGE_ERROR
+    assert _run("train", tmp_path / "bare", teacher_folder, tmp_path) == USAGE_ERROR
     assert "label the texts first" in capsys.readouterr().err
 
 
 def test_what_is_not_there_is_one_line(teacher_folder, tmp_path, capsys) -> None:
-    assert _run("train", tmp_path / "empty", teacher_folder, tmp_path) == main.USAGE_ERROR
-    assert _run("export", tmp_path / "empty", tmp_path / "nobody", tmp_path) == main.USAGE_ERROR
+    assert _run("train", tmp_path / "empty", teacher_folder, tmp_path) == USAGE_ERROR
+    assert _run("export", tmp_path / "empty", tmp_path / "nobody", tmp_path) == USAGE_ERROR
     missing = ["train", "distill", "teacher", str(tmp_path / "gone.whl"), "--output", str(tmp_path / "out")]
-    assert cli.main(missing) == main.USAGE_ERROR
+    assert cli.main(missing) == USAGE_ERROR
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if not line.startswith("speed train distill: error: ")] == []
     assert ["generate texts first" in lines[0], "nobody" in lines[1], "gone.whl" in lines[2]] == [True] * 3

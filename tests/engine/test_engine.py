@@ -1,6 +1,5 @@
 """The engine on tiny real models: speculation on == off, alone == in a batch, the cache after flushes."""
 
-import math
 import random
 
 import pytest
@@ -8,15 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.cost import PassPrice
-from model.drafts import POLICIES
-from model.engine import Engine, EngineConfig, EngineConfigError
-from model.looped import LoopedTransformer
-from model.measure import measured_cost
-from model.packed import PackedLinear, pack_linears, padded_rows
+from model.engine import Engine, EngineConfigError
+from model.network.looped import LoopedTransformer
+from model.network.packed import PackedLinear, pack_linears, padded_rows
+from model.options import POLICIES, EngineOptions
+from model.passes.torch.backend import bytes_per_token
 from model.protocol import GenerationRequest, SamplingParams
-from model.runner import bytes_per_token
-from model.scheduler import SchedulerLimits
 from tests.tiny_models import SHAPES, tiny_model
 
 GREEDY = SamplingParams(temperature=0)
@@ -44,12 +40,12 @@ def engine(
     **limits: int,
 ) -> Engine:
     limits = {"prefill_chunk_size": 16, "prefill_rows": 32, **limits}
-    config = EngineConfig(
-        draft_depths,
-        policy,
+    config = EngineOptions(
+        draft_depths=draft_depths,
+        draft_policy=policy,
         kv_cache_tokens=tokens,
         row_budget=row_budget,
-        limits=SchedulerLimits(**limits),
+        **limits,
     )
     return Engine(model, config)
 
@@ -143,7 +139,7 @@ def test_the_cache_after_flushes_is_the_cache_of_the_committed_tokens(chunk, bud
     reader = engine(model, policy="none")
     texts(reader, [request(0, prompt + text[:-1], GREEDY, max_tokens=1)])
     used = len(prompt) + len(text) - 1  # both engines give the first pages, in order
-    for ours, theirs in zip(wavy.runner.store.keys, reader.runner.store.keys, strict=True):
+    for ours, theirs in zip(wavy.backend.store.keys, reader.backend.store.keys, strict=True):
         assert torch.allclose(ours[:, :used], theirs[:, :used], atol=1e-4)
 
 
@@ -230,14 +226,14 @@ def test_an_abort_frees_the_pages_within_one_pass() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (EngineConfig(draft_depths=(3,)), r"draft depth 3 is outside 1\.\.2"),
-        (EngineConfig(max_model_len=129), r"max_model_len 129 is outside 1\.\.128"),
-        (EngineConfig(kv_cache_tokens=16), r"max_model_len 128 needs \d+ bytes .* are there \(16 tokens\)"),
-        (EngineConfig(kv_cache_memory=10_000), r"are there \(\d+ tokens\): lower max_model_len"),
-        (EngineConfig(draft_policy="best"), "draft_policy 'best' is not known; adaptive, single"),
+        (EngineOptions(draft_depths=(3,)), r"draft depth 3 is outside 1\.\.2"),
+        (EngineOptions(max_model_len=129), r"max_model_len 129 is outside 1\.\.128"),
+        (EngineOptions(kv_cache_tokens=16), r"max_model_len 128 needs \d+ bytes .* are there \(16 tokens\)"),
+        (EngineOptions(kv_cache_memory=10_000), r"are there \(\d+ tokens\): lower max_model_len"),
+        (EngineOptions(draft_policy="best"), "draft_policy 'best' is not known; adaptive, single"),
     ],
 )
-def test_options_that_cannot_work_are_refused_with_their_limit(config: EngineConfig, message: str) -> None:
+def test_options_that_cannot_work_are_refused_with_their_limit(config: EngineOptions, message: str) -> None:
     with pytest.raises(EngineConfigError, match=message):
         Engine(tiny_model(), config)
 
@@ -245,13 +241,13 @@ def test_options_that_cannot_work_are_refused_with_their_limit(config: EngineCon
 def test_a_context_that_nobody_asked_for_is_cut_to_what_memory_holds(monkeypatch, caplog) -> None:
     """Ouro's own context of 65,536 tokens would take 48 GiB of cache."""
     model = tiny_model()
-    monkeypatch.setattr("model.engine._memory_for_cache", lambda _: 70 * bytes_per_token(model))
+    monkeypatch.setattr("model.engine.cache_memory", lambda *_: 70 * bytes_per_token(model))
     cut = Engine(model)
     assert cut.info.max_model_len == 64
     assert "cut to 64 tokens" in caplog.text
     assert len(texts(cut, [request(0, [1] * 40, GREEDY, max_tokens=24)])[0]) == 24
     with pytest.raises(EngineConfigError, match="max_model_len 100 needs"):
-        Engine(model, EngineConfig(max_model_len=100))
+        Engine(model, EngineOptions(max_model_len=100))
 
 
 @pytest.mark.gpu
@@ -313,33 +309,6 @@ def test_requests_of_different_salts_share_no_prefix() -> None:
         events = shared.run([request(0, prompt, GREEDY, cache_salt=salt)])["0"]
         cached.append(events[-1].stats.cached_prompt_tokens)
     assert cached == [0, 32, 0]
-
-
-def test_pass_costs_are_measured_once_and_kept(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("model.measure.SAME", math.inf)  # whatever else this machine does
-    shared = engine(tiny_model())
-    cost = measured_cost(shared)
-    shared.check_integrity()
-    kept = list(tmp_path.glob("speed-serve/*.json"))
-    assert len(kept) == 1
-    assert cost.price(4, 100.0).base > 0
-    monkeypatch.setattr("model.measure._measure", lambda _: pytest.fail("measured again"))
-    assert measured_cost(shared).prices == cost.prices
-    kept[0].write_text("{")
-    with pytest.raises(pytest.fail.Exception, match="measured again"):
-        measured_cost(shared)
-
-
-@pytest.mark.parametrize(("again", "kept"), [(1.4, 1), (1.6, 0), (0.6, 0)])
-def test_pass_costs_that_do_not_repeat_are_used_but_not_kept(tmp_path, monkeypatch, again, kept) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("model.measure.SEQUENCES", (1,))
-    monkeypatch.setattr("model.measure.CONTEXTS", (8,))
-    prices = iter([(1.0, 0.1), (again, 0.1)])
-    monkeypatch.setattr("model.measure._price", lambda *_: next(prices))
-    assert measured_cost(engine(tiny_model())).prices == [[PassPrice(1.0, 0.1)]]
-    assert len(list(tmp_path.glob("speed-serve/*.json"))) == kept
 
 
 @pytest.mark.parametrize("shape", SHAPES)

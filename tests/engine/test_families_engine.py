@@ -6,11 +6,11 @@ Greedy texts of every shape are compared in test_engine; these are the other inv
 import pytest
 import torch
 
-from model.engine import Engine, EngineConfig
-from model.initial_state import state_noise
-from model.looped import LoopedTransformer
+from model.engine import Engine
+from model.network.looped import LoopedTransformer
+from model.options import EngineOptions
+from model.passes.noise import state_noise
 from model.protocol import GenerationRequest, SamplingParams
-from model.scheduler import SchedulerLimits
 from tests.tiny_models import SHAPES, tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4], [7], [2, 7, 1, 8, 2, 8, 1, 8]]
@@ -19,8 +19,8 @@ NOISY = {**SHAPES["prelude_and_coda"], "initial_state_std": 1.5}
 
 
 def engine(model: LoopedTransformer, draft_depths=None, chunk: int = 6) -> Engine:
-    limits = SchedulerLimits(prefill_chunk_size=chunk, prefill_rows=2 * chunk)
-    return Engine(model, EngineConfig(draft_depths, kv_cache_tokens=512, limits=limits))
+    limits = {"prefill_chunk_size": chunk, "prefill_rows": 2 * chunk}
+    return Engine(model, EngineOptions(draft_depths=draft_depths, kv_cache_tokens=512, **limits))
 
 
 def request(index: int, prompt: list[int], sampling: SamplingParams = GREEDY, **options) -> GenerationRequest:
@@ -59,7 +59,7 @@ def test_the_cache_after_flushes_is_the_cache_of_the_committed_tokens(shape: str
     used = len(PROMPTS[0]) + len(text) - 1  # both engines give the first pages, in order
     for name in ("keys", "values"):
         for ours, theirs in zip(
-            getattr(wavy.runner.store, name), getattr(reader.runner.store, name), strict=True
+            getattr(wavy.backend.store, name), getattr(reader.backend.store, name), strict=True
         ):
             assert torch.allclose(ours[:, :used], theirs[:, :used], atol=1e-4)
 

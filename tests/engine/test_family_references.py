@@ -17,9 +17,9 @@ from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, Olmo2Co
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model import LoadedModel, load_model
-from model.config import LoopedConfig
-from model.families.llama import FAMILY as LLAMA
-from model.looped import LoopedTransformer
+from model.checkpoint.families.llama import FAMILY as LLAMA
+from model.network.config import LoopedConfig
+from model.network.looped import LoopedTransformer
 from tests import slow_reference as slow
 
 few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from model import LoadedModel, load_model
-from model.engine import Engine, EngineConfig
+from model.engine import Engine
+from model.options import EngineOptions
 from model.protocol import GenerationRequest, SamplingParams
-from model.scheduler import SchedulerLimits
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 FOLDERS = sorted(f for f in GOLDEN.glob("*") if f.is_dir())
@@ -99,8 +99,8 @@ def continuations(loaded: LoadedModel, expected, draft_depths, names, together: 
         )
         for name in names
     ]
-    limits = SchedulerLimits(max_num_seqs=8, prefill_chunk_size=16, prefill_rows=64)
-    config = EngineConfig(draft_depths=draft_depths, max_model_len=128, kv_cache_tokens=1024, limits=limits)
+    limits = {"max_num_seqs": 8, "prefill_chunk_size": 16, "prefill_rows": 64}
+    config = EngineOptions(draft_depths=draft_depths, max_model_len=128, kv_cache_tokens=1024, **limits)
     engine = Engine(loaded.model, config)
     batches = [requests] if together else [[request] for request in requests]
     events = {name: found for batch in batches for name, found in engine.run(batch).items()}

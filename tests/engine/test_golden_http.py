@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from model import load_model
-from model.engine import Engine, EngineConfig
+from model.engine import Engine
+from model.options import EngineOptions
 from server.app import create_app
 from server.settings import Settings
 from server.tokenizer import load_codec
@@ -26,7 +27,7 @@ FOLDERS = sorted(folder for folder in GOLDEN.glob("*") if folder.is_dir())
 @asynccontextmanager
 async def serving(folder):
     """A client of an application over the folder's model."""
-    engine = Engine(load_model(folder).model, EngineConfig(max_model_len=128, kv_cache_tokens=4096))
+    engine = Engine(load_model(folder).model, EngineOptions(max_model_len=128, kv_cache_tokens=4096))
     app = create_app(LocalEngine(engine), load_codec(folder), Settings(model=str(folder)))
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60)
     async with app.router.lifespan_context(app), client:

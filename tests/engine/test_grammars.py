@@ -2,18 +2,20 @@
 
 import json
 import re
+from unittest import mock
 
 import jsonschema_rs
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 
-from model.drafts import POLICIES
-from model.engine import Engine, EngineConfig
-from model.matching import Vocabulary
+from model.engine import Engine
+from model.grammar import check as check_module
+from model.grammar.state import Vocabulary
+from model.options import POLICIES, EngineOptions
 from model.protocol import GenerationRequest, Grammar, SamplingParams, TokenEvent
-from model.scheduler import SchedulerLimits
 from tests.text_tools import EOS_ID, word_tokenizer
 from tests.tiny_models import SHAPES, tiny_model
 
@@ -36,8 +38,8 @@ def engine(
 ) -> Engine:
     options = {"vocab_size": VOCAB, "max_positions": 64, "eos_token_ids": (EOS_ID,) if eos else ()}
     model = tiny_model(**{**SHAPES[shape], **options})
-    limits = SchedulerLimits(prefill_chunk_size=16, prefill_rows=32)
-    config = EngineConfig(draft_policy=policy, kv_cache_tokens=tokens, row_budget=row_budget, limits=limits)
+    limits = {"prefill_chunk_size": 16, "prefill_rows": 32}
+    config = EngineOptions(draft_policy=policy, kv_cache_tokens=tokens, row_budget=row_budget, **limits)
     return Engine(model, config, VOCABULARY)
 
 
@@ -55,7 +57,6 @@ def request(name: str, grammar: Grammar, sampling: SamplingParams = GREEDY, **op
 def run(shared: Engine, requests: list[GenerationRequest]) -> dict[str, list[TokenEvent]]:
     answers = shared.run(requests)
     shared.check_integrity()
-    assert not shared.runner.sampler._grammars  # every matcher is freed
     return answers
 
 
@@ -159,6 +160,76 @@ def test_text_that_is_copied_is_drafted_by_lookup_and_obeys_the_grammar() -> Non
     assert len(set(answers.values())) == 1
 
 
+# Some explode: their lexers meet a limit soon, each where its own text leads it.
+REGEXES = st.sampled_from(
+    [
+        r"(?s:.)*[a-m](?s:.){30}z",
+        r"(.*[a-f].{8}){2,}",
+        r"\d{3}-[a-c]{2}(.*x.{9}y)*",
+        r"(true|false|null|ab)*",
+        r"(ab|[^a]{2})*.{6}(12|[0-9])+",
+    ]
+)
+LIMITS = st.builds(
+    lambda states, fuel: LLParserLimits(max_lexer_states=states, step_lexer_fuel=fuel, verbose_errors=False),
+    st.sampled_from([60, 200, 1000, 25_000]),
+    st.sampled_from([1000, 5000, 100_000]),
+)
+
+
+@given(
+    regexes=st.lists(REGEXES, min_size=1, max_size=2),
+    limits=LIMITS,
+    policy=st.sampled_from(POLICIES),
+    tokens=st.sampled_from([96, 4096]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=5, deadline=None)
+def test_an_answer_is_the_same_alone_and_six_at_once_and_where_its_lexer_meets_a_limit(
+    regexes, limits, policy, tokens, seed
+) -> None:
+    """In fresh engines and one that has used the grammar, with and without drafts: text, end and words."""
+
+    def seen(events: list[TokenEvent]) -> tuple:
+        return [i for event in events for i in event.token_ids], events[-1].finish_reason, events[-1].error
+
+    requests = [
+        request(
+            f"{i}{j}", Grammar(kind="regex", text=regex), SamplingParams(**SAMPLED, seed=j), max_tokens=25
+        )
+        for i, regex in enumerate(regexes)
+        for j in range(seed, seed + 6 // len(regexes))
+    ]
+    with mock.patch.object(check_module, "_limits", return_value=limits):
+        plain, used = engine("none"), engine(policy, tokens=tokens)
+        alone = {r.request_id: seen(run(plain, [r])[r.request_id]) for r in requests}
+        for _ in range(2):
+            together = run(used, requests)
+            assert {name: seen(events) for name, events in together.items()} == alone
+        first = requests[0]
+        assert seen(run(engine(policy), [first])[first.request_id]) == alone[first.request_id]
+    assert {end for _, end, _ in alone.values()} <= {"stop", "length", "error"}
+    assert all(not error or "too complex" in error for _, _, error in alone.values())
+
+
+def test_drafts_that_meet_a_limit_are_not_followed_and_the_text_goes_on(monkeypatch) -> None:
+    """A draft that was called stuck and open later left a wave without rows."""
+    asked = request("a", Grammar(kind="regex", text=r"(?s:.)*[a-m](?s:.){12}z"), SamplingParams(seed=5))
+    plain = run(engine("none"), [asked])["a"]
+    whole = Vocabulary.matchers
+
+    def without_drafts(self, grammar, *, with_drafts):
+        del with_drafts
+        return whole(self, grammar, with_drafts=False)
+
+    monkeypatch.setattr(Vocabulary, "matchers", without_drafts)
+    events = run(engine("single"), [asked])["a"]
+    assert text_of(events) == text_of(plain)
+    assert events[-1].finish_reason == "length"
+    assert events[-1].stats.passes == plain[-1].stats.passes  # every draft waited for its confirmation
+    assert events[-1].stats.accepted_drafts > 0
+
+
 @pytest.mark.parametrize("eos", [True, False])
 @pytest.mark.parametrize("ignore_eos", [True, False])
 def test_a_sequence_ends_by_itself_where_nothing_can_follow(eos: bool, ignore_eos: bool) -> None:
@@ -237,7 +308,7 @@ def test_a_grammar_that_does_not_compile_is_an_error_event_and_harms_nobody(gram
 
 
 def test_without_a_tokenizer_a_grammar_is_an_error_event() -> None:
-    bare = Engine(tiny_model(vocab_size=VOCAB), EngineConfig(kv_cache_tokens=1024))
+    bare = Engine(tiny_model(vocab_size=VOCAB), EngineOptions(kv_cache_tokens=1024))
     (event,) = bare.run([request("a", Grammar(kind="json_object"), max_tokens=9)])["a"]
     assert event.finish_reason == "error"
     assert "tokenizer" in (event.error or "")
@@ -253,5 +324,4 @@ def test_an_abort_frees_the_matcher_and_the_pages(steps: int) -> None:
     ends = [event.finish_reason for event in shared.step()]
     assert ends == ["abort"]
     assert not shared.has_work
-    assert not shared.runner.sampler._grammars
     shared.check_integrity()

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
+from cli.main import main
 from model import save_checkpoint
-from model.engine import Engine, EngineConfig
-from model.packed import pack_linears
+from model.engine import Engine
+from model.network.int8 import quantize_linears
+from model.network.packed import pack_linears
+from model.options import EngineOptions
 from model.protocol import GenerationRequest, SamplingParams
-from model.quality import decode_prompts, draft_candidates, expected_passes, judge_text
-from model.quantize import quantize_linears
-from server.cli import main
+from model.study.quality import decode_prompts, draft_candidates, expected_passes, judge_text
 from tests.text_tools import byte_tokenizer
 from tests.tiny_models import SHAPES, tiny_model
 
@@ -28,7 +29,7 @@ def inspected(capsys, *argv) -> dict:
 
 
 def test_facts_are_those_of_the_model_and_need_no_weights(capsys, folder, monkeypatch):
-    monkeypatch.setattr("model.inspect.load_model", None)
+    monkeypatch.setattr("model.study.facts.load_model", None)
     facts = inspected(capsys, folder)
     model = tiny_model(num_loops=4, vocab_size=257)
     stored = sum(p.numel() for p in model.parameters())
@@ -64,7 +65,7 @@ def test_weight_bytes_are_those_in_memory(capsys, tmp_path, quantization, dtype,
 def test_the_passes_to_expect_are_the_passes_that_decoding_takes(shape, drafts):
     """Teacher forcing over the text that the model itself wrote, against the engine that wrote it."""
     model, count = tiny_model(**SHAPES[shape]), 80
-    engine = Engine(model, EngineConfig(draft_depths=drafts, draft_policy="recheck", kv_cache_tokens=256))
+    engine = Engine(model, EngineOptions(draft_depths=drafts, draft_policy="recheck", kv_cache_tokens=256))
     prompt = [3, 1, 4, 1, 5]
     request = GenerationRequest(
         request_id="x",

@@ -11,9 +11,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model import save_checkpoint
-from model.config import RopeConfig
-from model.engine import Engine, EngineConfig
-from model.invariant import (
+from model.engine import Engine
+from model.network.config import RopeConfig
+from model.network.int8 import quantize_linears
+from model.network.layers import ACTIVATIONS, RMSNorm, Rotary
+from model.network.looped import LoopedTransformer
+from model.network.packed import PackedLinear
+from model.options import EngineOptions, WorkerOptions
+from model.passes.sampling import Sampler
+from model.passes.torch.invariant import (
     BASE_ROWS,
     InvarianceError,
     InvariantActivation,
@@ -23,15 +29,8 @@ from model.invariant import (
     invariant_sizes,
     make_invariant,
 )
-from model.layers import ACTIVATIONS, RMSNorm, Rotary
-from model.looped import LoopedTransformer
-from model.packed import PackedLinear
 from model.protocol import GenerationRequest, SamplingParams
-from model.quantize import quantize_linears
-from model.sampling import Sampler
-from model.scheduler import SchedulerLimits
-from model.serving import build_engine
-from model.worker import EngineOptions
+from model.worker.build import build_engine
 from tests.cpu import HAS_INTEGER_PRODUCTS, needs_bf16_products, needs_integer_products
 from tests.tiny_models import SHAPES, tiny_config, tiny_model
 
@@ -73,18 +72,16 @@ class Recorded:
         self, model: LoopedTransformer, kv_cache_tokens: int = 1024, row_budget: int = 32, **limits: int
     ) -> None:
         limits = {"prefill_chunk_size": 16, "prefill_rows": 64, **limits}
-        config = EngineConfig(
-            kv_cache_tokens=kv_cache_tokens, row_budget=row_budget, limits=SchedulerLimits(**limits)
-        )
+        config = EngineOptions(kv_cache_tokens=kv_cache_tokens, row_budget=row_budget, **limits)
         self.engine = Engine(model, config)
         self.logits: dict[tuple[str, int], torch.Tensor] = {}
-        sampler = self.engine.runner.sampler
+        sampler = self.engine.backend.sampler
         choose = sampler.sample
 
-        def recorded(logits, readouts):
+        def recorded(logits, readouts, faults):
             for row, readout in zip(logits, readouts, strict=True):  # drafts come first, the last word last
                 self.logits[readout.sequence.request.request_id, readout.position] = row.clone()
-            return choose(logits, readouts)
+            return choose(logits, readouts, faults)
 
         vars(sampler)["sample"] = recorded
 
@@ -244,7 +241,7 @@ def test_what_cannot_be_made_invariant_is_refused() -> None:
 def test_the_option_builds_a_deterministic_engine_and_says_so(tmp_path: Path) -> None:
     save_checkpoint(tiny_model(), tmp_path, torch.float32)
     for deterministic in (True, False):
-        options = EngineOptions(
+        options = WorkerOptions(
             model_path=str(tmp_path),
             kv_cache_tokens=1024,
             threads=1,
@@ -263,7 +260,7 @@ def test_unasked_an_engine_is_deterministic_where_that_is_cheap(
 ) -> None:
     """Where it can't be had the engine does without, and only an explicit wish is refused."""
     save_checkpoint(tiny_model(), tmp_path, torch.float32)
-    options = EngineOptions(
+    options = WorkerOptions(
         model_path=str(tmp_path),
         kv_cache_tokens=1024,
         row_budget=8,
@@ -277,7 +274,7 @@ def test_unasked_an_engine_is_deterministic_where_that_is_cheap(
     def refuse(_: LoopedTransformer) -> None:
         raise InvarianceError("a product depends on its place")
 
-    monkeypatch.setattr("model.serving.make_invariant", refuse)
+    monkeypatch.setattr("model.worker.build.make_invariant", refuse)
     assert not build_engine(options).info.deterministic
     with pytest.raises(InvarianceError, match="depends on its place"):
         build_engine(msgspec.structs.replace(options, deterministic=True))
@@ -293,10 +290,10 @@ def test_bf16_on_a_cpu_without_its_products_is_warned_of(
     has_products: bool,
     dtype: str,
 ) -> None:
-    monkeypatch.setattr("model.serving.multiplies_bf16", lambda device: has_products)
+    monkeypatch.setattr("model.worker.build.multiplies_bf16", lambda device: has_products)
     save_checkpoint(tiny_model(), tmp_path, torch.float32)
     build_engine(
-        EngineOptions(
+        WorkerOptions(
             model_path=str(tmp_path), kv_cache_tokens=256, row_budget=8, threads=1, device="cpu", dtype=dtype
         )
     )

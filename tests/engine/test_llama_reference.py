@@ -85,7 +85,7 @@ def test_activations_equal_transformers():
     """Far from zero as well, where a tiny model's MLP never goes."""
     from transformers.activations import ACT2FN  # noqa: PLC0415
 
-    from model import config, layers  # noqa: PLC0415
+    from model.network import config, layers  # noqa: PLC0415
 
     x = torch.linspace(-8, 8, 1601)
     assert set(layers.ACTIVATIONS) == config.ACTIVATIONS

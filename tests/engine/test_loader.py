@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import load_config, load_model, save_checkpoint
-from model.checkpoint import CheckpointError
-from model.config import LoopedConfig, NormPlacement, RopeConfig
-from model.looped import LoopedTransformer
+from model.checkpoint.files import CheckpointError
+from model.machine import Memory
+from model.network.config import LoopedConfig, NormPlacement, RopeConfig
+from model.network.looped import LoopedTransformer
 from tests.checkpoint_edits import edit_config, edit_tensors
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -122,7 +123,7 @@ def test_sharded_equals_whole(folder):
 def test_a_small_mapping_window_changes_nothing(folder, monkeypatch):
     """A file is opened anew after every 64 MiB: at 200 bytes, for nearly each tensor."""
     wanted = load_model(folder).logits(IDS)
-    monkeypatch.setattr("model.checkpoint.BYTES_PER_MAPPING", 200)
+    monkeypatch.setattr("model.checkpoint.files.BYTES_PER_MAPPING", 200)
     assert torch.equal(load_model(folder).logits(IDS), wanted)
 
 
@@ -153,17 +154,6 @@ def test_tied_weights_are_one_tensor(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     model = load_model(tmp_path).model
     assert model.head.weight is model.embedding.weight
-
-
-def test_a_tied_head_that_is_stored_too_must_be_equal(tmp_path):
-    model = tiny(tie_embeddings=True)
-    save_checkpoint(model, tmp_path, torch.float32)
-    wanted = load_model(tmp_path).logits(IDS)
-    head = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].clone()
-    edit_tensors(tmp_path, **{"lm_head.weight": head})
-    assert torch.equal(load_model(tmp_path).logits(IDS), wanted)
-    edit_tensors(tmp_path, **{"lm_head.weight": head + 1e-3})
-    refused(tmp_path, "lm_head.weight", "tie")
 
 
 def test_rotary_buffers_of_old_checkpoints_are_dropped(folder):
@@ -358,7 +348,7 @@ print(memory("VmHWM") - before)
 
 
 def test_where_loading_takes_long_it_says_how_far_it_is(folder, monkeypatch, capsys):
-    monkeypatch.setattr("model.loader.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("model.checkpoint.loader.SECONDS_BETWEEN_LINES", 0)
     load_model(folder)
     error = capsys.readouterr().err
     assert re.search(r"loading: +9\d%", error)
@@ -376,3 +366,12 @@ def test_peak_memory_is_little_more_than_the_weights(folder, tmp_path_factory):
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert size < int(done.stdout) < 1.15 * size + 64 * 2**20
     assert done.stderr == ""  # no progress bar where nobody looks
+
+
+def test_weights_that_memory_does_not_hold_are_warned_of(folder, monkeypatch, caplog):
+    """The kernel kills such a process without a word."""
+    load_model(folder)
+    assert not caplog.records
+    monkeypatch.setattr("model.checkpoint.loader.free_memory", lambda: Memory(1000, True))
+    load_model(folder)
+    assert "the process may be killed" in caplog.text

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.checkpoint.loader import LoadedModel, load_model
 from model.engine import Engine
-from model.loader import LoadedModel, load_model
-from model.looped import LoopedTransformer
+from model.network.looped import LoopedTransformer
+from model.passes.scores import token_logprobs
 from model.protocol import GenerationRequest, SamplingParams, TokenEvent, TokenLogprobs
-from model.readout import token_logprobs
 from server.settings import embedded_model
 from tests.engine.test_engine import engine, prompts, request
 from tests.tiny_models import SHAPES, tiny_model

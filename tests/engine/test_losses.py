@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.training import losses
-from model.training.losses import loop_losses
-from model.training.recipe import Stage
 from tests.tiny_models import tiny_model
+from training import losses
+from training.losses import loop_losses
+from training.recipe import Stage
 
 LOOPS, VOCAB = 3, 67
 

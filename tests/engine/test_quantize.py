@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from model.engine import Engine, EngineConfig
-from model.packed import pack_linears
-from model.protocol import GenerationRequest, SamplingParams
-from model.quantize import (
+from model.engine import Engine
+from model.network.int8 import (
     LOW_UNITS,
     UNITS,
     Int8Linear,
@@ -18,6 +16,9 @@ from model.quantize import (
     quantize_linears,
     quantized,
 )
+from model.network.packed import pack_linears
+from model.options import EngineOptions
+from model.protocol import GenerationRequest, SamplingParams
 from tests.cpu import needs_integer_products
 from tests.tiny_models import SHAPES, tiny_model
 
@@ -157,7 +158,7 @@ def test_speculation_changes_no_token_of_a_quantised_model(dtype):
         ]
 
     def texts(batches) -> list[list[int]]:
-        engine = Engine(model, EngineConfig(draft_depths=(1, 2), kv_cache_tokens=1024))
+        engine = Engine(model, EngineOptions(draft_depths=(1, 2), kv_cache_tokens=1024))
         events = [event for batch in batches for events in engine.run(batch).values() for event in events]
         return [
             [t for e in events if e.request_id == r.request_id for t in e.token_ids] for r in requests(False)

@@ -2,7 +2,7 @@
 
 import torch
 
-from model.loader import LoadedModel
+from model.checkpoint.loader import LoadedModel
 from model.protocol import SamplingParams
 from tests.engine.test_engine import engine, request
 from tests.tiny_models import tiny_model

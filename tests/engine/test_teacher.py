@@ -10,8 +10,8 @@ from gguf import GGUFWriter
 from tokenizers import Tokenizer, pre_tokenizers
 
 from model import load_model
-from model.training.distill.teacher import LAYER_NAMES, NAMES, TeacherError, convert_teacher
 from tests.tiny_models import tiny_model
+from training.distill.teacher import LAYER_NAMES, NAMES, TeacherError, convert_teacher
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the")]

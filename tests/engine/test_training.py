@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from model import load_model
-from model.training import main
-from model.training import trainer as trainer_module
-from model.training.checkpoints import DamagedCheckpointError, load_checkpoint, save_checkpoint
-from model.training.corpus import is_held_out, read_corpus
-from model.training.muon import Float32Muon, orthogonalised
-from model.training.recipe import load_recipe, recipe_from
-from model.training.text_task import TextTask
-from model.training.trainer import Trainer, new_model
+from training import main
+from training import trainer as trainer_module
+from training.checkpoints import DamagedCheckpointError, load_checkpoint, save_checkpoint
+from training.corpus import is_held_out, read_corpus
+from training.muon import Float32Muon, orthogonalised
+from training.recipe import load_recipe, recipe_from
+from training.text_task import TextTask
+from training.trainer import Trainer, new_model
 
 RECIPE = """
 tokens_per_step = 64

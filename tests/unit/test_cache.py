@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.cache import CacheIntegrityError, PagePool, PageTable, PrefixKeys
+from model.schedule.pages import CacheIntegrityError, PagePool, PageTable, PrefixKeys
 
 
 @given(

@@ -2,11 +2,12 @@
 """Chat templates: rendered as transformers renders them, found where checkpoints keep them."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from server.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from server.chat_template import ChatTemplate, ChatTemplateError, check_nothing_lost, load_chat_template
 from server.errors import InvalidRequestError
 from tests.text_tools import byte_tokenizer
 
@@ -15,7 +16,7 @@ LLAMA = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messag
 ODD = """
 {%- set ns = namespace(found=false, n=0) %}
 {% for message in messages %}
-    {%- if message.role == 'system' %}{% continue %}{% endif %}
+    {%- if message.role == 'system' %}{{ message.content | upper }}{% continue %}{% endif %}
     {% set ns.n = ns.n + 1 %}
     {{ ns.n }}: {{ message | tojson }} {{ {"b": 1, "a": [message.content]} | tojson(indent=2) }}
     {% if ns.n == 3 %}{% break %}{% endif %}
@@ -55,6 +56,36 @@ def test_developer_is_passed_on_where_the_template_takes_it():
         ChatTemplate("{{ bos_token }}").render(messages, add_generation_prompt=False)
 
 
+@pytest.mark.parametrize(
+    ("texts", "lost"),
+    [
+        ([], False),
+        (["b", " d "], False),
+        (["e"], True),
+        (["b", "e"], True),
+        (["B c", "ABCD"], True),
+        ([""], False),
+    ],
+)
+def test_a_text_that_is_not_shown_is_noticed(texts: list[str], lost: bool) -> None:
+    messages = [{"role": "user", "content": text} for text in texts]
+    with pytest.raises(InvalidRequestError, match="leaves it out") if lost else nullcontext():
+        check_nothing_lost(messages, "abcd")
+
+
+def test_looking_for_lost_texts_reads_the_prompt_once() -> None:
+    """It was read from the beginning for each message: minutes for a megabyte of short ones."""
+    starts = []
+
+    class Watched(str):
+        def find(self, part: str, start: int) -> int:  # type: ignore[override]
+            starts.append(start)
+            return super().find(part, start)
+
+    check_nothing_lost([{"role": "user", "content": "ab"}] * 1000, Watched("ab" * 1000))
+    assert starts == list(range(0, 2000, 2))
+
+
 def folder_with(path, **files) -> None:
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content)
@@ -63,7 +94,7 @@ def folder_with(path, **files) -> None:
 
 def text_of(template: ChatTemplate | None) -> str:
     assert template is not None
-    return template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    return template.render([{"role": "user", "content": ""}], add_generation_prompt=True)
 
 
 def test_a_model_without_a_template_has_none(tmp_path):
@@ -103,6 +134,12 @@ def test_of_several_templates_the_default(tmp_path, templates, expected):
     [
         ({"chat_template": [{"name": "a", "template": ""}, {"name": "b", "template": ""}]}, "a, b"),
         ({"chat_template": "{% if %}"}, "not Jinja"),
+        ({"chat_template": 7}, "chat_template is 7"),
+        ({"chat_template": {"name": "default", "template": ""}}, "chat_template is"),
+        ({"chat_template": [{"name": "default"}]}, "chat_template is"),
+        ({"chat_template": ["{{ messages }}"]}, "chat_template is"),
+        ({"chat_template": [{"name": "default", "template": None}]}, "chat_template is"),
+        ("version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
         ("{", "tokenizer_config.json"),
         ("[]", "tokenizer_config.json"),
     ],

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model.config import ConfigError, InitialState, LoopedConfig, NormPlacement
-from model.families import FAMILIES, family_of, raven
-from model.families.nanbeige import write_config
-from model.families.quantized import int8_fields, stored_in_int8
+from model.checkpoint.families import FAMILIES, family_of, raven
+from model.checkpoint.families.nanbeige import write_config
+from model.checkpoint.families.quantized import int8_fields, stored_in_int8
+from model.network.config import ConfigError, InitialState, LoopedConfig, NormPlacement
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

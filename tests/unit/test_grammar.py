@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from model import grammar as grammar_module
-from model.grammar import MAX_MESSAGE_CHARACTERS, GrammarError, check_grammar
+from model.grammar import check as check_module
+from model.grammar.check import MAX_MESSAGE_CHARACTERS, CheckUnavailableError, GrammarError, check_grammar
 from model.protocol import Grammar
 
 
@@ -59,12 +59,11 @@ def test_a_sound_grammar_is_taken(kind, text) -> None:
     [
         ("json_schema", '{"type":', "not valid JSON"),
         ("json_schema", "[1]", "schema"),
-        ("json_schema", '{"type": "string", "format": "no such"}', "format"),
         ("json_schema", '{"type": "triangle"}', "triangle"),
         ("json_schema", '{"type": "string", "minLength": 5, "maxLength": 2}', "Unsatisfiable"),
         ("json_schema", '{"$ref": "#"}', "matches no text"),
         ("json_schema", '{"$ref": "file:///etc/passwd"}', "does not fetch"),
-        ("json_schema", nested_arrays(1000), "recursion limit"),
+        ("json_schema", nested_arrays(1000), "nested too deeply"),
         ("json_schema", reference_chain(1500), "lead too deep"),
         ("json_schema", '"' + "x" * 200_000 + '"', "at most 131072"),
         ("regex", "(", "unclosed group"),
@@ -99,11 +98,57 @@ def test_a_grammar_that_takes_long_is_given_up() -> None:
 def test_a_busy_machine_is_no_verdict(monkeypatch) -> None:
     """The time is out once; the same grammar is taken later."""
     grammar = Grammar(kind="regex", text="busy+")
-    monkeypatch.setattr(grammar_module, "CHECK_WALL_SECONDS", 0.001)
-    with pytest.raises(GrammarError, match="not compiled within"):
+    monkeypatch.setattr(check_module, "CHECK_WALL_SECONDS", 0.001)
+    with pytest.raises(CheckUnavailableError, match="not compiled within"):
         check_grammar(grammar)
     monkeypatch.undo()
     check_grammar(grammar)
+
+
+def _ends_itself(tmp_path, code: str) -> str:
+    """A Python that runs `code` in place of the check."""
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport os, signal\n{code}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "os.kill(os.getpid(), signal.SIGTERM)",
+        "raise SystemExit(1)",
+        "",
+    ],
+    ids=["killed", "terminated", "failed", "silent"],
+)
+def test_a_check_that_ends_without_a_verdict_is_none(monkeypatch, tmp_path, code) -> None:
+    """Killed for memory, or unable to import: it was called too large a grammar, and stayed that."""
+    grammar = Grammar(kind="regex", text=f"{tmp_path.name}+")
+    monkeypatch.setattr(sys, "executable", _ends_itself(tmp_path, code))
+    with pytest.raises(CheckUnavailableError):
+        check_grammar(grammar)
+    monkeypatch.undo()
+    check_grammar(grammar)
+
+
+def test_a_check_that_cannot_be_started_is_no_verdict(monkeypatch, tmp_path) -> None:
+    """No descriptors or no processes left: the OSError was a 500."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
+    with pytest.raises(CheckUnavailableError, match="can't be started"):
+        check_grammar(Grammar(kind="regex", text="unstarted"))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), BaseException("panic")], ids=["memory", "panic"])
+def test_a_compiler_that_breaks_is_a_refusal_not_a_consent(monkeypatch, error) -> None:
+    """What a thread raised was lost, and nothing was said against the grammar."""
+
+    def broken(grammar: Grammar) -> list[str]:
+        raise error
+
+    monkeypatch.setattr(check_module, "_problems", broken)
+    assert "too large" in check_module._verdict(Grammar(kind="regex", text="a"))
 
 
 def test_checking_needs_no_torch() -> None:

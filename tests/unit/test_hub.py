@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from model.hub import HubError, is_hub_id, model_folder
+from model.checkpoint.hub import HubError, is_hub_id, model_folder
 from tests.fake_hub import FakeHub, Repository
 
 ROOT = Path(__file__).resolve().parents[2]
 RESOLVE = """
 import json, sys
-from model.hub import HubError, model_folder
+from model.checkpoint.hub import HubError, model_folder
 for arguments in json.loads(sys.argv[1]):
     try:
         print(json.dumps({"folder": str(model_folder(*arguments))}))

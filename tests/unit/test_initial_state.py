@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.initial_state import CUT, state_noise
-from model.sampling import gumbel_noise_numpy
+from model.passes.noise import CUT, gumbel_noise_numpy, state_noise
 
 seeds = st.integers(-(2**63), 2**63 - 1)
 

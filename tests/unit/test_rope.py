@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model.config import ConfigError, LoopedConfig, RopeConfig
-from model.families.family import Fields
-from model.families.rope import read_rope
-from model.layers import Rotary, rotary_frequencies
+from model.checkpoint.families.family import Fields
+from model.checkpoint.families.rope import read_rope
+from model.network.config import ConfigError, LoopedConfig, RopeConfig
+from model.network.layers import Rotary, rotary_frequencies
 
 torch.set_num_threads(1)
 

@@ -6,22 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import sampling
-from model.cache import PrefixKeys
-from model.drafts import make_policy
-from model.protocol import GenerationRequest, SamplingParams
-from model.sampling import (
-    Readout,
+from model.passes import sampling
+from model.passes.noise import gumbel_noise_numpy, gumbel_noise_torch, philox_bits
+from model.passes.sampling import (
     Sampler,
-    TokenCounts,
     apply_penalties,
-    gumbel_noise_numpy,
-    gumbel_noise_torch,
     keep_top,
-    philox_bits,
 )
-from model.sequence import Sequence
-from model.wave import Wave
+from model.protocol import GenerationRequest, SamplingParams
+from model.schedule.batch import Readout
+from model.schedule.counts import TokenCounts
+from model.schedule.drafts import make_policy
+from model.schedule.pages import PrefixKeys
+from model.schedule.sequence import Sequence
+from model.schedule.wave import Wave
 
 CPU = torch.device("cpu")
 VOCAB = 64
@@ -34,7 +32,7 @@ def readout(params: SamplingParams, position: int = 3, tokens: list[int] | None 
     )
     ending = frozenset(request.stop_token_ids)
     wave = Wave(prompt, 4, make_policy("none", frozenset()), 100, ending)
-    return Readout(Sequence(request, wave, PrefixKeys("", 16)), position)
+    return Readout(0, Sequence(request, wave, PrefixKeys("", 16)), position)
 
 
 @given(seed=st.integers(-(2**63), 2**63 - 1), position=st.integers(0, 2**31), count=st.integers(1, 40))
@@ -53,7 +51,7 @@ def test_sampled_tokens_follow_the_filtered_softmax() -> None:
     logits = torch.linspace(-1, 2, VOCAB)[torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))]
     params = [SamplingParams(temperature=0.7, top_p=0.9, seed=seed) for seed in range(20_000)]
     rows = [readout(p) for p in params]
-    tokens = Sampler(VOCAB, CPU).sample(logits.expand(len(rows), -1), rows)
+    tokens = Sampler(VOCAB, CPU).sample(logits.expand(len(rows), -1), rows, {})
     scores = (logits / 0.7)[None]
     kept = keep_top(scores, torch.tensor([[VOCAB]]), torch.tensor([[0.9]]))
     expected = kept.softmax(-1)[0].double() * len(rows)
@@ -111,7 +109,7 @@ def test_looking_at_the_likeliest_tokens_only_gives_what_sorting_all_gives(sprea
 def test_min_p_drops_what_is_far_less_likely_than_the_best() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     tokens = {
-        int(Sampler(4, CPU).sample(logits, [readout(SamplingParams(min_p=0.4, seed=seed))]))
+        int(Sampler(4, CPU).sample(logits, [readout(SamplingParams(min_p=0.4, seed=seed))], {}))
         for seed in range(300)
     }
     assert tokens == {0, 1}
@@ -127,8 +125,8 @@ def test_a_row_is_sampled_alike_alone_and_in_any_batch() -> None:
         SamplingParams(temperature=0, logit_bias={7: 100.0}),
     ]
     rows = [readout(p) for p in params]
-    together = Sampler(VOCAB, CPU).sample(logits, rows).tolist()
-    alone = [int(Sampler(VOCAB, CPU).sample(logits[i : i + 1], [rows[i]])) for i in range(5)]
+    together = Sampler(VOCAB, CPU).sample(logits, rows, {}).tolist()
+    alone = [int(Sampler(VOCAB, CPU).sample(logits[i : i + 1], [rows[i]], {})) for i in range(5)]
     assert together == alone
     assert together[0] == int(logits[0].argmax())
     assert together[4] == 7
@@ -137,7 +135,7 @@ def test_a_row_is_sampled_alike_alone_and_in_any_batch() -> None:
 def test_logits_are_left_as_they_are() -> None:
     logits = torch.randn(1, VOCAB)
     before = logits.clone()
-    Sampler(VOCAB, CPU).sample(logits, [readout(SamplingParams(presence_penalty=1.0, logit_bias={1: 5}))])
+    Sampler(VOCAB, CPU).sample(logits, [readout(SamplingParams(presence_penalty=1.0, logit_bias={1: 5}))], {})
     assert torch.equal(logits, before)
 
 
@@ -155,10 +153,10 @@ def test_token_counts_see_drafts_but_never_keep_them() -> None:
     wave, counts = row.sequence.wave, TokenCounts(VOCAB)
     wave.tokens += [6, 7, 7]  # one committed, two drafts
     wave.num_committed = 4
-    prompt, output = counts.upto(row._replace(position=6))
+    prompt, output = counts.upto(wave, 6)
     assert (prompt[4], prompt[5], output[6], output[7]) == (2, 1, 1, 2)
     wave.tokens[4:] = [8]  # the drafts are flushed
-    _, output = counts.upto(row._replace(position=5))
+    _, output = counts.upto(wave, 5)
     assert (output[6], output[7], output[8]) == (1, 0, 1)
 
 
@@ -169,5 +167,5 @@ def test_an_ending_token_cannot_come_before_min_tokens() -> None:
     params = SamplingParams(temperature=0)
     early = readout(params, position=4, min_tokens=2, stop_token_ids=[9])
     late = readout(params, position=5, min_tokens=2, stop_token_ids=[9])
-    assert int(sampler.sample(logits, [early])) != 9
-    assert int(sampler.sample(logits, [late])) == 9
+    assert int(sampler.sample(logits, [early], {})) != 9
+    assert int(sampler.sample(logits, [late], {})) == 9

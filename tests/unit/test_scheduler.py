@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.cost import FixedBudget, MeasuredCost, PassPrice, ReadoutPrice
-from model.drafts import POLICIES, make_policy
-from model.scheduler import SchedulerLimits
-from model.sequence import ScheduledRun
-from model.wave import Wave
+from model.options import POLICIES, SchedulerLimits
+from model.schedule.batch import ScheduledRun
+from model.schedule.cost import FixedBudget, MeasuredCost, PassPrice, ReadoutPrice
+from model.schedule.drafts import make_policy
+from model.schedule.wave import Wave
 from tests.fake_model import Harness
 
 Arrival = tuple[int, int, int]  # prompt length, max_tokens, pass at which it arrives
@@ -56,7 +56,7 @@ def test_any_schedule_gives_every_request_its_own_text_and_one_end(
     harness.finish()
     assert harness.pool.num_free_pages == num_pages
     for index, (_, max_tokens, _) in enumerate(arrivals):
-        expected = harness.runner.continue_plainly(prompts[index], max_tokens, frozenset())
+        expected = harness.backend.continue_plainly(prompts[index], max_tokens, frozenset())
         ends = [event.finish_reason for event in harness.answers[str(index)] if event.finish_reason]
         got = harness.text(str(index))
         assert len(ends) == 1
@@ -139,7 +139,7 @@ def test_the_newest_makes_way_when_pages_run_out_and_says_the_same_later() -> No
         harness.add(name, [ord(name)] * 8, 20)
     harness.finish()
     for name in "ab":
-        assert harness.text(name) == harness.runner.continue_plainly([ord(name)] * 8, 20, frozenset())
+        assert harness.text(name) == harness.backend.continue_plainly([ord(name)] * 8, 20, frozenset())
     assert (harness.stats("a").preemptions, harness.scheduler.counts.preemptions > 0) == (0, True)
     assert harness.stats("b").preemptions == harness.scheduler.counts.preemptions
 
@@ -167,7 +167,7 @@ def test_a_known_beginning_is_not_read_again() -> None:
     assert rows == set(range(20, 24))
     assert harness.stats("a").cached_prompt_tokens == 0
     assert harness.stats("b").cached_prompt_tokens == 20
-    assert harness.text("b") == harness.runner.continue_plainly(again, 5, frozenset())
+    assert harness.text("b") == harness.backend.continue_plainly(again, 5, frozenset())
     assert (harness.scheduler.counts.prefix_hits, harness.scheduler.counts.prefix_queries) == (20, 17 + 24)
 
 
@@ -230,11 +230,11 @@ def passes_that_read_out(num_sequences: int, policy: str, error_rate: float) -> 
     harness = Harness(error_rate=error_rate, cost=prices(1.0, 0.05, head=0.15), num_pages=1000)
     harness.add("first", [99], 100, policy="adaptive")
     harness.finish()
-    harness.runner.pass_readouts.clear()
+    harness.backend.pass_readouts.clear()
     for index in range(num_sequences):
         harness.add(str(index), [index] * (1 + 8 * index), 150, policy=policy)
     harness.finish()
-    return sum(map(bool, harness.runner.pass_readouts)), len(harness.runner.pass_readouts)
+    return sum(map(bool, harness.backend.pass_readouts)), len(harness.backend.pass_readouts)
 
 
 @pytest.mark.parametrize(("num_sequences", "error_rate"), [(1, 1.0), (2, 1.0), (8, 1.0), (8, 0.5)])
@@ -262,14 +262,14 @@ def test_a_lone_text_whose_drafts_become_good_finds_out() -> None:
     harness.add("a", [1], 400, policy="adaptive")
     while len(harness.text("a")) < 100:
         harness.step()
-    harness.runner.error_rate = 0.0
-    passes = len(harness.runner.pass_rows)
+    harness.backend.error_rate = 0.0
+    passes = len(harness.backend.pass_rows)
     while len(harness.text("a")) < 300:
         harness.step()
-    assert len(harness.runner.pass_rows) - passes > 220  # it didn't know at once
-    passes = len(harness.runner.pass_rows)
+    assert len(harness.backend.pass_rows) - passes > 220  # it didn't know at once
+    passes = len(harness.backend.pass_rows)
     harness.finish()
-    assert len(harness.runner.pass_rows) - passes <= 105
+    assert len(harness.backend.pass_rows) - passes <= 105
 
 
 def test_a_probe_leaves_the_wave_as_it_is() -> None:

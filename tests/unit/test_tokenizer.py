@@ -1,6 +1,8 @@
 """Tokens as bytes, and prompts that ask for what stands between two texts."""
 
 import json
+import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -8,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from server.settings import embedded_model
-from server.tokenizer import TextCodec, printable
+from server.settings import SettingsError, embedded_model
+from server.tokenizer import TextCodec, load_codec, printable
 from tests.text_tools import byte_codec, byte_tokenizer, ids_of
 from tests.unit.test_text import sentencepiece_codec
 
@@ -120,3 +122,44 @@ def test_special_tokens_stand_where_transformers_puts_them(tmp_path, post_proces
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert TextCodec.from_folder(tmp_path).encode("hi") == reference.encode("hi")
+
+
+def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    with pytest.raises(SettingsError, match=r"tokenizer\.json is a Git LFS pointer"):
+        load_codec(tmp_path)
+
+
+def ticks_during(work: Callable[[], object]) -> int:
+    """How often another thread gets to run meanwhile; counting stops well above what a fluke gives."""
+    ticks, done = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal ticks
+        while not done.wait(0.001) and ticks < 1000:
+            ticks += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    work()
+    done.set()
+    thread.join()
+    return ticks
+
+
+LONG_TEXT = "hello world " * 30_000
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised():
+    """The library's `encode` holds the lock for the whole 200 ms: every stream stood still for so long."""
+    assert ticks_during(lambda: EMBEDDED.encode(LONG_TEXT)) >= 10
+
+
+def test_other_threads_run_while_many_ids_are_decoded():
+    ids = EMBEDDED.encode(LONG_TEXT) * 4
+    assert ticks_during(lambda: EMBEDDED.decode_long(ids)) >= 10
+
+
+@given(st.lists(st.integers(0, 300)))
+def test_many_ids_are_decoded_like_few(ids):
+    assert EMBEDDED.decode_long(ids) == EMBEDDED.decode(ids, skip_special_tokens=False)

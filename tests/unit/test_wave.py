@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.drafts import POLICIES, make_policy, policy_depths
-from model.wave import Wave
+from model.options import POLICIES
+from model.schedule.drafts import make_policy, policy_depths
+from model.schedule.wave import Outcome, Unconstrained, Wave
 from tests.fake_model import Harness, mixed
 
 
@@ -36,7 +37,7 @@ def test_a_draft_at_depth_two_needs_two_passes_a_token() -> None:
 def test_no_drafts_need_a_pass_for_every_loop() -> None:
     harness, passes_per_token = decode((), error_rate=0.0)
     assert passes_per_token == 4.0
-    assert harness.runner.pass_rows[-1] == 1
+    assert harness.backend.pass_rows[-1] == 1
 
 
 def test_drafts_that_are_always_wrong_cost_no_passes() -> None:
@@ -76,7 +77,7 @@ def test_every_policy_commits_what_plain_decoding_gives(
     options = {"num_loops": num_loops, "draft_depths": depths, "policy": policy}
     harness.add("a", prompt, max_tokens, ending=ending, **options)
     harness.finish()
-    expected = harness.runner.continue_plainly(prompt, max_tokens, ending)
+    expected = harness.backend.continue_plainly(prompt, max_tokens, ending)
     assert harness.text("a") == expected
     last = harness.answers["a"][-1]
     assert last.finish_reason == ("stop" if expected[-1] in ending else "length")
@@ -176,3 +177,25 @@ def test_a_restart_forgets_drafts_and_goes_on_from_what_is_committed() -> None:
     wave.enter_prompt(8)
     assert [(run.start, run.num_rows) for run in wave.runs] == [(0, 2)]
     assert wave.num_readouts(wave.runs[0]) == 1
+
+
+class _Wavering(Unconstrained):
+    """Calls a token stuck once and open from then on, as a matcher at its limits can."""
+
+    def __init__(self) -> None:
+        self._asked: set[int] = set()
+
+    def outcome(self, tokens: list[int], position: int, token: int, **_: bool) -> Outcome:
+        first = position not in self._asked
+        self._asked.add(position)
+        return "stuck" if first else "open"
+
+
+@pytest.mark.parametrize("policy", ["single", "recheck", "adaptive"])
+def test_a_draft_that_was_not_followed_up_is_when_it_is_confirmed(policy: str) -> None:
+    """A draft called stuck had no row; confirmed and open, it left a wave without rows: IndexError."""
+    harness = Harness(error_rate=0.0)
+    harness.add("a", [1, 2, 3], 12, policy=policy)
+    harness.scheduler._waiting.first().wave.constraint = _Wavering()  # type: ignore[union-attr]
+    harness.finish()
+    assert harness.text("a") == harness.backend.continue_plainly([1, 2, 3], 12, frozenset())
