@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from cli.main import build_parser, main
-from server.command import UsageError, read_settings
-from server.settings import Settings
+import server.command
+from cli.main import UsageError, build_parser, main
+from server.command import read_settings
+from server.settings import Settings, unknown_variables
 
 
 def settings_of(*argv: str) -> Settings:
@@ -122,3 +123,66 @@ def test_sizes_and_budgets_are_numbers_with_units_or_words() -> None:
     for flag, value in (("--kv-cache-memory", "3TB"), ("--row-budget", "0"), ("--row-budget", "many")):
         with pytest.raises(UsageError, match=f"{flag} {value} is not valid"):
             settings_of(flag, value)
+
+
+@pytest.mark.parametrize("link", ["tcp://10.96.12.7:8000", "udp://10.96.12.7:8000"])
+def test_a_service_of_kubernetes_changes_no_option(monkeypatch, link):
+    """A Service named "speed" gives every pod beside it SPEED_PORT and more."""
+    monkeypatch.setenv("SPEED_PORT", link)
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_80_TCP", "PORT_80_TCP_ADDR"):
+        monkeypatch.setenv(f"SPEED_{name}", "x")
+    assert settings_of().port == 8000
+    assert settings_of("--port", "81").port == 81
+    assert unknown_variables() == []
+    with pytest.raises(UsageError, match="--port"):
+        settings_of("--port", link)
+
+
+@pytest.mark.parametrize("name", ["SPEED_API_KEYS", "SPEED_API_KEY_FILE"])
+@pytest.mark.parametrize("value", ["", " ", ",", "a,,b"])
+def test_an_empty_key_is_an_error_and_not_no_key(monkeypatch, capsys, name, value):
+    monkeypatch.setenv(name, value)
+    assert main(["serve"]) == 2
+    assert "--api-key" in capsys.readouterr().err
+
+
+def test_a_variable_that_is_nearly_that_of_the_keys_does_not_open_the_server(monkeypatch, capsys):
+    monkeypatch.setenv("SPEED_API_KEY", "secret")
+    assert main(["serve"]) == 2
+    error = capsys.readouterr().err
+    assert "SPEED_API_KEYS" in error
+    assert "secret" not in error
+    monkeypatch.setenv("SPEED_MAX_NUM_SEQ", "3")
+    assert unknown_variables() == ["SPEED_API_KEY", "SPEED_MAX_NUM_SEQ"]
+
+
+@pytest.mark.parametrize("command", [["cli.main"], ["server"]])
+def test_the_version(command):
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--version"], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.startswith("speed ")
+
+
+def test_the_module_takes_the_options_of_the_command(capsys):
+    assert server.command.main(["--port", "http"]) == 2
+    assert "--port http" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_every_option(shell, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", shell])
+    assert not ended.value.code
+    script = capsys.readouterr().out
+    for flag in ("--max-header-bytes", "--kv-cache-memory", "inspect", "throughput"):
+        assert flag in script
+
+
+def test_ctrl_c_before_anything_is_served_has_no_traceback(monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server.command, "local_model", interrupted)
+    assert main(["serve"]) == 130
+    assert capsys.readouterr().err == ""

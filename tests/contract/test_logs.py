@@ -80,6 +80,17 @@ async def test_a_path_cannot_forge_a_line(lines):
     assert len(line) < 400
 
 
+async def test_probes_have_their_lines_at_level_debug_only(lines):
+    """26,000 lines a day in compose."""
+    for level, num_lines in ((logging.INFO, 1), (logging.DEBUG, 5)):
+        lines.clear()
+        access_logger.setLevel(level)
+        async with serving(root_path="/llm") as served:
+            for path in ("/health", "/ready", "/metrics", "/llm/health", "/version"):
+                assert (await served.client.get(path)).status_code == 200
+        assert len(lines) == num_lines
+
+
 async def test_no_line_if_none_is_wanted(lines):
     async with serving(access_log="off") as served:
         await served.post()

@@ -46,6 +46,19 @@ async def test_health_ready_version(served):
     assert (await served.client.get("/version")).json()["version"]
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/v1/models/default", "/metrics", "/"])
+async def test_head_is_get_without_the_body(served, path):
+    head, whole = await served.client.head(path), await served.client.get(path)
+    assert head.status_code == whole.status_code == 200
+    assert head.content == b""
+    assert int(head.headers["content-length"]) > 0
+    assert head.headers["content-type"] == whole.headers["content-type"]
+
+
+async def test_head_of_what_only_takes_post_is_405(served):
+    assert (await served.client.head("/v1/completions")).status_code == 405
+
+
 @pytest.mark.parametrize(
     ("given", "kept"), [("abc-1", True), ("x" * 129, False), ("a b", False), ("", False)]
 )

@@ -2,13 +2,14 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
 from model.protocol import GenerationRequest, SamplingParams, TokenEvent
 from server.batcher import AdmissionLimits, RequestBatcher
 from server.errors import QueueFullError, UnavailableError
 from server.metrics import Metrics
-from tests.fake_engine import FakeEngine
+from tests.fake_engine import INFO, FakeEngine
 
 IDS = list(range(50, 70))
 
@@ -174,4 +175,35 @@ async def test_shutdown_ends_streams_with_abort(how):
     else:
         batcher.abort_all()
     assert [event.finish_reason for event in await drained(stream)] == ["abort"]
+    await batcher.close()
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "max_model_len", "kv_cache_tokens"), [(32, 65536, 10**6), (2, 100, 5000), (8, 200, 1000)]
+)
+def test_by_default_so_many_tokens_may_wait_as_the_engine_runs_eight_times_over(
+    max_num_seqs, max_model_len, kv_cache_tokens
+):
+    """A fixed 2^20 was sixteen chats of a model with a context of 65,536 tokens."""
+    info = msgspec.structs.replace(
+        INFO, max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_cache_tokens=kv_cache_tokens
+    )
+    most = AdmissionLimits(256).most_tokens(info)
+    assert most >= 8 * max_num_seqs * max_model_len
+    assert most == 8 * max(max_num_seqs * max_model_len, kv_cache_tokens)
+    assert AdmissionLimits(256, 100).most_tokens(info) == 100
+
+
+async def test_the_default_limit_of_tokens_is_kept():
+    engine = FakeEngine(lambda _: IDS, delay=1000)
+    batcher = RequestBatcher(engine, AdmissionLimits(1000), Metrics(engine, "m"))
+    await batcher.start()
+    most = AdmissionLimits(1000).most_tokens(INFO)
+    streams = [
+        batcher.open([request(str(i), INFO.max_model_len - 1)]) for i in range(most // INFO.max_model_len)
+    ]
+    with pytest.raises(QueueFullError, match=str(most)):
+        batcher.open([request("one more", INFO.max_model_len - 1)])
+    for stream in streams:
+        stream.close()
     await batcher.close()
