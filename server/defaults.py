@@ -2,7 +2,8 @@
 
 As in vLLM: the model's maker knows at which temperature it writes best, and a client that sends a value
 wins. `do_sample` and `max_new_tokens` are not read: a request says whether it samples, and OpenAI's API
-how long an answer may be. (The ending tokens in the same file are the engine's: see model.ending.)
+how long an answer may be. (The ending tokens in the same file are the engine's: see
+model.checkpoint.ending.)
 """
 
 import json

@@ -19,6 +19,9 @@
     └── UnavailableError            503  engine_loading, engine_unavailable, server_draining,
                                          check_unavailable, Retry-After
 
+Before a request is whole, `connections` answers by itself, in the same shape: 400 bad_request, 408
+request_timeout, 431 headers_too_large, 503 too_many_connections.
+
 Invariant: every answer with a status >= 400 has the body {"error": {message, type, param, code}}, quotes
 at most `MAX_QUOTE` characters of the input, and says nothing about the inside of the server.
 """

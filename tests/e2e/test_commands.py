@@ -1,4 +1,4 @@
-"""Every command that the README names: `--help` works with the runtime alone, and mistakes are one line.
+"""Every command that README and docs name: `--help` works with the runtime alone, and mistakes are one line.
 
 No model runs here; what is looked at is how a command begins and how it ends. All run one after the other in
 one process, since importing torch takes longer than all that they do.
@@ -108,9 +108,11 @@ def ends(tmp_path_factory):
     return {command: End(*end) for command, end in json.loads(done.stdout).items()}
 
 
-def test_the_readme_names_no_benchmark_that_is_not_there():
-    named = re.findall(r"python -m bench\.(\w+)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert set(named) <= set(BENCHMARKS)
+def test_the_docs_name_no_benchmark_that_is_not_there():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"python -m bench\.(\w+)", text))
+    assert {"attack", "exactness"} <= named <= set(BENCHMARKS)
     assert len(BENCHMARKS) > 8
 
 
