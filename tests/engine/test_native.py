@@ -3,13 +3,16 @@
 The library is compiled once for these tests, for the best level that runs here, unless it is in place.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
+from model import load_model
 from model.engine import Engine
 from model.network.int8 import quantize_linears
 from model.network.looped import LoopedTransformer
@@ -23,6 +26,7 @@ from model.worker.build import choose_backend
 from tests.tiny_models import SHAPES, tiny_model
 
 FP32 = NativeOptions(threads=1, half_cache=False)
+GOLDEN = sorted(Path(__file__).parents[3].joinpath("shared", "golden").glob("*/expected.json"))
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 
 
@@ -127,3 +131,27 @@ def test_what_is_not_covered_is_an_error_of_the_start(monkeypatch: pytest.Monkey
     monkeypatch.setenv(library.VARIABLE, "sse9")
     with pytest.raises(NativeUnavailableError, match="'sse9' is not known"):
         library.choose()
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.parent.name)
+def test_greedy_texts_are_those_of_the_reference_at_every_depth(file: Path) -> None:
+    expected = json.loads(file.read_text())
+    model = load_model(file.parent, integer_products=False).model
+    engine = Engine(model, EngineOptions(max_model_len=128, kv_cache_tokens=1024), maker=FP32)
+    depths = range(1, expected["loops"] + 1)
+    wanted = {
+        f"{name} {depth}": by[f"depth_{depth}"] for name, by in expected["greedy"].items() for depth in depths
+    }
+    asked = [
+        GenerationRequest(
+            request_id=name,
+            prompt_token_ids=expected["prompts"][name.split()[0]],
+            max_tokens=expected["new_tokens"],
+            num_loops=int(name.split()[1]),
+            ignore_eos=True,
+            sampling=SamplingParams(temperature=0.0),
+        )
+        for name in wanted
+    ]
+    assert wanted
+    assert texts(engine.run(asked)) == wanted
