@@ -29,7 +29,7 @@ async def serving(folder):
     """A client of an application over the folder's model."""
     engine = Engine(load_model(folder).model, EngineOptions(max_model_len=128, kv_cache_tokens=4096))
     app = create_app(LocalEngine(engine), load_codec(folder), Settings(model=str(folder)))
-    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=60)
     async with app.router.lifespan_context(app), client:
         yield client
 
