@@ -30,18 +30,33 @@ ACTIVATIONS = frozenset(
 
 
 class NormPlacement(Enum):
-    """Where the RMSNorms of a layer sit around a sub-layer f (attention, then MLP).
+    """Where the norms of a layer sit around a sub-layer f (attention, then MLP).
 
-    PRE       h + f(n(h))          Llama, Nanbeige, IQuest
-    SANDWICH  h + m(f(n(h)))       Ouro
-    POST_ADD  m(h + f(n(h)))       Huginn
-    OUTPUT    h + m(f(h))          OLMo-2
+    PRE            h + f(n(h))                     Llama, Nanbeige, IQuest, HRM-Text
+    SANDWICH       h + m(f(n(h)))                  Ouro
+    POST_ADD       m(h + f(n(h)))                  Huginn
+    OUTPUT         h + m(f(h))                     OLMo-2
+    INTERPOLATION  u + a (n(f(u)) - u), u = n(h)   Dory; `a` is a learned rate for each channel
     """
 
     PRE = "pre"
     SANDWICH = "sandwich"
     POST_ADD = "post_add"
     OUTPUT = "output"
+    INTERPOLATION = "interpolation"
+
+
+class NormKind(Enum):
+    """What the norms of a model are.
+
+    RMS    w x / sqrt(mean(x^2) + eps), w learned     most families
+    PLAIN  the same without w                         HRM-Text
+    UNIT   x / sqrt(sum(x^2) + eps), unit length      Dory
+    """
+
+    RMS = "rms"
+    PLAIN = "plain"
+    UNIT = "unit"
 
 
 class InitialState(Enum):
@@ -84,6 +99,21 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class UnitScales:
+    """Factors of the learned scales of a model on the unit sphere (nGPT, arXiv 2410.01131; Dory).
+
+    A scale `s` is stored near its initial value and used as `factor * s`; those of queries and of the output
+    gate are squared then, and rates are taken without their sign.
+    """
+
+    query: float  # on each channel of every query head
+    gate: float  # on the logits of attention's output gate
+    mlp: float  # on the MLP's gate and up
+    rate: float  # of the step from a state towards a sub-layer's output
+    logit: float  # on the logit of each token
+
+
+@dataclass(frozen=True)
 class LoopedConfig:
     """Shape of a looped transformer: prelude layers, one block run `num_loops` times, coda layers.
 
@@ -103,11 +133,18 @@ class LoopedConfig:
     max_positions: int
     num_prelude_layers: int = 0
     num_coda_layers: int = 0
+    max_loops: int | None = None  # that a request may ask for, with slots for them; None: num_loops
     norm_eps: float = 1e-6
+    norm_kind: NormKind = NormKind.RMS
     norm_placement: NormPlacement = NormPlacement.PRE
     norm_after_loop: bool = False  # the final norm closes every loop, and its output feeds the next
     norm_before_coda: bool = False  # the final norm is applied before the coda as well as after it
+    norm_after_prelude: bool = False  # the final norm is applied to the prelude's output too
     input_injection: bool = False  # state <- adapter([state, prelude output]) at the start of a loop
+    input_addition: bool = False  # state <- state + prelude output at the start of a loop (Dory)
+    low_cycles: int = 0  # above 0 the block is two stacks with two states: its first half runs so often
+    # on the low state, then its second half once on the high one, which is read out (HRM-Text)
+    prefix_lm: bool = False  # tokens of a prompt see each other both ways (HRM-Text)
     initial_state: InitialState = InitialState.NOISE  # read only with input_injection
     initial_state_std: float = 0.0  # of the noise at scale 1, before it is cut at 3 of them
     embedding_scale: float = 1.0
@@ -117,6 +154,8 @@ class LoopedConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over all heads' channels of q and of k (OLMo-2)
     qk_bias: bool = False  # a bias per head on q and k, before the rotary embedding (Huginn)
+    output_gate: bool = False  # attention's output times the sigmoid of a projection of its input
+    unit_scales: UnitScales | None = None  # learned scales and unit queries and keys (Dory)
     tie_embeddings: bool = False
     exit_gate: bool = False  # a learned gate on the state after each loop (Ouro)
     sliding_window: int | None = None  # tokens that a row of a windowed layer sees, its own included
@@ -124,6 +163,8 @@ class LoopedConfig:
     first_loop_gate: bool = False  # every layer windowed from loop 2 on, and there mixed by a learned
     # gate with attention over all K/V that the first loop stored (IQuest-Loop)
     rope: RopeConfig = field(default_factory=RopeConfig)
+    second_rope: RopeConfig | None = None  # of the layers `second_rope_layers`
+    second_rope_layers: tuple[int, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -145,26 +186,42 @@ class LoopedConfig:
                 f"rope short_factor has {len(self.rope.divisors)} numbers; "
                 f"{self.rotary_dim // 2}, half the rotary dimension, are wanted"
             )
+        self._check_windows()
+        self._check_loops()
+
+    def _check_windows(self) -> None:
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(f"sliding_window is {self.sliding_window}; it must be at least 1")
         if self.sliding_window is None and (self.sliding_layers or self.first_loop_gate):
             raise ConfigError("layers attend over a sliding_window, but its size is not given")
 
+    def _check_loops(self) -> None:
+        if self.max_loops is not None and self.max_loops < self.num_loops:
+            raise ConfigError(
+                f"max_loops is {self.max_loops}; it must be at least num_loops, {self.num_loops}"
+            )
+        if self.low_cycles and (self.num_block_layers % 2 or self.num_prelude_layers or self.num_coda_layers):
+            raise ConfigError("a block of two stacks has as many layers in each, and no prelude or coda")
+
+    @property
+    def most_loops(self) -> int:
+        """Loops that a request may ask for."""
+        return self.num_loops if self.max_loops is None else self.max_loops
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether every loop reads the prelude's output again."""
+        return self.input_injection or self.input_addition
+
+    @property
+    def state_size(self) -> int:
+        """Channels of a row's state between two loops: the high and the low state where there are two."""
+        return self.hidden_size * (2 if self.low_cycles else 1)
+
     @property
     def rotary_dim(self) -> int:
         """Channels of each head that are rotated (the first ones)."""
         return self.head_dim if self.rope.rotary_dim is None else self.rope.rotary_dim
-
-    @property
-    def default_draft_depths(self) -> tuple[int, ...]:
-        """Depths worth a prediction where nobody says otherwise: two early ones, none for one loop.
-
-        Up to 12 loops the first two (measured: 4 loops, 1.25 passes per token against 1.39 with the
-        first alone); a model of many small loops knows less after one: R / 16 and R / 4, 2 and 8 of 32.
-        """
-        loops = self.num_loops
-        depths = (1, 2) if loops <= 12 else (max(1, loops // 16), loops // 4)
-        return tuple(depth for depth in depths if depth < loops)
 
     @property
     def has_noisy_start(self) -> bool:
@@ -192,13 +249,34 @@ class LoopedConfig:
         return range(self.num_prelude_layers + self.num_block_layers, self.num_layers)
 
     @property
-    def num_slots(self) -> int:
-        """Independent KV caches: one for each (loop, layer)."""
-        return self.num_layers + (self.num_loops - 1) * self.num_block_layers
+    def stack_size(self) -> int:
+        """Layers of each of the block's two stacks, with `low_cycles`."""
+        return self.num_block_layers // 2
 
-    def loops_of_layer(self, layer: int) -> int:
-        """How many KV slots the layer with this index (0..num_layers-1) owns."""
-        return self.num_loops if layer in self.block else 1
+    @property
+    def num_caches(self) -> int:
+        """Layers as K/V counts them: one for each time that one runs within a loop.
+
+        All layers, and the low stack's again for each further cycle. In a block of two stacks, cycle c of
+        layer i of the low stack has cache c * stack_size + i; the high stack's stand behind them.
+        """
+        return self.num_layers + max(0, self.low_cycles - 1) * self.stack_size
+
+    @property
+    def num_slots(self) -> int:
+        """Independent KV caches: one for each (loop, layer), as `num_caches` counts layers."""
+        return sum(self.loops_of_layer(cache) for cache in range(self.num_caches))
+
+    @property
+    def layer_reads(self) -> tuple[int, int, int]:
+        """Layers that are run before the loops, in each loop, and behind them."""
+        looped = self.num_caches - self.num_prelude_layers - self.num_coda_layers
+        return self.num_prelude_layers, looped, self.num_coda_layers
+
+    def loops_of_layer(self, cache: int) -> int:
+        """How many KV slots the layer with this index (0..num_caches-1) owns."""
+        outside = cache < self.num_prelude_layers or cache >= self.num_caches - self.num_coda_layers
+        return 1 if outside else self.most_loops
 
     def is_windowed(self, layer: int) -> bool:
         """Whether rows of this layer see a window only, at some loop at least."""
@@ -209,7 +287,7 @@ class LoopedConfig:
         return self.window_of_loop(loop) if self.is_windowed(layer) else None
 
     def window_of_loop(self, loop: int) -> int | None:
-        """The same for any windowed layer."""
+        """Tokens that a row of any windowed layer sees in this loop, its own included; None is all."""
         return None if self.first_loop_gate and loop == 0 else self.sliding_window
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
@@ -217,5 +295,5 @@ class LoopedConfig:
         return 2 * self.num_slots * self.num_kv_heads * self.head_dim * itemsize
 
 
-_POSITIVE = [f.name for f in fields(LoopedConfig) if f.type is int and "prelude" not in f.name]
-_POSITIVE.remove("num_coda_layers")
+_MAY_BE_ZERO = {"num_prelude_layers", "num_coda_layers", "low_cycles"}
+_POSITIVE = [f.name for f in fields(LoopedConfig) if f.type is int and f.name not in _MAY_BE_ZERO]

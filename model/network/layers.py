@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.network.config import ConfigError, LoopedConfig, NormPlacement, RopeConfig
+from model.network.config import (
+    ConfigError,
+    LoopedConfig,
+    NormKind,
+    NormPlacement,
+    RopeConfig,
+    UnitScales,
+)
 
 # (layer index, q, k, v) -> attention output; q, k, v are (..., heads, head_dim), q already rotated.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -49,6 +56,45 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised x (..., size), same shape and dtype."""
         return F.rms_norm(x, self.size, self.weight, self.eps)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class PlainNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, without a weight, in fp32."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised x, same shape and dtype."""
+        return F.rms_norm(wide(x), x.shape[-1:], None, self.eps).to(x.dtype)
+
+
+class UnitNorm(nn.Module):
+    """x / sqrt(sum(x^2) + eps) over the last dimension: unit length, in fp32."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised x, same shape and dtype."""
+        numbers = wide(x)
+        return (numbers * torch.rsqrt(numbers.square().sum(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def make_norm(config: LoopedConfig) -> nn.Module:
+    """A norm over the hidden channels, of the model's kind."""
+    if config.norm_kind is NormKind.UNIT:
+        return UnitNorm(config.norm_eps)
+    if config.norm_kind is NormKind.PLAIN:
+        return PlainNorm(config.norm_eps)
+    return RMSNorm(config.hidden_size, config.norm_eps)
 
 
 def rotary_frequencies(rope: RopeConfig, rotary_dim: int, max_positions: int) -> tuple[Tensor, float]:
@@ -122,12 +168,13 @@ class Rotary(nn.Module):
     The frequencies stay fp32 whatever the module is cast to: bf16 frequencies are a known trap.
     """
 
-    def __init__(self, config: LoopedConfig) -> None:
+    def __init__(self, config: LoopedConfig, rope: RopeConfig | None = None) -> None:
+        """`rope` is the config's first one by default."""
         super().__init__()
-        self.rope = config.rope
+        self.rope = rope or config.rope
         self.rotary_dim = config.rotary_dim
         self.max_positions = config.max_positions
-        self.interleaved = config.rope.interleaved
+        self.interleaved = self.rope.interleaved
         frequencies, self.scaling = rotary_frequencies(self.rope, self.rotary_dim, self.max_positions)
         # Plain attributes: neither `.to(bf16)` nor `to_empty` touches them. One entry for each channel.
         signs = torch.ones_like(frequencies) * self.scaling
@@ -167,7 +214,9 @@ class Attention(nn.Module):
         super().__init__()
         c = config
         self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
-        width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        gated = c.num_heads if c.output_gate else 0
+        width = (c.num_heads + 2 * c.num_kv_heads + gated) * c.head_dim
+        self.num_gate_heads = gated  # the first ones of the product, before q, k and v
         self.qkv_proj = nn.Linear(c.hidden_size, width, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.output_bias)
         self.rotary = [rotary]  # in a list: shared by all layers, not a sub-module of each
@@ -181,10 +230,15 @@ class Attention(nn.Module):
             self.gate_weight = nn.Parameter(torch.zeros(c.num_heads, c.head_dim))
             self.gate_bias = nn.Parameter(torch.zeros(c.num_heads))
             self.gate_activation: Callable[[Tensor], Tensor] = torch.sigmoid
+        self.scales = c.unit_scales
+        if c.unit_scales:
+            self.unit = UnitNorm(c.norm_eps)
+            self.query_scale = nn.Parameter(torch.ones(c.num_heads * c.head_dim))
+            self.gate_scale = nn.Parameter(torch.ones(c.num_heads * c.head_dim))
 
     def forward(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Attention of x (..., hidden) for the layer with this index; same shape out."""
-        qkv = self.qkv_proj(x)
+        gate, qkv = self._parted(self.qkv_proj(x))
         heads = qkv.view(*qkv.shape[:-1], -1, self.head_dim)  # (..., heads + 2 kv_heads, head_dim)
         rotated = self.num_heads + self.num_kv_heads
         qk, v = heads[..., :rotated, :], heads[..., rotated:, :]
@@ -193,9 +247,48 @@ class Attention(nn.Module):
         if self.has_qk_bias:
             qk = qk + self.qk_bias
         qk = self.rotary[0].rotate(qk, *angles)
-        out = attend(layer, qk[..., : self.num_heads, :], qk[..., self.num_heads :, :], v)
-        projected: Tensor = self.o_proj(out.flatten(-2))
+        q, k = qk[..., : self.num_heads, :], qk[..., self.num_heads :, :]
+        if self.scales:
+            q, k = self._scaled(self.unit(q)), self.unit(k)
+        out = attend(layer, q, k, v).flatten(-2)
+        projected: Tensor = self.o_proj(out if gate is None else self._gated(out, gate))
         return projected
+
+    def _parted(self, product: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The output gate's logits, if there is one, and q, k and v side by side."""
+        split = self.gate_size
+        return (product[..., :split], product[..., split:].contiguous()) if split else (None, product)
+
+    def _scaled(self, q: Tensor) -> Tensor:
+        """Unit queries (..., heads, head_dim) times their learned scales."""
+        return q * self.query_scales.view(-1, self.head_dim).to(q.dtype)
+
+    @property
+    def query_scales(self) -> Tensor:
+        """What unit queries are multiplied by, (heads * head_dim,)."""
+        return (wide(self.query_scale) * self._factors.query).square()
+
+    @property
+    def gate_scales(self) -> Tensor:
+        """What the output gate's logits are multiplied by, (heads * head_dim,)."""
+        return (wide(self.gate_scale) * self._factors.gate).square()
+
+    @property
+    def _factors(self) -> UnitScales:
+        assert self.scales is not None
+        return self.scales
+
+    @property
+    def gate_size(self) -> int:
+        """Rows of the output gate in `qkv_proj`, the first ones."""
+        return self.num_gate_heads * self.head_dim
+
+    def _gated(self, out: Tensor, gate: Tensor) -> Tensor:
+        """Attention's output (..., heads * head_dim) times its gate; of unit length with scales."""
+        if not self.scales:
+            return out * torch.sigmoid(gate)
+        normed: Tensor = self.unit(out * torch.sigmoid(gate * self.gate_scales.to(gate.dtype)))
+        return normed
 
     def first_loop_share(self, q: Tensor) -> Tensor:
         """How much each head of a rotated q (..., heads, head_dim) takes of the first loop's K/V, 0..1.
@@ -220,12 +313,26 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
         self.activation = ACTIVATIONS[c.activation]
+        self.scales = c.unit_scales
+        if c.unit_scales:
+            self.unit = UnitNorm(c.norm_eps)
+            self.gate_up_scale = nn.Parameter(torch.ones(2 * c.intermediate_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """The MLP of x (..., hidden); same shape out."""
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        out: Tensor = self.down_proj(self.activation(gate) * up)
+        both = self.gate_up_proj(x)
+        if self.scales:
+            both = both * self.gate_up_scales.to(both.dtype)
+        gate, up = both.chunk(2, -1)
+        inner = self.activation(gate) * up
+        out: Tensor = self.down_proj(self.unit(inner) if self.scales else inner)
         return out
+
+    @property
+    def gate_up_scales(self) -> Tensor:
+        """What gates and ups are multiplied by, (2 * intermediate_size,)."""
+        assert self.scales is not None
+        return wide(self.gate_up_scale) * self.scales.mlp
 
 
 class Layer(nn.Module):
@@ -236,8 +343,7 @@ class Layer(nn.Module):
         place = config.norm_placement
 
         def norm(*placements: NormPlacement) -> nn.Module:
-            real = place in placements
-            return RMSNorm(config.hidden_size, config.norm_eps) if real else nn.Identity()
+            return make_norm(config) if place in placements else nn.Identity()
 
         before = (NormPlacement.PRE, NormPlacement.SANDWICH, NormPlacement.POST_ADD)
         after = (NormPlacement.SANDWICH, NormPlacement.OUTPUT)
@@ -254,16 +360,53 @@ class Layer(nn.Module):
         return out
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+class InterpolatedLayer(nn.Module):
+    """A layer whose states go a part of the way towards its normalised outputs, channel by channel."""
+
+    def __init__(self, config: LoopedConfig, scales: UnitScales, rotary: Rotary) -> None:
+        super().__init__()
+        self.norm = make_norm(config)
+        self.attn = Attention(config, rotary)
+        self.mlp = GatedMLP(config)
+        self.attn_rate = nn.Parameter(torch.ones(config.hidden_size))
+        self.mlp_rate = nn.Parameter(torch.ones(config.hidden_size))
+        self.factor = scales.rate
+
+    def forward(self, layer: int, h: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """h (..., hidden), of any length, through attention and MLP; a new tensor of the same shape."""
+        h = self.norm(h)
+        h = self.norm(self._step(h, self.attn(layer, h, angles, attend), self.attn_rate))
+        return self._step(h, self.mlp(h), self.mlp_rate)
+
+    def _step(self, h: Tensor, out: Tensor, rate: Tensor) -> Tensor:
+        stepped: Tensor = h + self.rates(rate).to(h.dtype) * (self.norm(out) - h)
+        return stepped
+
+    def rates(self, rate: Tensor) -> Tensor:
+        """How far a step goes, (hidden,), by one of the two learned rates."""
+        return (wide(rate) * self.factor).abs()
+
+
+def make_layer(config: LoopedConfig, rotary: Rotary) -> nn.Module:
+    """A layer of the model's kind; raises ConfigError for states that interpolate without scales."""
+    if config.norm_placement is not NormPlacement.INTERPOLATION:
+        return Layer(config, rotary)
+    if config.unit_scales is None:
+        raise ConfigError("norm_placement is interpolation; it needs unit_scales")
+    return InterpolatedLayer(config, config.unit_scales, rotary)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, prefix: int = 0) -> Tensor:
     """Causal attention over whole sequences: q (batch, tokens, heads, head_dim), grouped k and v.
 
-    With a `window` a token sees so many tokens, itself and those before it.
+    With a `window` a token sees so many tokens, itself and those before it. The first `prefix` tokens see
+    one another both ways.
     """
-    if window is None and q.requires_grad and q.device.type == "cpu":
+    if window is None and prefix == 0 and q.requires_grad and q.device.type == "cpu":
         return _trained_attention(q, k, v)
     grouped = q.shape[-2] != k.shape[-2]
     q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
-    mask = None if window is None else _band(q.shape[-2], window, q.device)
+    mask = None if window is None and not prefix else _seen(q.shape[-2], window, prefix, q.device)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(-2, -3)
 
@@ -285,7 +428,9 @@ def _trained_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, size)
 
 
-def _band(tokens: int, window: int, device: torch.device) -> Tensor:
+def _seen(tokens: int, window: int | None, prefix: int, device: torch.device) -> Tensor:
     """(tokens, tokens): whether the row's token sees the column's."""
     everything = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
-    return everything.tril() & everything.triu(1 - window)
+    seen = everything.tril() if window is None else everything.tril() & everything.triu(1 - window)
+    seen[:prefix, :prefix] = True
+    return seen

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from model.network.config import InitialState, LoopedConfig
-from model.network.layers import Attend, Layer, RMSNorm, Rotary, causal_attention
+from model.network.layers import Attend, Layer, Rotary, causal_attention, make_layer, make_norm, wide
 
-Angles = tuple[Tensor, Tensor]
+Angles = tuple[Tensor, ...]  # cos and sin, and those of the second rotary embedding where there is one
 Stored = dict[int, tuple[Tensor, Tensor]]  # layer -> K and V of whole sequences
 
 
@@ -23,17 +23,22 @@ class LoopedTransformer(nn.Module):
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
         self.config = config
-        self.row_invariant = False  # True once `model.passes.torch.invariant` has rebuilt the model
         self.rotary = Rotary(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, self.rotary) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        # What differs between two rotary embeddings is in the angles.
+        self.second_rotary = Rotary(config, config.second_rope) if config.second_rope else None
+        self.layers = nn.ModuleList(make_layer(config, self.rotary) for _ in range(config.num_layers))
+        self.norm = make_norm(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
         if config.input_injection:
             self.adapter = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         if config.exit_gate:
             self.gate = nn.Linear(config.hidden_size, 1)
+        if config.unit_scales:
+            self.logit_scale = nn.Parameter(torch.ones(config.vocab_size))
+        if config.low_cycles:
+            self.low_state = nn.Parameter(torch.zeros(config.hidden_size))
 
     def tie(self) -> None:
         """Makes head and embedding one tensor again where the config ties them (`to_empty` parts them)."""
@@ -53,6 +58,8 @@ class LoopedTransformer(nn.Module):
     def angles(self, positions: Tensor) -> Angles:
         """Rotary cos and sin of integer positions (...), for the calls below."""
         angles: Angles = self.rotary(positions, self.dtype)
+        if self.second_rotary is not None:
+            angles = (*angles, *self.second_rotary(positions, self.dtype))
         return angles
 
     def enter(self, token_ids: Tensor, angles: Angles, attend: Attend) -> Tensor:
@@ -60,16 +67,22 @@ class LoopedTransformer(nn.Module):
         h: Tensor = self.embedding(token_ids)
         if self.config.embedding_scale != 1.0:
             h = h * self.config.embedding_scale
-        return self._run(self.config.prelude, h, angles, attend)
+        h = self._run(self.config.prelude, h, angles, attend)
+        return self.norm(h) if self.config.norm_after_prelude else h
 
     def initial_state(self, entered: Tensor) -> Tensor:
-        """State before the first loop: zeros where it would be noise of scale 0, else the input itself."""
+        """State before the first loop: zeros where it would be noise of scale 0, else the input itself.
+
+        (..., state_size); with two states the low one stands behind the high one, as always.
+        """
+        if self.config.low_cycles:
+            return torch.cat((entered, self.low_state.expand_as(entered)), -1)
         return torch.zeros_like(entered) if self.config.has_noisy_start else entered
 
     def loop(
         self, state: Tensor, entered: Tensor, angles: Angles, attend: Attend, first: Tensor | None = None
     ) -> Tensor:
-        """One loop of the block over a state (..., hidden); `entered` is what `enter` gave the rows.
+        """One loop of the block over a state (..., state_size); `entered` is what `enter` gave the rows.
 
         `first` (..., 1), bool: which rows run their first loop. Only a model that leaves the adapter
         out of it (`skips_first_adapter`) needs to know.
@@ -77,20 +90,38 @@ class LoopedTransformer(nn.Module):
         if self.config.input_injection:
             mixed = self.adapter(torch.cat((state, entered), -1)).to(entered.dtype)  # autocast narrows it
             state = mixed if first is None else torch.where(first, entered, mixed)
+        if self.config.input_addition:
+            state = state + entered
+        if self.config.low_cycles:
+            return self._run_stacks(state, angles, attend)
         state = self._run(self.config.block, state, angles, attend)
         return self.norm(state) if self.config.norm_after_loop else state
 
     def finish(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
-        """Coda and final norm of a state after any number of loops, same shape: the head's input."""
+        """Coda and final norm of a state after any number of loops: the head's input (..., hidden)."""
+        state = state[..., : self.config.hidden_size]  # the high one of two states
         if self.config.norm_before_coda:
             state = self.norm(state)
         state = self._run(self.config.coda, state, angles, attend)
-        return state if self.config.norm_after_loop else self.norm(state)
+        is_normed = self.config.norm_after_loop and not self.config.num_coda_layers
+        return state if is_normed else self.norm(state)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocab) of the head's inputs (..., hidden); in the model's dtype, in fp32 if scaled."""
+        logits: Tensor = self.head(hidden)
+        if self.config.unit_scales is None:
+            return logits
+        return wide(logits) * self.logit_scales
+
+    @property
+    def logit_scales(self) -> Tensor:
+        """What logits are multiplied by, (vocab,), in a model with learned scales."""
+        assert self.config.unit_scales is not None
+        return wide(self.logit_scale) * self.config.unit_scales.logit
 
     def readout(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
-        """Logits (..., vocab) of a state after any number of loops, in the model's dtype."""
-        logits: Tensor = self.head(self.finish(state, angles, attend))
-        return logits
+        """Logits (..., vocab) of a state after any number of loops."""
+        return self.logits(self.finish(state, angles, attend))
 
     @property
     def skips_first_adapter(self) -> bool:
@@ -113,21 +144,26 @@ class LoopedTransformer(nn.Module):
         return attend
 
     def depths(
-        self, token_ids: Tensor, num_loops: int | None = None, initial_state: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        num_loops: int | None = None,
+        initial_state: Tensor | None = None,
+        prefix: int = 0,
     ) -> list[Tensor]:
         """States after loop 1..num_loops of whole sequences, without a cache: the slow, obvious way.
 
         token_ids (batch, tokens); initial_state (tokens, hidden) or None; each state is (batch,
-        tokens, hidden). Training and the reference logits use it.
+        tokens, state_size). The first `prefix` tokens see one another both ways. Training and the
+        reference logits use it.
         """
         angles = self.angles(torch.arange(token_ids.shape[-1], device=token_ids.device))
         stored: Stored = {}
-        entered = self.enter(token_ids, angles, self._attend_whole(0, stored))
+        entered = self.enter(token_ids, angles, self._attend_whole(0, stored, prefix))
         state = self.initial_state(entered) if initial_state is None else initial_state.expand_as(entered)
         states = []
         for loop in range(num_loops or self.config.num_loops):
             first = torch.tensor([loop == 0], device=state.device) if self.skips_first_adapter else None
-            state = self.loop(state, entered, angles, self._attend_whole(loop, stored), first)
+            state = self.loop(state, entered, angles, self._attend_whole(loop, stored, prefix), first)
             states.append(state)
         return states
 
@@ -138,23 +174,36 @@ class LoopedTransformer(nn.Module):
 
     def whole_readout(self, state: Tensor) -> Tensor:
         """Logits (batch, tokens, vocab) of one of the states that `depths` returned."""
-        logits: Tensor = self.head(self.whole_finish(state))
-        return logits
+        return self.logits(self.whole_finish(state))
 
-    def _attend_whole(self, loop: int, stored: Stored) -> Attend:
+    def _attend_whole(self, loop: int, stored: Stored, prefix: int = 0) -> Attend:
         """Attention over whole sequences in this loop (0..R-1); the first one fills `stored`."""
 
         def own(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if loop == 0:
                 stored[layer] = k, v
-            return causal_attention(q, k, v, self.config.window(layer, loop))
+            return causal_attention(q, k, v, self.config.window(layer, loop), prefix)
 
         def first(layer: int, q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
             return causal_attention(q, *stored[layer])
 
         return self.gated(own, first) if self.config.first_loop_gate and loop > 0 else own
 
-    def _run(self, layers: range, h: Tensor, angles: Angles, attend: Attend) -> Tensor:
+    def _run_stacks(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """A loop over two states side by side (..., 2 hidden): the low stack's cycles, the high stack."""
+        cycles, size = self.config.low_cycles, self.config.stack_size
+        high, low = state.chunk(2, -1)
+        for cycle in range(cycles):
+            low = self.norm(self._run(range(size), low + high, angles, attend, cycle * size))
+        behind = (cycles - 1) * size
+        high = self.norm(self._run(range(size, 2 * size), high + low, angles, attend, behind))
+        return torch.cat((high, low), -1)
+
+    def _run(self, layers: range, h: Tensor, angles: Angles, attend: Attend, offset: int = 0) -> Tensor:
+        """Runs layers, whose K/V lies at their indices plus `offset`."""
         for index in layers:
-            h = self.layers[index](index, h, angles, attend)
+            h = self.layers[index](index + offset, h, self._angles_of(index, angles), attend)
         return h
+
+    def _angles_of(self, layer: int, angles: Angles) -> Angles:
+        return angles[2:] if layer in self.config.second_rope_layers else angles[:2]

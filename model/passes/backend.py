@@ -2,7 +2,7 @@
 
 The engine, the scheduler and the waves do not know which backend runs. Invariants: all that a pass says
 leaves by its `PassResult`; a backend writes nothing on a sequence; what it keeps between two passes (K/V,
-states in flight) lies at token slots, so that a flush leaves nothing to clean up.
+states in flight) lies at cells, so that a flush leaves nothing to clean up.
 """
 
 from typing import NamedTuple, Protocol
@@ -22,11 +22,27 @@ class BackendFacts(NamedTuple):
     bytes_per_token: int  # of the cache: K/V of all slots, and the states in flight
 
 
-class BackendMaker(Protocol):
-    """Makes a backend of a model; chosen once, before an engine is made."""
+class CacheBytes(NamedTuple):
+    """Bytes that a backend keeps for one token: K/V of all slots, and the states in flight."""
 
-    def bytes_per_token(self, model: LoopedTransformer) -> int:
-        """Bytes of the cache that a token takes: K/V of all slots, and the states in flight."""
+    keys_and_values: int
+    states: int
+
+    @property
+    def per_token(self) -> int:
+        """Both together."""
+        return self.keys_and_values + self.states
+
+
+class BackendMaker(Protocol):
+    """Makes a backend of a model; chosen once, before weights are read."""
+
+    @property
+    def name(self) -> str:
+        """The backend's name, as `BackendFacts` has it."""
+
+    def cache_bytes(self, model: LoopedTransformer) -> CacheBytes:
+        """What a token takes of the cache. The model needs no weights."""
 
     def make(self, model: LoopedTransformer, num_tokens: int, max_positions: int) -> "Backend":
         """A backend with a cache of `num_tokens`, for positions below `max_positions`."""

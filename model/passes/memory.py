@@ -5,9 +5,11 @@ Invariant: weights, planned cache and the largest pass fit together in what this
 around the process, has free.
 """
 
+from typing import NamedTuple
+
 import torch
 
-from model.machine import Memory
+from model.machine import Memory, process_memory
 from model.machine import free_memory as free_main_memory
 from model.network.looped import LoopedTransformer
 from model.options import SchedulerLimits
@@ -28,10 +30,27 @@ def free_memory(device: torch.device) -> Memory:
     return free_main_memory()
 
 
+class HeldMemory(NamedTuple):
+    """Bytes that this process holds now, in main memory and of a GPU's (0 where the device is a CPU)."""
+
+    resident: int
+    device: int
+
+
+def held_memory(device: str) -> HeldMemory:
+    """What the metrics say; 0 where the system has no /proc to read it from."""
+    on_device = torch.cuda.memory_reserved(device) if device.startswith("cuda") else 0
+    try:
+        return HeldMemory(process_memory(), on_device)
+    except OSError:
+        return HeldMemory(0, on_device)
+
+
 def pass_bytes(model: LoopedTransformer, limits: SchedulerLimits) -> int:
     """What the largest pass takes while it runs: activations of its rows, logits of its readouts."""
     config = model.config
-    rows = limits.most_prompt_rows + limits.max_num_seqs * config.num_loops
+    whole_prompt = config.max_positions if config.prefix_lm else 0  # it is read in one piece
+    rows = max(limits.most_prompt_rows, whole_prompt) + limits.max_num_seqs * config.most_loops
     width = 8 * config.hidden_size + 3 * config.intermediate_size
     width += 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     readouts = 2 * limits.max_num_seqs + limits.prefill_chunk_size

@@ -45,7 +45,7 @@ def gumbel_noise_numpy(seed: int, position: int, vocab_size: int) -> Tensor:
 
 
 def gumbel_noise_torch(keys: list[tuple[int, int]], vocab_size: int, device: torch.device) -> Tensor:
-    """The same noise (rows, vocab) for (seed, position) keys, computed on `device`."""
+    """Gumbel noise (rows, vocab) for (seed, position) keys, as numpy's, but computed on `device`."""
     bits = philox_bits(keys, vocab_size, device)
     high, low = (bits >> 32) & 0xFFFFFFFF, bits & 0xFFFFFFFF
     return _gumbel((high.double() * 2.0**32 + low.double()).float())

@@ -1,10 +1,11 @@
-"""The rows of one pass as arrays, made once from what the scheduler chose and read by every backend.
+"""The rows of one pass, made once from what the scheduler chose and read by every backend.
 
 Invariant: the rows of a run stand side by side, and those of one sequence never write the same entry.
 """
 
 from collections import abc
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -19,13 +20,19 @@ Ints = NDArray[np.int64]
 class RowRun(NamedTuple):
     """Consecutive rows of a pass: positions start .. start + num_rows - 1 of one sequence at one loop.
 
-    `loop` (0..R-1) picks the slots of the layers that the rows run through; 0 in prelude and coda.
+    `loop` (0..R-1) picks the slots of the layers that the rows run through; 0 in prelude and coda. The
+    first `prefix` positions of the sequence see one another both ways: its prompt, if the model reads so.
     """
 
     table: PageTable
     start: int
     num_rows: int
     loop: int
+    prefix: int = 0
+
+    def end_seen(self, position: int) -> int:
+        """The position behind the last one that the row at `position` sees."""
+        return max(position + 1, self.prefix)
 
 
 class Noise(NamedTuple):
@@ -42,18 +49,17 @@ class Noise(NamedTuple):
 class Rows:
     """All rows of a pass. `first_rows[i]` is the index of the first row of `runs[i]`.
 
-    `positions`, `slots` (of tokens, in the cache) and `loops` have one entry a row, (rows,). `entering` are
-    the indices of the rows before their first loop and `token_ids` their tokens, (entering rows,).
+    `entering_rows` are the indices of the rows before their first loop and `tokens` what they read. Arrays
+    are made when they are first asked for: `positions`, `cells` (where positions lie in the cache) and
+    `loops` have one entry a row, (rows,), `entering` and `token_ids` one for each row that enters.
     """
 
     runs: list[RowRun]
     first_rows: list[int]
     ends_loops: list[bool]  # of each run: whether it does its last loop
-    positions: Ints
-    slots: Ints
-    loops: Ints
-    entering: Ints
-    token_ids: Ints
+    num_rows: int
+    entering_rows: list[int]
+    tokens: list[int]
     noises: list[Noise]
 
     @classmethod
@@ -61,40 +67,54 @@ class Rows:
         """The rows of a batch, in its order."""
         runs: list[RowRun] = []
         firsts: list[int] = []
-        slots: list[int] = []
+        ends: list[bool] = []
         entering: list[int] = []
-        ids: list[int] = []
+        tokens: list[int] = []
         noises: list[Noise] = []
         total = 0
-        for run in batch:
-            table, request = run.sequence.table, run.sequence.request
+        for sequence, start, num_rows, loop, _ in batch:
+            table, wave = sequence.table, sequence.wave
             assert table is not None
-            runs.append(RowRun(table, run.start, run.num_rows, run.loop))
+            runs.append(RowRun(table, start, num_rows, loop, wave.prefix))
             firsts.append(total)
-            slots.extend(table.slots(run.start, run.num_rows))
-            if run.loop == 0:
+            ends.append(loop + 1 == wave.num_loops)
+            if loop == 0:
+                request = sequence.request
                 if request.init_scale > 0:
                     seed, scale = request.sampling.seed, request.init_scale
-                    noises.append(Noise(len(ids), run.num_rows, seed, run.start, scale))
-                entering.extend(range(total, total + run.num_rows))
-                ids.extend(run.sequence.wave.tokens[run.start : run.start + run.num_rows])
-            total += run.num_rows
-        counts = [run.num_rows for run in runs]
-        offsets = np.repeat([run.start - first for run, first in zip(runs, firsts, strict=True)], counts)
-        return cls(
-            runs=runs,
-            first_rows=firsts,
-            ends_loops=[run.is_last_loop for run in batch],
-            positions=np.arange(total) + offsets,
-            slots=np.array(slots, np.int64),
-            loops=np.repeat([run.loop for run in runs], counts),
-            entering=np.array(entering, np.int64),
-            token_ids=np.array(ids, np.int64),
-            noises=noises,
-        )
+                    noises.append(Noise(len(tokens), num_rows, seed, start, scale))
+                entering.extend(range(total, total + num_rows))
+                tokens.extend(wave.tokens[start : start + num_rows])
+            total += num_rows
+        return cls(runs, firsts, ends, total, entering, tokens, noises)
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return self.num_rows
+
+    @cached_property
+    def positions(self) -> Ints:
+        """Of each row, in its sequence."""
+        return np.concatenate([np.arange(run.start, run.start + run.num_rows) for run in self.runs])
+
+    @cached_property
+    def cells(self) -> Ints:
+        """Where each row's position lies in the cache."""
+        return np.array([cell for run in self.runs for cell in run.table.cells(run.start, run.num_rows)])
+
+    @cached_property
+    def loops(self) -> Ints:
+        """What each row runs, 0..R-1."""
+        return np.repeat([run.loop for run in self.runs], [run.num_rows for run in self.runs])
+
+    @cached_property
+    def entering(self) -> Ints:
+        """`entering_rows`."""
+        return np.array(self.entering_rows, np.int64)
+
+    @cached_property
+    def token_ids(self) -> Ints:
+        """`tokens`."""
+        return np.array(self.tokens, np.int64)
 
     def rows_of(self, chosen: abc.Sequence[int]) -> Ints:
         """The indices of all rows of the runs with these indices, in order."""

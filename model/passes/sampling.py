@@ -10,15 +10,14 @@ Invariant: a row's token does not depend on which other rows are in the batch.
 from collections import abc
 from functools import lru_cache
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from model.passes.noise import gumbel_noise_numpy, gumbel_noise_torch
 from model.passes.tensors import array_to_device, to_device
 from model.protocol import SamplingParams
 from model.schedule.batch import Readout
+from model.schedule.counts import Counted
 from model.schedule.sequence import Sequence, contained
 
 GREEDY_BELOW = 1e-5  # a temperature below is greedy: dividing by it would overflow
@@ -47,7 +46,7 @@ class Sampler:
             # torch raises RuntimeErrors of the device and of memory wherever it is called next
             with contained(readout.sequence, faults, beyond=(RuntimeError, MemoryError)):
                 self._adjust(scores[row], readout)
-        drawn = [row for row, r in enumerate(readouts) if _is_drawn(r)]
+        drawn = [row for row, r in enumerate(readouts) if is_drawn(r)]
         if len(drawn) == len(readouts):
             return self._draw_scores(scores, readouts).argmax(-1)
         if drawn:
@@ -83,17 +82,16 @@ class Sampler:
         """Penalties, bias, constraint and banned endings of one row, in place."""
         params = readout.sequence.request.sampling
         wave = readout.sequence.wave
-        if _has_penalties(params):
-            counts = readout.sequence.counts(self.vocab_size)
-            apply_penalties(scores, counts.upto(wave, readout.position), params)
+        if has_penalties(params):
+            apply_penalties(scores, readout.sequence.counts.upto(wave, readout.position), params)
         if params.logit_bias:
             ids = self._tensor(list(params.logit_bias))
             scores[ids] += to_device(list(params.logit_bias.values()), torch.float32, self.device)
-        bans_endings = _bans_endings(readout)
-        forbidden = wave.constraint.forbidden(wave, readout.position, before_min_tokens=bans_endings)
+        before_min = bans_endings(readout)
+        forbidden = wave.constraint.forbidden(wave, readout.position, before_min_tokens=before_min)
         if forbidden is not None:
             scores.masked_fill_(array_to_device(forbidden, self.device), -torch.inf)
-        elif bans_endings:
+        elif before_min:
             scores[self._tensor(sorted(wave.ending_tokens))] = -torch.inf
 
     def _tensor(self, values: list[int]) -> Tensor:
@@ -101,22 +99,6 @@ class Sampler:
 
     def _column(self, values: list[float]) -> Tensor:
         return to_device(values, torch.float32, self.device)[:, None]
-
-
-class RowwiseSampler(Sampler):
-    """Samples one row at a time, for batch-invariant engines.
-
-    A vectorised exp or log rounds otherwise than the scalar one at the end of a tensor, so on several
-    rows at once a row's result can depend on their number. An argmax can't.
-    """
-
-    def sample(self, logits: Tensor, readouts: abc.Sequence[Readout], faults: dict[Sequence, str]) -> Tensor:
-        """See Sampler."""
-        if len(readouts) == 1 or all(is_plain_greedy(readout) for readout in readouts):
-            return super().sample(logits, readouts, faults)
-        rows = zip(torch.split(logits, 1), readouts, strict=True)
-        one = super().sample
-        return torch.cat([one(row, [readout], faults) for row, readout in rows])
 
 
 def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -151,34 +133,33 @@ def _floor(scores: Tensor, top_k: Tensor, top_p: Tensor, size: int) -> tuple[Ten
     return torch.maximum(nucleus, kth), complete
 
 
-def apply_penalties(
-    scores: Tensor, counts: tuple[NDArray[np.int64], NDArray[np.int64]], params: SamplingParams
-) -> None:
+def apply_penalties(scores: Tensor, counts: Counted, params: SamplingParams) -> None:
     """Repetition (prompt and output), frequency and presence (output) penalties, in place.
 
     scores (vocab,). As in vLLM: a repeated token's positive score is divided by the repetition
     penalty and a negative one multiplied; the others are subtracted (OpenAI's definition).
     """
-    output = to_device(counts[1], torch.float32, scores.device)
-    seen = to_device((counts[0] + counts[1]) > 0, torch.bool, scores.device)
-    penalised = torch.where(
-        scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty
-    )
-    scores.copy_(torch.where(seen, penalised, scores))
-    scores -= params.frequency_penalty * output + params.presence_penalty * (output > 0)
+    seen = to_device(counts.tokens, torch.int64, scores.device)
+    output = to_device(counts.outputs, torch.float32, scores.device)
+    own = scores[seen]
+    own = torch.where(own > 0, own / params.repetition_penalty, own * params.repetition_penalty)
+    scores[seen] = own - (params.frequency_penalty * output + params.presence_penalty * (output > 0))
 
 
-def _has_penalties(params: SamplingParams) -> bool:
+def has_penalties(params: SamplingParams) -> bool:
+    """Whether a token's score depends on how often it came before."""
     neutral = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0, 0, 1)
     return not neutral
 
 
-def _bans_endings(readout: Readout) -> bool:
+def bans_endings(readout: Readout) -> bool:
+    """Whether the text may not end at the readout's token."""
     wave, request = readout.sequence.wave, readout.sequence.request
     return readout.position - wave.prompt_length < request.min_tokens and bool(wave.ending_tokens)
 
 
-def _is_drawn(readout: Readout) -> bool:
+def is_drawn(readout: Readout) -> bool:
+    """Whether chance has a part in the token."""
     return readout.sequence.request.sampling.temperature > GREEDY_BELOW
 
 
@@ -186,9 +167,9 @@ def is_plain_greedy(readout: Readout) -> bool:
     """Whether the likeliest token of the raw logits is what the row wants."""
     params = readout.sequence.request.sampling
     return (
-        not _is_drawn(readout)
+        not is_drawn(readout)
         and readout.sequence.request.grammar is None
         and not params.logit_bias
-        and not _has_penalties(params)
-        and not _bans_endings(readout)
+        and not has_penalties(params)
+        and not bans_endings(readout)
     )

@@ -77,7 +77,7 @@ class Reader:
     def _scores_of_prompts(
         self, hidden: Tensor, scoring: list[PromptReadout], found: list[dict[int, TokenLogprobs]]
     ) -> abc.Iterator[_Scores]:
-        """Of prompt tokens, one chunk after the other."""
+        """Scores of prompt tokens, one chunk after the other."""
         start = 0
         for prompt, scores in zip(scoring, found, strict=True):
             num_top = prompt.sequence.request.prompt_logprobs or 0
@@ -92,7 +92,7 @@ class Reader:
 def _scores_of_tokens(
     logits: Tensor, tokens: Tensor, predicting: list[Readout], found: dict[int, TokenLogprobs]
 ) -> abc.Iterator[_Scores]:
-    """Of those that are read out at their last depth and whose requests ask."""
+    """Scores of the tokens that are read out at their last depth and whose requests ask."""
     places = [
         _Place(readout.sequence, readout.position, readout.sequence.request.logprobs, found, index)
         for index, readout in enumerate(predicting)

@@ -14,6 +14,6 @@ def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def array_to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """The same for an array; on a CPU it is not copied."""
+    """An array as a tensor on `device`; on a CPU it is not copied."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

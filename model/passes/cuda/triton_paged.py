@@ -21,13 +21,13 @@ BLOCK = 32  # context positions a step
 
 
 class TritonAttention:
-    """Same results as GatheredAttention, for any mix of waves and prompt chunks."""
+    """Gives the results of GatheredAttention, for any mix of waves and prompt chunks."""
 
     def __init__(self, store: KVStore) -> None:
         self.store = store
 
     def bind(self, runs: abc.Sequence[RowRun], write: bool = True) -> Attend:
-        """See PagedAttention."""
+        """An `Attend` for the rows of these runs, in this order; good for one pass."""
         entries = self.store.entries(runs)
         kinds = sorted(set(self.store.windowed))
         row_facts = {windowed: self._row_facts(runs, windowed) for windowed in kinds}
@@ -45,9 +45,9 @@ class TritonAttention:
         return attend
 
     def _row_facts(self, runs: abc.Sequence[RowRun], windowed: bool) -> Tensor:
-        """Run, position, loop and first position seen of every row, (rows, 4)."""
+        """Run, last position seen, loop and first position seen of every row, (rows, 4)."""
         rows = [
-            [index, position, run.loop, self.store.first_seen(windowed, run.loop, position)]
+            [index, run.end_seen(position) - 1, run.loop, self.store.first_seen(windowed, run.loop, position)]
             for index, run in enumerate(runs)
             for position in range(run.start, run.start + run.num_rows)
         ]
@@ -100,7 +100,7 @@ def _attend_rows(
     """One row (program 0) and one K/V head (program 1) with the query heads that share it."""
     row, kv_head = tl.program_id(0), tl.program_id(1)
     run = tl.load(rows + row * 4)
-    position = tl.load(rows + row * 4 + 1)
+    last = tl.load(rows + row * 4 + 1)
     loop = tl.load(rows + row * 4 + 2)
     first = tl.load(rows + row * 4 + 3)
     heads, dims = tl.arange(0, GROUP_PAD), tl.arange(0, HEAD_PAD)
@@ -110,9 +110,9 @@ def _attend_rows(
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     mixed = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
-    for start in range(first // BLOCK * BLOCK, position + 1, BLOCK):
+    for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
         seen = start + tl.arange(0, BLOCK)
-        inside = (seen >= first) & (seen <= position)
+        inside = (seen >= first) & (seen <= last)
         page = tl.load(pages + run * max_pages + seen // PAGE, mask=inside, other=0)
         entry = loop * num_tokens + page * PAGE + seen % PAGE
         at = (entry[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]

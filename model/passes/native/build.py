@@ -16,23 +16,30 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from model.passes.native.library import LEVELS, Level
+from model.passes.native.library import LEVELS, Level, machine
 
 SOURCES = Path(__file__).parent / "src"
 GLIBC = "2.28"
 FLAGS = [
-    *("-std=c++20", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-nostdlib++"),
+    *("-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-nostdlib++"),
     *("-fno-exceptions", "-fno-rtti", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-psabi"),
 ]
+FAST = ["-O3", "-s"]
+# The compiler brings a runtime for undefined behaviour, which ends the process at the first one. That for
+# addresses is GCC's libasan, to be preloaded: see scripts/sanitize.
+SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer"]
+SANITIZERS = ("address", "undefined")
 
 
 class BuildError(RuntimeError):
     """The compiler is missing or refused; the message is what it said."""
 
 
-def build(levels: Sequence[Level], folder: Path | None = None) -> list[Path]:
+def build(levels: Sequence[Level], folder: Path | None = None, sanitizer: str | None = None) -> list[Path]:
     """Compiles the levels side by side, into `folder` or each to its place; the files.
+
+    With one of SANITIZERS the library checks itself while it runs, many times slower.
 
     Raises BuildError with all that went wrong.
     """
@@ -40,19 +47,22 @@ def build(levels: Sequence[Level], folder: Path | None = None) -> list[Path]:
         raise BuildError("the Python package ziglang, which brings the compiler, is not installed")
     targets = [folder / level.path.name if folder else level.path for level in levels]
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(os.cpu_count()) as pool:
-        problems = list(pool.map(_compile, levels, targets, [Path(cache)] * len(levels)))
+        flags = [*SANITIZED, f"-fsanitize={sanitizer}"] if sanitizer else FAST
+        problems = list(
+            pool.map(lambda level, target: _compile(level, target, Path(cache), flags), levels, targets)
+        )
     if found := [problem for problem in problems if problem]:
         raise BuildError("\n".join(found))
     return targets
 
 
-def _compile(level: Level, target: Path, cache: Path) -> str:
+def _compile(level: Level, target: Path, cache: Path, flags: list[str]) -> str:
     """What went wrong, or nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
     command = [
         *(sys.executable, "-m", "ziglang", "c++", "-target", f"{level.machine}-linux-gnu.{GLIBC}"),
-        *(f"-mcpu={level.cpu}", f'-DLEVEL="{level.name}"', *FLAGS),
+        *(f"-mcpu={level.cpu}", f'-DLEVEL="{level.name}"', *FLAGS, *flags),
         *(str(path) for path in sorted(SOURCES.glob("*.cpp"))),
         *("-lpthread", "-o", str(partial)),
     ]
@@ -71,18 +81,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m model.passes.native.build", description=__doc__)
     names = sorted({level.name for level in LEVELS})
     parser.add_argument("--level", action="append", choices=names, help="default: all")
-    parser.add_argument("--machine", action="append", help="default: x86_64 and aarch64")
+    parser.add_argument("--machine", action="append", help="x86_64 or aarch64; default: this one's")
+    parser.add_argument("--sanitize", choices=SANITIZERS, help="a slow library that checks itself")
     parser.add_argument("--folder", type=Path, help="default: in the source tree, where it is looked for")
     args = parser.parse_args()
     levels = [
         level
         for level in LEVELS
-        if (not args.level or level.name in args.level)
-        and (not args.machine or level.machine in args.machine)
+        if (not args.level or level.name in args.level) and level.machine in (args.machine or [machine()])
     ]
     started = time.perf_counter()
     try:
-        for path in build(levels, args.folder):
+        for path in build(levels, args.folder, args.sanitize):
             print(f"{path.name}: {path.stat().st_size / 1e3:.0f} KB")
     except BuildError as error:
         print(error, file=sys.stderr)

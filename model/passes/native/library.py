@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from model.passes.native import structs
 
-FOLDER = Path(__file__).parent / "compiled"
+PLACE = Path(__file__).parent / "compiled"
+FOLDER = Path(os.environ.get("SPEED_NATIVE_FOLDER") or PLACE)  # another one: libraries that check themselves
 VARIABLE = "SPEED_NATIVE"  # 0: no native passes; a level's name: this one
 
 
@@ -37,7 +38,7 @@ class Level(NamedTuple):
     @property
     def runs_here(self) -> bool:
         """Whether this CPU has all of its instructions."""
-        return _machine() == self.machine and set(self.flags.split()) <= _cpu_flags()
+        return machine() == self.machine and set(self.flags.split()) <= _cpu_flags()
 
 
 _AVX2 = "avx avx2 bmi1 bmi2 f16c fma movbe"
@@ -69,9 +70,9 @@ def choose(name: str | None = None) -> Level:
     for level in LEVELS:
         if level.runs_here and name in {None, level.name} and level.path.is_file():
             return level
-    machine, what = _machine(), f"level {name!r}" if name else "library"
+    what = f"level {name!r}" if name else "library"
     raise NativeUnavailableError(
-        f"no native {what} for this {machine} CPU in {FOLDER.name}/; "
+        f"no native {what} for this {machine()} CPU in {FOLDER.name}/; "
         "`python -m model.passes.native.build` compiles it"
     )
 
@@ -84,19 +85,25 @@ def load(level: Level) -> ctypes.CDLL:
         structs.declare(library)
     except (OSError, AttributeError) as error:
         raise NativeUnavailableError(f"the native library {level.path.name} is of no use: {error}") from error
-    sizes = (ctypes.c_int32 * len(structs.SIZES))()
+    wanted = [*structs.SIZES, *structs.SAMPLING_SIZES]
+    sizes = (ctypes.c_int32 * len(wanted))()
     interface = library.speed_interface()
     if interface == structs.INTERFACE:
         library.speed_sizes(sizes)
-    if interface != structs.INTERFACE or list(sizes) != structs.SIZES:
+        offset = len(structs.SIZES) * ctypes.sizeof(ctypes.c_int32)
+        library.speed_sampling_sizes(
+            (ctypes.c_int32 * len(structs.SAMPLING_SIZES)).from_buffer(sizes, offset)
+        )
+    if interface != structs.INTERFACE or list(sizes) != wanted:
         raise NativeUnavailableError(
             f"the native library {level.path.name} has interface {interface} and structures of {list(sizes)} "
-            f"bytes; {structs.INTERFACE} and {structs.SIZES} are wanted: compile it again"
+            f"bytes; {structs.INTERFACE} and {wanted} are wanted: compile it again"
         )
     return library
 
 
-def _machine() -> str:
+def machine() -> str:
+    """This machine's kind of CPU, by one of its names."""
     name = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 

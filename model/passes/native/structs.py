@@ -1,18 +1,19 @@
-"""The library's structures, field by field as in src/api.h and src/products.h.
+"""The library's structures, field by field as in src/api.h, src/products.h and src/sampling.h.
 
 Knows nothing about models. Invariant: `library.load` compares the sizes of all of them with the library's
 own, so that a difference is an error at load and never a crash later.
 """
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from enum import IntEnum
 
-INTERFACE = 1  # src/api.h
+INTERFACE = 3  # src/api.h
 BLOCK = 16  # outputs that are stored together
 PAGE = 16  # positions of a page of K/V
 MOST_INPUTS = 65536
 MOST_CHUNKS = 65535
+PARTS = ("enter", "mix in", "qkv", "attention", "out", "gate and up", "down", "join", "head")  # of a pass
 
 
 class WeightType(IntEnum):
@@ -54,7 +55,8 @@ class Layer(ctypes.Structure):
         *[(name, Matrix) for name in ("qkv", "o", "gate_up", "down")],
         *_pointers("attn_norm mlp_norm attn_out_norm mlp_out_norm attn_sum_norm mlp_sum_norm"),
         *_pointers("q_norm k_norm qk_bias loop_gate_weight loop_gate_bias"),
-        *_int32s("windowed unused"),
+        *_pointers("query_scale gate_scale mlp_gate_scale mlp_up_scale attn_rate mlp_rate"),
+        *_int32s("windowed second_rope"),
     ]
 
 
@@ -66,13 +68,14 @@ class Model(ctypes.Structure):
         *_int32s("max_positions num_prelude_layers num_block_layers num_coda_layers num_loops"),
         *_int32s("placement norm_after_loop norm_before_coda input_injection start activation interleaved"),
         *_int32s("window first_loop_gate embedding_type"),
+        *_int32s("output_gate input_addition norm_after_prelude unused"),
         ("norm_eps", c_float),
         ("embedding_scale", c_float),
         ("layers", POINTER(Layer)),
         *_pointers("embedding embedding_scales norm"),
         ("head", Matrix),
         ("adapter", Matrix),
-        *_pointers("cos sin"),
+        *_pointers("cos sin second_cos second_sin logit_scale"),
     ]
 
 
@@ -104,6 +107,47 @@ class PackJob(ctypes.Structure):
     ]
 
 
+class Choosing(ctypes.Structure):
+    """Rows of logits, and how a token of each is chosen; see src/sampling.h."""
+
+    _fields_ = [*_int32s("num_rows num_logits"), *_pointers("logits rows choices tokens scratch")]
+
+
+class Scoring(ctypes.Structure):
+    """Rows of logits, and tokens that they are asked about."""
+
+    _fields_ = [
+        *_int32s("num_rows num_logits num_top unused"),
+        *_pointers("logits rows tokens logprobs ranks top_tokens top_logprobs"),
+    ]
+
+
+class Choice(ctypes.Structure):
+    """How one token is chosen; `choosing.CHOICE` is the same for numpy, which makes many at once."""
+
+    _fields_ = [
+        ("seed", c_uint64),
+        ("position", c_int64),
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("min_p", c_float),
+        ("top_k", c_int32),
+        ("repetition", c_float),
+        ("frequency", c_float),
+        ("presence", c_float),
+        ("num_counted", c_int32),
+        ("num_biased", c_int32),
+        ("num_banned", c_int32),
+        ("counted", c_uint64),
+        ("outputs", c_uint64),
+        ("biased", c_uint64),
+        ("biases", c_uint64),
+        ("banned", c_uint64),
+        ("forbidden", c_uint64),
+    ]
+
+
+SAMPLING_SIZES = [ctypes.sizeof(Choice), ctypes.sizeof(Choosing), ctypes.sizeof(Scoring)]
 SIZES = [ctypes.sizeof(kind) for kind in (Matrix, Layer, Model, Setup, Pass, PackJob, c_void_p)]
 
 
@@ -119,6 +163,12 @@ def declare(library: ctypes.CDLL) -> None:
         "speed_open": (c_void_p, [POINTER(Model), POINTER(Setup), c_char_p, c_int32]),
         "speed_close": (None, [c_void_p]),
         "speed_run": (c_int32, [c_void_p, POINTER(Pass), c_char_p, c_int32]),
+        "speed_times": (None, [c_void_p, POINTER(c_int64)]),
+        "speed_stream": (c_uint64, [c_void_p, c_uint64]),
+        "speed_sampling_sizes": (None, [POINTER(c_int32)]),
+        "speed_scratch_bytes": (c_uint64, [c_void_p]),
+        "speed_choose": (c_int32, [c_void_p, POINTER(Choosing), c_char_p, c_int32]),
+        "speed_score": (c_int32, [c_void_p, POINTER(Scoring), c_char_p, c_int32]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

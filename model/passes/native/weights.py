@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.network.config import InitialState, LoopedConfig, NormPlacement
+from model.network.config import InitialState, LoopedConfig, NormKind, NormPlacement
 from model.network.int8 import ADAPTER, Int8Linear
-from model.network.layers import Layer, RMSNorm
+from model.network.layers import InterpolatedLayer, Layer, RMSNorm, Rotary
 from model.network.looped import LoopedTransformer
 from model.passes.native import structs
 from model.passes.native.library import NativeUnavailableError
@@ -39,6 +39,7 @@ PLACEMENTS = {
     NormPlacement.SANDWICH: 1,
     NormPlacement.POST_ADD: 2,
     NormPlacement.OUTPUT: 3,
+    NormPlacement.INTERPOLATION: 4,
 }
 STARTS = {InitialState.NOISE: 0, InitialState.INPUT: 1, InitialState.INPUT_ALONE: 2}
 _SOURCES = {
@@ -69,12 +70,12 @@ class PackedModel:
     def __init__(
         self, library: ctypes.CDLL, model: LoopedTransformer, max_positions: int, *, int4: bool = False
     ) -> None:
-        """Packs a model on the CPU; its own weights are left as they are. See `release`.
+        """Packs a model on the CPU; its own weights are left as they are, until `release`.
 
         Raises NativeUnavailableError, with the size or the kind that isn't covered.
         """
         self.config = model.config
-        check_covered(model)
+        check_covered(model.config, model.device)
         self._kept: list[object] = []
         self._layers = (structs.Layer * model.config.num_layers)()
         self.description = structs.Model(layers=self._layers, **_sizes(model.config, max_positions))
@@ -94,8 +95,9 @@ class PackedModel:
         config = model.config
         for index, packed in enumerate(self._layers):
             layer = _layer(model, index)
+            qkv = layer.attn.qkv_proj
+            yield _Job(qkv, packed.qkv, _type(qkv, int4), _gate_last(qkv.out_features, layer.attn.gate_size))
             for place, linear in (
-                (packed.qkv, layer.attn.qkv_proj),
                 (packed.o, layer.attn.o_proj),
                 (packed.down, layer.mlp.down_proj),
             ):
@@ -136,6 +138,11 @@ class PackedModel:
     def _describe_layers(self, model: LoopedTransformer) -> None:
         for index, packed in enumerate(self._layers):
             layer = _layer(model, index)
+            packed.windowed = self.config.is_windowed(index)
+            packed.second_rope = index in self.config.second_rope_layers
+            if isinstance(layer, InterpolatedLayer):
+                self._describe_scales(packed, layer)
+                continue
             for name in (field[0] for field in structs.Layer._fields_):
                 if name.endswith("_norm") and not name.startswith(("q_", "k_")):
                     norm = getattr(layer, name)
@@ -150,7 +157,16 @@ class PackedModel:
             if self.config.first_loop_gate:
                 packed.loop_gate_weight = self._address(_floats(attention.gate_weight))
                 packed.loop_gate_bias = self._address(_floats(attention.gate_bias))
-            packed.windowed = self.config.is_windowed(index)
+
+    def _describe_scales(self, packed: structs.Layer, layer: InterpolatedLayer) -> None:
+        """Scales as they are multiplied; those of the MLP in whole blocks."""
+        packed.query_scale = self._address(_floats(layer.attn.query_scales))
+        packed.gate_scale = self._address(_floats(layer.attn.gate_scales))
+        gate, up = layer.mlp.gate_up_scales.chunk(2)
+        packed.mlp_gate_scale = self._address(_in_blocks(gate))
+        packed.mlp_up_scale = self._address(_in_blocks(up))
+        packed.attn_rate = self._address(_floats(layer.rates(layer.attn_rate)))
+        packed.mlp_rate = self._address(_floats(layer.rates(layer.mlp_rate)))
 
     def _describe_ends(self, model: LoopedTransformer, max_positions: int) -> None:
         """Embedding, final norm and rotary tables."""
@@ -158,14 +174,23 @@ class PackedModel:
         self._kept.append(embedding)
         description.embedding = embedding.data_ptr()
         description.embedding_type = _SOURCES[embedding.dtype]
-        description.norm = self._address(_floats(model.norm.weight))
-        cos, sin = model.rotary(torch.arange(max_positions), torch.float32)
+        if isinstance(model.norm, RMSNorm):
+            description.norm = self._address(_floats(model.norm.weight))
+        if self.config.unit_scales:
+            description.logit_scale = self._address(_in_blocks(model.logit_scales))
+        description.cos, description.sin = self._tables(model.rotary, max_positions)
+        if model.second_rotary is not None:
+            tables = self._tables(model.second_rotary, max_positions)
+            description.second_cos, description.second_sin = tables
+
+    def _tables(self, rotary: Rotary, max_positions: int) -> tuple[int | None, int | None]:
+        cos, sin = rotary(torch.arange(max_positions), torch.float32)
         half = self.config.rotary_dim // 2
         if self.config.rope.interleaved:
             cos, sin = cos[:, 0, 0::2], sin[:, 0, 1::2]
         else:
             cos, sin = cos[:, 0, :half], sin[:, 0, half:]
-        description.cos, description.sin = self._address(_floats(cos)), self._address(_floats(sin))
+        return self._address(_floats(cos)), self._address(_floats(sin))
 
     def _address(self, numbers: Floats | None) -> int | None:
         if numbers is None:
@@ -174,19 +199,17 @@ class PackedModel:
         return numbers.ctypes.data
 
 
-def check_covered(model: LoopedTransformer) -> None:
-    """Raises NativeUnavailableError for a model that the library can't run, with the reason."""
-    config = model.config
-    if model.device.type != "cpu":
-        raise NativeUnavailableError(f"the model is on {model.device}, not on the CPU")
+def check_covered(config: LoopedConfig, device: torch.device) -> None:
+    """Raises NativeUnavailableError for a model that the library can't run there, with the reason."""
+    if device.type != "cpu":
+        raise NativeUnavailableError(f"the device is {device}, not the CPU")
+    if config.norm_kind is NormKind.PLAIN or config.low_cycles or config.prefix_lm:
+        raise NativeUnavailableError(f"the library has no norms and stacks of {config.family} models yet")
     if config.head_dim % 2:
         raise NativeUnavailableError(f"head_dim is {config.head_dim}; an even one is needed")
     widest = max(2 * config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
     if widest > MOST_INPUTS:
         raise NativeUnavailableError(f"a matrix has {widest} inputs; {MOST_INPUTS} are the most")
-    for name, module in model.named_modules():
-        if name.endswith(("_proj", "head", ADAPTER)) and not isinstance(module, nn.Linear | Int8Linear):
-            raise NativeUnavailableError(f"{name} is a {type(module).__name__}, whose weights can't be read")
 
 
 def release(model: LoopedTransformer) -> None:
@@ -219,9 +242,9 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _layer(model: LoopedTransformer, index: int) -> Layer:
+def _layer(model: LoopedTransformer, index: int) -> Layer | InterpolatedLayer:
     layer = model.layers[index]
-    assert isinstance(layer, Layer)
+    assert isinstance(layer, Layer | InterpolatedLayer)
     return layer
 
 
@@ -230,7 +253,7 @@ def _type(linear: nn.Linear | Int8Linear, int4: bool) -> WeightType:
         return WeightType.INT4
     if isinstance(linear, Int8Linear):
         return WeightType.INT8
-    return WeightType.FP32 if linear.weight.dtype == torch.float32 else WeightType.BF16
+    return WeightType.BF16 if linear.weight.dtype == torch.bfloat16 else WeightType.FP32  # holds fp16 exactly
 
 
 def _in_order(count: int) -> NDArray[np.int32]:
@@ -238,6 +261,20 @@ def _in_order(count: int) -> NDArray[np.int32]:
     rows = np.full(-(-count // BLOCK) * BLOCK, -1, np.int32)
     rows[:count] = np.arange(count)
     return rows
+
+
+def _gate_last(count: int, gate: int) -> NDArray[np.int32]:
+    """Rows in order, but for the first `gate` ones, which stand at the end."""
+    rows = _in_order(count)
+    rows[:count] = np.roll(rows[:count], -gate)
+    return rows
+
+
+def _in_blocks(numbers: Tensor) -> Floats:
+    """In fp32, filled up with zeros to a whole number of blocks."""
+    padded = np.zeros(-(-len(numbers) // BLOCK) * BLOCK, np.float32)
+    padded[: len(numbers)] = _floats(numbers)
+    return padded
 
 
 def _in_turn(count: int) -> NDArray[np.int32]:
@@ -255,12 +292,14 @@ def _floats(tensor: Tensor) -> Floats:
 def _sizes(config: LoopedConfig, max_positions: int) -> dict[str, int | float]:
     same = (
         "vocab_size hidden_size intermediate_size num_heads num_kv_heads head_dim rotary_dim "
-        "num_prelude_layers num_block_layers num_coda_layers num_loops norm_after_loop norm_before_coda "
-        "input_injection first_loop_gate norm_eps embedding_scale"
+        "num_prelude_layers num_block_layers num_coda_layers norm_after_loop norm_before_coda "
+        "input_injection first_loop_gate norm_eps embedding_scale output_gate input_addition "
+        "norm_after_prelude"
     )
     return {
         **{name: getattr(config, name) for name in same.split()},
         "max_positions": max_positions,
+        "num_loops": config.most_loops,
         "placement": PLACEMENTS[config.norm_placement],
         "start": STARTS[config.initial_state],
         "activation": ACTIVATIONS[config.activation],

@@ -1,7 +1,7 @@
 """The pass made of torch modules: rows -> tensors -> the shared block -> readouts.
 
 Knows nothing about requests' ends or queues. The state of a row between two passes lies in the cache at
-its token slot, like its K/V, so a flush leaves nothing to clean up. Invariant: a pass waits for the device
+its cell, like its K/V, so a flush leaves nothing to clean up. Invariant: a pass waits for the device
 once, when the tokens are read.
 """
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from model.network.layers import Attend
-from model.network.looped import LoopedTransformer
-from model.passes.backend import BackendFacts
+from model.network.looped import Angles, LoopedTransformer
+from model.passes.backend import BackendFacts, CacheBytes
 from model.passes.noise import state_noise
 from model.passes.rows import Ints, Rows
-from model.passes.sampling import RowwiseSampler, Sampler
+from model.passes.sampling import Sampler
 from model.passes.scores import Reader
 from model.passes.tensors import array_to_device, to_device
 from model.passes.torch.attention import KVStore, PagedAttention, attention_for
@@ -24,12 +24,16 @@ from model.schedule.batch import PassResult, Readouts
 class TorchMaker:
     """Makes the backend of torch modules, as the model's own modules are."""
 
-    def bytes_per_token(self, model: LoopedTransformer) -> int:
-        """See BackendMaker."""
-        return bytes_per_token(model)
+    name = "torch"
+
+    def cache_bytes(self, model: LoopedTransformer) -> CacheBytes:
+        """What a token takes of the cache. The model needs no weights."""
+        config, itemsize = model.config, model.dtype.itemsize
+        states = config.state_size + (config.hidden_size if config.keeps_input else 0)
+        return CacheBytes(config.kv_bytes_per_token(itemsize), states * itemsize)
 
     def make(self, model: LoopedTransformer, num_tokens: int, max_positions: int) -> "TorchBackend":
-        """See BackendMaker."""
+        """A backend with a cache of `num_tokens`, for positions below `max_positions`."""
         del max_positions
         return TorchBackend(model, num_tokens)
 
@@ -40,52 +44,50 @@ class TorchBackend:
     def __init__(self, model: LoopedTransformer, num_tokens: int) -> None:
         self.model = model
         config = model.config
-        self.store = KVStore(config, num_tokens, model.device, cache_dtype(model))
-        self.attention: PagedAttention = attention_for(self.store, model.row_invariant)
-        sampler = RowwiseSampler if model.row_invariant else Sampler
-        self.sampler = sampler(config.vocab_size, model.device)
-        self.reader = Reader(model.head, self.sampler)
+        self.store = KVStore(config, num_tokens, model.device, model.dtype)
+        self.attention: PagedAttention = attention_for(self.store)
+        self.sampler = Sampler(config.vocab_size, model.device)
+        self.reader = Reader(model.logits, self.sampler)
+        self._states = zeros((num_tokens, config.state_size), model.device, model.dtype)
         shape = (num_tokens, config.hidden_size)
-        self._states = zeros(shape, model.device, model.dtype)
-        injected = config.input_injection
-        self._entered = zeros(shape, model.device, model.dtype) if injected else self._states
+        self._entered = zeros(shape, model.device, model.dtype) if config.keeps_input else self._states
 
     @property
     def facts(self) -> BackendFacts:
-        """See Backend."""
+        """What this backend is; never changes."""
         return BackendFacts(
-            name="torch",
+            name=TorchMaker.name,
             device=str(self.model.device),
             dtype=str(self.model.dtype).removeprefix("torch."),
-            is_exact=self.model.row_invariant,
-            bytes_per_token=bytes_per_token(self.model),
+            is_exact=False,
+            bytes_per_token=TorchMaker().cache_bytes(self.model).per_token,
         )
 
     @torch.inference_mode()
     def run(self, rows: Rows, readouts: Readouts) -> PassResult:
-        """See Backend. Waits for the device once if there is a readout."""
-        slots, positions = self._tensor(rows.slots), self._tensor(rows.positions)
-        self._enter(rows, slots, positions)
-        state = self._loop(rows, slots, positions)
+        """Runs one loop for every row and reads out; waits for the device once if there is a readout."""
+        cells, positions = self._tensor(rows.cells), self._tensor(rows.positions)
+        self._enter(rows, cells, positions)
+        state = self._loop(rows, cells, positions)
         hidden = self._finish(rows, readouts, state, positions)
         return self.reader.read(hidden, readouts)
 
-    def _enter(self, rows: Rows, slots: Tensor, positions: Tensor) -> None:
+    def _enter(self, rows: Rows, cells: Tensor, positions: Tensor) -> None:
         """Embeds the tokens of rows before their first loop and runs the prelude."""
         if not len(rows.token_ids):
             return
         if len(rows.entering) < len(rows):
             entering = self._tensor(rows.entering)
-            slots, positions = slots[entering], positions[entering]
-        angles: tuple[Tensor, Tensor] = _NO_ANGLES
+            cells, positions = cells[entering], positions[entering]
+        angles: Angles = _NO_ANGLES
         attend: Attend = _no_attention
         if self.model.config.num_prelude_layers:
             angles = self.model.angles(positions)
             attend = self.attention.bind([run for run in rows.runs if run.loop == 0])
         entered = self.model.enter(self._tensor(rows.token_ids), angles, attend)
         if self._entered is not self._states:
-            self._entered.index_copy_(0, slots, entered)
-        self._states.index_copy_(0, slots, self._initial_states(rows, entered))
+            self._entered.index_copy_(0, cells, entered)
+        self._states.index_copy_(0, cells, self._initial_states(rows, entered))
 
     def _initial_states(self, rows: Rows, entered: Tensor) -> Tensor:
         """States before the first loop, (entering rows, hidden): noise for the requests that ask for it."""
@@ -98,13 +100,13 @@ class TorchBackend:
             states[first : first + num_rows].copy_(pinned, non_blocking=True)
         return states
 
-    def _loop(self, rows: Rows, slots: Tensor, positions: Tensor) -> Tensor:
+    def _loop(self, rows: Rows, cells: Tensor, positions: Tensor) -> Tensor:
         """One loop for all rows; their new states (rows, hidden), also kept for their next pass."""
-        state = self._states.index_select(0, slots)
-        entered = state if self._entered is self._states else self._entered.index_select(0, slots)
+        state = self._states.index_select(0, cells)
+        entered = state if self._entered is self._states else self._entered.index_select(0, cells)
         angles, attend = self.model.angles(positions), self._bind_looped(rows)
         state = self.model.loop(state, entered, angles, attend, self._first_rows(rows))
-        self._states.index_copy_(0, slots, state)
+        self._states.index_copy_(0, cells, state)
         return state
 
     def _finish(self, rows: Rows, readouts: Readouts, state: Tensor, positions: Tensor) -> Tensor:
@@ -166,15 +168,3 @@ _NO_ANGLES = (torch.empty(0), torch.empty(0))
 
 def _no_attention(layer: int, *_: Tensor) -> Tensor:
     raise AssertionError(f"layer {layer} attended where the model has no layers")
-
-
-def bytes_per_token(model: LoopedTransformer) -> int:
-    """Bytes that one token slot takes: K/V of all slots, and the states in flight."""
-    states = 2 if model.config.input_injection else 1
-    kv = model.config.kv_bytes_per_token(cache_dtype(model).itemsize)
-    return kv + states * model.config.hidden_size * model.dtype.itemsize
-
-
-def cache_dtype(model: LoopedTransformer) -> torch.dtype:
-    """The dtype of K and V: the model's own, but batch-invariant attention works in fp32."""
-    return torch.float32 if model.row_invariant else model.dtype

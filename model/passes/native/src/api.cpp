@@ -63,7 +63,7 @@ static bool check_sizes(const Model& m, char* error, int32_t bytes) {
       {"num_block_layers", m.num_block_layers, 1, 4096},
       {"num_coda_layers", m.num_coda_layers, 0, 4096},
       {"num_loops", m.num_loops, 1, 4096},
-      {"placement", m.placement, PRE, OUTPUT},
+      {"placement", m.placement, PRE, INTERPOLATION},
       {"start", m.start, FROM_NOISE, FROM_INPUT_ALONE},
       {"activation", m.activation, 0, NUM_ACTIVATIONS - 1},
       {"embedding_type", m.embedding_type, FROM_FP32, FROM_INT8},
@@ -86,20 +86,31 @@ static bool check_matrix(const char* name, const Matrix& w, int inputs, int outp
   return fail(error, bytes, "%s has %d inputs and %d blocks of outputs; %d and %d are wanted", name, w.inputs, w.blocks, inputs, blocks);
 }
 
+// Heads of q, k, v and of the output gate, side by side.
+static int projected_heads(const Model& m) { return m.num_heads * (m.output_gate ? 2 : 1) + 2 * m.num_kv_heads; }
+
+static bool check_scales(const Model& m, const Layer& l, char* error, int32_t bytes) {
+  if (m.placement != INTERPOLATION) return !m.output_gate || fail(error, bytes, "an output gate needs interpolation");
+  bool whole = l.query_scale && l.gate_scale && l.mlp_gate_scale && l.mlp_up_scale && l.attn_rate && l.mlp_rate;
+  return (m.output_gate && whole) || fail(error, bytes, "a layer that interpolates has no gate or scales");
+}
+
 static bool check_layer(const Model& m, const Layer& l, char* error, int32_t bytes) {
-  int heads = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim, inner = (m.intermediate_size + BLOCK - 1) / BLOCK * BLOCK;
+  int heads = projected_heads(m) * m.head_dim, inner = (m.intermediate_size + BLOCK - 1) / BLOCK * BLOCK;
   if (!check_matrix("qkv", l.qkv, m.hidden_size, heads, error, bytes)) return false;
   if (!check_matrix("o", l.o, m.num_heads * m.head_dim, m.hidden_size, error, bytes)) return false;
   if (!check_matrix("gate_up", l.gate_up, m.hidden_size, 2 * inner, error, bytes)) return false;
   if (!check_matrix("down", l.down, m.intermediate_size, m.hidden_size, error, bytes)) return false;
   if (!l.q_norm != !l.k_norm) return fail(error, bytes, "a layer has one of q_norm and k_norm");
   if (m.first_loop_gate && (!l.loop_gate_weight || !l.loop_gate_bias)) return fail(error, bytes, "a layer has no first-loop gate");
+  if (!check_scales(m, l, error, bytes)) return false;
+  if (l.second_rope && (!m.second_cos || !m.second_sin)) return fail(error, bytes, "a second rotary table is missing");
   if (l.windowed && m.window < 1) return fail(error, bytes, "a layer is windowed, but the window is %d", m.window);
   return true;
 }
 
 static bool check_model(const Model* m, char* error, int32_t bytes) {
-  if (!m || !m->layers || !m->embedding || !m->norm || !m->cos || !m->sin) return fail(error, bytes, "a part of the model is missing");
+  if (!m || !m->layers || !m->embedding || (!m->norm && m->placement != INTERPOLATION) || !m->cos || !m->sin) return fail(error, bytes, "a part of the model is missing");
   if (m->embedding_type == FROM_INT8 && !m->embedding_scales) return fail(error, bytes, "the embedding has no scales");
   if (!check_sizes(*m, error, bytes)) return false;
   if (!check_matrix("head", m->head, m->hidden_size, m->vocab_size, error, bytes)) return false;
@@ -142,12 +153,21 @@ static void measure(Engine* e) {
   e->slot_bytes = e->page_bytes * (size_t)e->setup.num_pages;
   e->hidden = m.hidden_size;
   e->hidden_padded = (m.hidden_size + LANES - 1) / LANES * LANES;
-  e->qkv_padded = ((m.num_heads + 2 * m.num_kv_heads) * m.head_dim + LANES - 1) / LANES * LANES;
+  e->qkv_padded = (projected_heads(m) * m.head_dim + LANES - 1) / LANES * LANES;
   e->attended = m.num_heads * m.head_dim;
   e->inner_padded = (m.intermediate_size + LANES - 1) / LANES * LANES;
   e->widest = padded_inputs(largest(largest(m.hidden_size * 2, m.intermediate_size), e->attended));
   e->heads_are_blocks = m.head_dim % BLOCK == 0;
 }
+
+#if __has_feature(address_sanitizer)
+enum { GAP = 64 };  // between pieces of memory, so that running over the end of one is noticed
+extern "C" void __asan_poison_memory_region(const volatile void* from, size_t bytes);
+static void forbid(const uint8_t* from, size_t bytes) { __asan_poison_memory_region(from, bytes); }
+#else
+enum { GAP = 0 };
+static void forbid(const uint8_t*, size_t) {}
+#endif
 
 // Memory in pieces, each aligned to 64: first with `base` NULL to learn the size, then for real.
 struct Cutter {
@@ -156,7 +176,9 @@ struct Cutter {
   template <class T>
   T* cut(size_t count) {
     T* piece = base ? (T*)(base + used) : nullptr;
-    used += (count * sizeof(T) + 63) / 64 * 64;
+    size_t bytes = count * sizeof(T), next = used + (bytes + GAP + 63) / 64 * 64;
+    if (base) forbid(base + used + bytes, next - used - bytes);
+    used = next;
     return piece;
   }
 };
@@ -197,7 +219,7 @@ static void cut_rows(Engine* e, Cutter& c, int rows, int readouts) {
   e->ending = c.cut<int32_t>(n);
   e->all = c.cut<int32_t>(n);
   e->coda_row = c.cut<int32_t>(n);
-  e->slots = c.cut<int64_t>(n);
+  e->cells = c.cut<int64_t>(n);
   e->best = c.cut<Best>((size_t)readouts * (size_t)e->head_chunks);
 }
 
@@ -288,7 +310,7 @@ static void sort_rows(Engine* e, const Pass& p) {
   e->num_entering = e->num_ending = 0;
   for (int row = 0; row < p.num_rows; row++) {
     int position = p.positions[row];
-    e->slots[row] = (int64_t)p.pages[p.tables[row] + position / PAGE] * PAGE + position % PAGE;
+    e->cells[row] = (int64_t)p.pages[p.tables[row] + position / PAGE] * PAGE + position % PAGE;
     e->all[row] = row;
     if (p.loops[row] == 0) e->entering[e->num_entering++] = row;
     if (e->model.num_coda_layers && p.ends[row]) {
@@ -318,4 +340,25 @@ int32_t speed_run(Engine* e, const Pass* pass, char* error, int32_t bytes) {
   pool_run(e->pool, run_program, e);
   choose_tokens(*e, *pass);
   return 0;
+}
+
+// ---- measuring -------------------------------------------------------------------------------------------
+
+void speed_times(Engine* e, int64_t nanoseconds[NUM_PARTS]) {
+  memcpy(nanoseconds, e->times, sizeof e->times);
+  memset(e->times, 0, sizeof e->times);
+}
+
+uint64_t speed_stream(const void* memory, uint64_t bytes) {
+  typedef uint64_t u64x8 __attribute__((ext_vector_type(8)));
+  const uint8_t* from = (const uint8_t*)memory;
+  u64x8 first = 0, second = 0;
+  for (uint64_t at = 0; at + 128 <= bytes; at += 128) {
+    first += load<u64x8>(from + at);
+    second += load<u64x8>(from + at + 64);
+  }
+  first += second;
+  uint64_t sum = 0;
+  for (int i = 0; i < 8; i++) sum += first[i];
+  return sum;
 }

@@ -2,9 +2,10 @@
 #pragma once
 #include "products.h"
 
-enum { INTERFACE = 1 };  // changes with any of the structures below
+enum { INTERFACE = 3 };  // changes with any of the structures below
 
-enum Placement { PRE, SANDWICH, POST_ADD, OUTPUT };
+// INTERPOLATION: norms give unit length and have no weights, and states step towards normalised outputs.
+enum Placement { PRE, SANDWICH, POST_ADD, OUTPUT, INTERPOLATION };
 enum Start { FROM_NOISE, FROM_INPUT, FROM_INPUT_ALONE };
 
 struct Layer {
@@ -12,7 +13,10 @@ struct Layer {
   const float *attn_norm, *mlp_norm, *attn_out_norm, *mlp_out_norm, *attn_sum_norm, *mlp_sum_norm;
   const float *q_norm, *k_norm, *qk_bias;
   const float *loop_gate_weight, *loop_gate_bias;
-  int32_t windowed, unused;
+  // With INTERPOLATION, as they are multiplied: of queries, of the output gate's logits (heads * head_dim each),
+  // of the MLP's gates and ups (intermediate_size, padded to 16), of steps after attention and MLP (hidden_size).
+  const float *query_scale, *gate_scale, *mlp_gate_scale, *mlp_up_scale, *attn_rate, *mlp_rate;
+  int32_t windowed, second_rope;
 };
 
 struct Model {
@@ -20,6 +24,7 @@ struct Model {
   int32_t num_prelude_layers, num_block_layers, num_coda_layers, num_loops;
   int32_t placement, norm_after_loop, norm_before_coda, input_injection, start, activation, interleaved, window;
   int32_t first_loop_gate, embedding_type;  // SourceType
+  int32_t output_gate, input_addition, norm_after_prelude, unused;  // output_gate: rows behind those of q, k and v
   float norm_eps, embedding_scale;
   const Layer* layers;
   const void* embedding;          // (vocab_size, hidden_size)
@@ -27,12 +32,14 @@ struct Model {
   const float* norm;
   Matrix head, adapter;
   const float *cos, *sin;  // (max_positions, rotary_dim / 2)
+  const float *second_cos, *second_sin;  // of layers with second_rope
+  const float* logit_scale;              // (vocab_size, padded to 16) or NULL
 };
 
 struct Setup {
   int32_t num_threads, spin_microseconds, num_pages, half_cache;
   void* cache;   // speed_cache_bytes, zeroed
-  float* states; // (num_pages * 16, hidden_size), and the block's inputs behind them with input_injection
+  float* states; // (num_pages * 16, hidden_size), and the block's inputs behind them if loops read them
 };
 
 struct Pass {
@@ -47,9 +54,12 @@ struct Pass {
   const float* noise;        // (num_noise, hidden_size)
   const int32_t* readouts;   // (readouts) rows
   const int32_t* logit_rows; // (readouts) row of `logits`, or -1
-  int32_t* tokens_out;       // (readouts) argmax of each
+  int32_t* tokens_out;       // (readouts) argmax of each, -1 where a logit is no finite number
   float* logits;             // (num_logits, vocab_size)
 };
+
+// What the time of a pass goes to; as in structs.py.
+enum Part { ENTER, MIX_IN, QKV, ATTENTION, OUT, GATE_UP, DOWN, JOIN, HEAD, NUM_PARTS };
 
 struct Engine;
 
@@ -68,5 +78,9 @@ Engine* speed_open(const Model* model, const Setup* setup, char* error, int32_t 
 void speed_close(Engine* engine);
 // 0, or 1 and why in `error`; then nothing has been changed.
 int32_t speed_run(Engine* engine, const Pass* pass, char* error, int32_t error_bytes);
+// Nanoseconds that the calling thread has spent in each part of all passes since the last call, waiting included.
+void speed_times(Engine* engine, int64_t nanoseconds[NUM_PARTS]);
+// Reads memory from its start to its end, as fast as a thread can; the sum of its words.
+uint64_t speed_stream(const void* memory, uint64_t bytes);
 }
 #pragma GCC visibility pop

@@ -13,9 +13,11 @@ struct Private {  // of one thread
   float* heads;   // outputs of a group of heads, for both branches of a first-loop gate
 };
 
+enum { NO_TOKEN = -1 };  // among the logits is an infinite one or none that is a number
+
 struct Best {
   float value;
-  int32_t token;
+  int32_t token;  // or NO_TOKEN
 };
 
 struct Engine {
@@ -34,11 +36,12 @@ struct Engine {
   float *h, *coda_h, *sums, *qkv, *mixed, *inner;  // (rows, ...)
   Input shared;
   int32_t *entering, *ending, *all, *coda_row;  // rows by their number in the pass
-  int64_t* slots;                               // (rows) where the row's state lies
+  int64_t* cells;                               // (rows) where the row's state lies
   int num_entering, num_ending;
   Best* best;  // (chunks of the head, readouts)
   int head_chunks;
   const Pass* pass;
+  int64_t times[NUM_PARTS];  // nanoseconds of the calling thread
 };
 
 void run_program(Worker* self, void* engine);

@@ -21,13 +21,38 @@ static void rms_norm(const float* x, const float* weight, int size, float eps, f
   for (; i < size; i++) out[i] = x[i] * scale * weight[i];
 }
 
+static f32x16 load_some(const float* from, int count) {  // 16 or fewer, zeros behind them
+  if (count >= LANES) return load<f32x16>(from);
+  f32x16 v = splat(0);
+  memcpy(&v, from, (size_t)count * 4);
+  return v;
+}
+
+static void store_some(float* to, f32x16 v, int count) { memcpy(to, &v, (size_t)(count < LANES ? count : LANES) * 4); }
+
+static void unit_norm(const float* x, int size, float eps, float* out) {
+  f32x16 squares = splat(0);
+  for (int i = 0; i < size; i += LANES) {
+    f32x16 v = load_some(x + i, size - i);
+    squares = fma16(v, v, squares);
+  }
+  float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) + eps);
+  for (int i = 0; i < size; i++) out[i] = x[i] * scale;
+}
+
+// h + rate * (out - h)
+static void step_towards(float* h, const float* out, const float* rate, int size) {
+  for (int i = 0; i < size; i++) h[i] += rate[i] * (out[i] - h[i]);
+}
+
 static void add_to(float* to, const float* x, int size) {
   for (int i = 0; i < size; i++) to[i] += x[i];
 }
 
-static void rotate(const Model& m, int position, float* head) {
+static void rotate(const Model& m, bool second, int position, float* head) {
   int half = m.rotary_dim / 2;
-  const float *cos = m.cos + (size_t)position * (size_t)half, *sin = m.sin + (size_t)position * (size_t)half;
+  size_t at = (size_t)position * (size_t)half;
+  const float *cos = (second ? m.second_cos : m.cos) + at, *sin = (second ? m.second_sin : m.sin) + at;
   int step = m.interleaved ? 2 : 1, apart = m.interleaved ? 1 : half;
   for (int i = 0; i < half; i++) {
     float a = head[i * step], b = head[i * step + apart];
@@ -62,6 +87,8 @@ static void look_up(const Model& m, int token, float* out) {
 
 namespace {
 
+enum { BYTES_AHEAD_OF_A_STAGE = 16384, FETCHING_TASKS = 64 };
+
 struct RowSet {  // rows that go through layers together
   int count;
   const int32_t* rows;  // their numbers in the pass
@@ -74,10 +101,20 @@ struct Step {
   const Model& m;
   const Pass& p;
   Private& mine;
+  int64_t since;  // nanoseconds; what follows is another part
 
-  float* state(int row) const { return e.setup.states + e.slots[row] * m.hidden_size; }
+  void mark(Part part) {
+    if (self->index) return;
+    int64_t now = nanoseconds();
+    e.times[part] += now - since;
+    since = now;
+  }
+
+  bool keeps_input() const { return m.input_injection || m.input_addition; }
+
+  float* state(int row) const { return e.setup.states + e.cells[row] * m.hidden_size; }
   float* entered(int row) const {
-    return state(row) + (m.input_injection ? (int64_t)e.setup.num_pages * PAGE * m.hidden_size : 0);
+    return state(row) + (keeps_input() ? (int64_t)e.setup.num_pages * PAGE * m.hidden_size : 0);
   }
 
   int per_chunk(int units) const {
@@ -104,6 +141,7 @@ struct Step {
     if (!alone) each(rows, ready);
     int units = w.blocks / unit_blocks;
     auto prepare = [&] {
+      fetch(w, share_begin(units, per) * unit_blocks, BYTES_AHEAD_OF_A_STAGE);
       for (int row = 0; alone && row < rows; row++) ready(row);
     };
     run_stage(self, (units + per - 1) / per, prepare, [&](int chunk) {
@@ -114,6 +152,17 @@ struct Step {
         after(unit);
       }
     });
+  }
+
+  // The first unit of this thread's share of a stage.
+  int share_begin(int units, int per) const {
+    return (units + per - 1) / per * self->index / pool_threads(self->pool) * per;
+  }
+
+  // Has weights brought into the second cache, from the start of a block on, while there is other work to do.
+  void fetch(const Matrix& w, int block, size_t bytes) const {
+    size_t begin = (size_t)block * block_bytes(w.type, w.inputs), end = (size_t)w.blocks * block_bytes(w.type, w.inputs);
+    for (size_t at = begin; at < end && at < begin + bytes; at += 64) __builtin_prefetch(w.data + at, 0, 2);
   }
 
   template <class Fill, class Emit>
@@ -160,7 +209,12 @@ struct Step {
     bool is_value = kv_head >= kv_heads;
     if (!is_value) {
       if (l.qk_bias) add_to(x, l.qk_bias + (size_t)head * (size_t)m.head_dim, m.head_dim);
-      rotate(m, position, x);
+      rotate(m, l.second_rope, position, x);
+      if (l.query_scale) unit_norm(x, m.head_dim, m.norm_eps, x);
+      if (l.query_scale && kv_head < 0) {
+        const float* scale = l.query_scale + (size_t)head * (size_t)m.head_dim;
+        for (int c = 0; c < m.head_dim; c++) x[c] *= scale[c];
+      }
     }
     if (kv_head < 0) return;
     uint8_t* page = slot(layer, loop_of(layer, row)) + (size_t)p.pages[p.tables[row] + position / PAGE] * e.page_bytes;
@@ -189,6 +243,7 @@ struct Step {
     auto emit = [&](int i, int block, f32x16 v, int) { store(e.qkv + (size_t)i * (size_t)e.qkv_padded + block * BLOCK, v); };
     if (e.heads_are_blocks && !l.q_norm) {
       auto after = [&](int head) {
+        if (head >= m.num_heads + 2 * m.num_kv_heads) return;  // the output gate's
         for (int i = 0; i < set.count; i++) finish_head(layer, set, i, head);
       };
       int unit = m.head_dim / BLOCK;
@@ -233,9 +288,13 @@ struct Step {
 
   // A sub-layer's last product, added to h where nothing stands between; else kept for `join`.
   void close(const Matrix& w, const RowSet& set, const float* from, int stride) {
+    close(w, set, [=](int i, float*) { return from + (size_t)i * (size_t)stride; });
+  }
+
+  template <class Fill>
+  void close(const Matrix& w, const RowSet& set, Fill fill) {
     bool direct = m.placement == PRE;
     float* to = direct ? set.h : e.sums;
-    auto fill = [=](int i, float*) { return from + (size_t)i * (size_t)stride; };
     product(w, set.count, 1, fill, [=, this](int i, int block, f32x16 v, int) {
       float* at = to + (size_t)i * (size_t)e.hidden_padded + block * BLOCK;
       store(at, direct ? load<f32x16>(at) + v : v);
@@ -251,20 +310,98 @@ struct Step {
     });
   }
 
+  void attend_rows(int index, const RowSet& set) {
+    const Layer& l = e.layers[index];
+    int tasks = set.count * m.num_kv_heads;
+    each(tasks, [&](int task) {
+      int begin = l.o.blocks * task / tasks, end = l.o.blocks * (task + 1) / tasks;
+      if (tasks <= FETCHING_TASKS) fetch(l.o, begin, (size_t)(end - begin) * block_bytes(l.o.type, l.o.inputs));
+      attend_row(index, set, task % set.count, task / set.count);
+    });
+    mark(ATTENTION);
+  }
+
+  // ---- a layer of unit vectors ---------------------------------------------------------------------------
+
+  // Attention's output of a row, gated, of unit length.
+  const float* gated(const Layer& l, int i, float* scratch) {
+    const float* out = e.mixed + (size_t)i * (size_t)e.attended;
+    const float* gate = e.qkv + (size_t)i * (size_t)e.qkv_padded + (size_t)((m.num_heads + 2 * m.num_kv_heads) * m.head_dim);
+    for (int c = 0; c < e.attended; c += LANES) {
+      int count = e.attended - c;
+      f32x16 share = sigmoid16(load_some(gate + c, count) * load_some(l.gate_scale + c, count));
+      store_some(scratch + c, load_some(out + c, count) * share, count);
+    }
+    unit_norm(scratch, e.attended, m.norm_eps, scratch);
+    return scratch;
+  }
+
+  void unit_rows(const RowSet& set) {
+    each(set.count, [&](int i) {
+      float* h = set.h + (size_t)i * (size_t)e.hidden_padded;
+      unit_norm(h, m.hidden_size, m.norm_eps, h);
+    });
+  }
+
+  // The step of all rows towards their `sums`; what follows a step inside of a layer is of unit length.
+  void step(const RowSet& set, const float* rate, bool unit) {
+    each(set.count, [&](int i) {
+      float *h = set.h + (size_t)i * (size_t)e.hidden_padded, *out = e.sums + (size_t)i * (size_t)e.hidden_padded;
+      unit_norm(out, m.hidden_size, m.norm_eps, out);
+      step_towards(h, out, rate, m.hidden_size);
+      if (unit) unit_norm(h, m.hidden_size, m.norm_eps, h);
+    });
+    mark(JOIN);
+  }
+
+  void unit_layer(int index, const RowSet& set) {
+    const Layer& l = e.layers[index];
+    unit_rows(set);
+    mark(JOIN);
+    project_qkv(index, set);
+    mark(QKV);
+    attend_rows(index, set);
+    close(l.o, set, [&](int i, float* scratch) { return gated(l, i, scratch); });
+    mark(OUT);
+    step(set, l.attn_rate, true);
+    auto fill = [&](int i, float*) { return (const float*)set.h + (size_t)i * (size_t)e.hidden_padded; };
+    product(l.gate_up, set.count, 2, fill, [&](int i, int block, f32x16 v, int) {
+      float* at = e.inner + (size_t)i * (size_t)e.inner_padded + block / 2 * BLOCK;
+      f32x16 scaled = v * load<f32x16>((block % 2 ? l.mlp_up_scale : l.mlp_gate_scale) + block / 2 * BLOCK);
+      store(at, block % 2 ? activate(m.activation, load<f32x16>(at)) * scaled : scaled);
+    });
+    mark(GATE_UP);
+    close(l.down, set, [&](int i, float* scratch) {
+      unit_norm(e.inner + (size_t)i * (size_t)e.inner_padded, m.intermediate_size, m.norm_eps, scratch);
+      return (const float*)scratch;
+    });
+    mark(DOWN);
+    step(set, l.mlp_rate, false);
+  }
+
+  // ---- a layer of any other kind -------------------------------------------------------------------------
+
   void layer(int index, const RowSet& set) {
     const Layer& l = e.layers[index];
     if (!set.count) return;
+    if (m.placement == INTERPOLATION) return unit_layer(index, set);
     project_qkv(index, set);
-    each(set.count * m.num_kv_heads, [&](int task) { attend_row(index, set, task % set.count, task / set.count); });
+    mark(QKV);
+    attend_rows(index, set);
     close(l.o, set, e.mixed, e.attended);
+    mark(OUT);
     join(set, l.attn_out_norm, l.attn_sum_norm);
+    mark(JOIN);
     auto fill = [&](int i, float* scratch) { return normed(set.h + (size_t)i * (size_t)e.hidden_padded, l.mlp_norm, scratch); };
     product(l.gate_up, set.count, 2, fill, [&](int i, int block, f32x16 v, int) {
       float* at = e.inner + (size_t)i * (size_t)e.inner_padded + block / 2 * BLOCK;
       store(at, block % 2 ? activate(m.activation, load<f32x16>(at)) * v : v);
     });
+    mark(GATE_UP);
     close(l.down, set, e.inner, e.inner_padded);
+    mark(DOWN);
     join(set, l.mlp_out_norm, l.mlp_sum_norm);
+    mark(JOIN);
   }
 
   void layers(int first, int count, const RowSet& set) {
@@ -277,13 +414,15 @@ struct Step {
     RowSet set = {e.num_entering, e.entering, e.h};
     if (!set.count) return;
     each(set.count, [&](int i) { look_up(m, p.tokens[set.rows[i]], set.h + (size_t)i * (size_t)e.hidden_padded); });
+    mark(ENTER);
     layers(0, m.num_prelude_layers, set);
+    if (m.norm_after_prelude) unit_rows(set);
     each(set.count, [&](int i) {
       int row = set.rows[i];
       size_t bytes = (size_t)m.hidden_size * 4;
       const float* h = set.h + (size_t)i * (size_t)e.hidden_padded;
       memcpy(entered(row), h, bytes);
-      if (!m.input_injection) return;
+      if (!keeps_input()) return;
       int noise = p.noises ? p.noises[row] : -1;
       if (noise >= 0) {
         memcpy(state(row), p.noise + (size_t)noise * (size_t)m.hidden_size, bytes);
@@ -293,11 +432,16 @@ struct Step {
         memcpy(state(row), h, bytes);
       }
     });
+    mark(ENTER);
   }
 
   void mix_in() {  // the block's input: the state, through the adapter where there is one
     if (!m.input_injection) {
-      each(p.num_rows, [&](int row) { memcpy(e.h + (size_t)row * (size_t)e.hidden_padded, state(row), (size_t)m.hidden_size * 4); });
+      each(p.num_rows, [&](int row) {
+        float* h = e.h + (size_t)row * (size_t)e.hidden_padded;
+        memcpy(h, state(row), (size_t)m.hidden_size * 4);
+        if (m.input_addition) add_to(h, entered(row), m.hidden_size);
+      });
       return;
     }
     auto fill = [&](int row, float* scratch) {
@@ -314,18 +458,28 @@ struct Step {
     });
   }
 
+  void close_loop(float* h) {
+    if (m.placement == INTERPOLATION) {
+      unit_norm(h, m.hidden_size, m.norm_eps, h);
+    } else {
+      rms_norm(h, m.norm, m.hidden_size, m.norm_eps, h);
+    }
+  }
+
   void loop() {
     mix_in();
+    mark(MIX_IN);
     layers(m.num_prelude_layers, m.num_block_layers, {p.num_rows, e.all, e.h});
     each(p.num_rows, [&](int row) {
       float* h = e.h + (size_t)row * (size_t)e.hidden_padded;
-      if (m.norm_after_loop) rms_norm(h, m.norm, m.hidden_size, m.norm_eps, h);
+      if (m.norm_after_loop) close_loop(h);
       memcpy(state(row), h, (size_t)m.hidden_size * 4);
       if (!m.num_coda_layers || !p.ends[row]) return;
       float* to = e.coda_h + (size_t)e.coda_row[row] * (size_t)e.hidden_padded;
       memcpy(to, h, (size_t)e.hidden_padded * 4);
       if (m.norm_before_coda) rms_norm(h, m.norm, m.hidden_size, m.norm_eps, to);
     });
+    mark(JOIN);
   }
 
   void read_out() {
@@ -334,21 +488,29 @@ struct Step {
       int row = p.readouts[i];
       const float* h = m.num_coda_layers ? e.coda_h + (size_t)e.coda_row[row] * (size_t)e.hidden_padded
                                          : e.h + (size_t)row * (size_t)e.hidden_padded;
-      return normed(h, m.norm_after_loop ? nullptr : m.norm, scratch);
+      if (m.placement == INTERPOLATION) {
+        unit_norm(h, m.hidden_size, m.norm_eps, scratch);
+        return (const float*)scratch;
+      }
+      return normed(h, m.norm_after_loop && !m.num_coda_layers ? nullptr : m.norm, scratch);
     };
     int per = head_chunk_blocks(e);
     auto emit = [&](int i, int block, f32x16 v, int chunk) { note(i, block, v, chunk, block == chunk * per); };
     product(m.head, p.num_readouts, 1, per, fill, emit, [](int) {});
+    mark(HEAD);
   }
 
   void note(int i, int block, f32x16 v, int chunk, bool is_first) {
     Best* best = e.best + (size_t)chunk * (size_t)p.num_readouts + i;
     int count = m.vocab_size - block * BLOCK;
     if (count > BLOCK) count = BLOCK;
+    if (m.logit_scale) v = v * load<f32x16>(m.logit_scale + block * BLOCK);
     if (p.logit_rows[i] >= 0) {
       memcpy(p.logits + (size_t)p.logit_rows[i] * (size_t)m.vocab_size + block * BLOCK, &v, (size_t)count * 4);
     }
     if (is_first) *best = {v[0], block * BLOCK};
+    f32x16 nothing = v - v;
+    if (sum_lanes(nothing) != 0.0f) *best = {__builtin_inff(), NO_TOKEN};
     float top = count == BLOCK ? max_lanes(v) : best->value;
     if (count == BLOCK && !(top > best->value)) return;
     for (int lane = 0; lane < count; lane++) {
@@ -366,7 +528,7 @@ int head_chunk_blocks(const Engine& e) {
 
 void run_program(Worker* self, void* context) {
   Engine& e = *(Engine*)context;
-  Step step = {self, e, e.model, *e.pass, e.threads[self->index]};
+  Step step = {self, e, e.model, *e.pass, e.threads[self->index], nanoseconds()};
   step.enter();
   step.loop();
   step.read_out();

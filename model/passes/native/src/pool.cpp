@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "vec.h"
@@ -42,12 +41,6 @@ INLINE void pause_once() {
 #elif defined(__aarch64__)
   __asm__ volatile("yield");
 #endif
-}
-
-INLINE int64_t nanoseconds() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
 void ring(Bell* bell) {

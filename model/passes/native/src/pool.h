@@ -6,6 +6,7 @@
 // spins for a while and then sleeps, because a thread that spins for ever takes the core from those with work.
 #pragma once
 #include <stdint.h>
+#include <time.h>
 
 enum { MAX_THREADS = 64, MAX_CHUNKS = 65535 };
 
@@ -24,6 +25,12 @@ void pool_close(Pool* pool);
 int pool_threads(const Pool* pool);
 // Runs `program` on all threads; returns when no thread is in it any more.
 void pool_run(Pool* pool, Program program, void* context);
+
+static inline int64_t nanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
 
 // The next stage begins; false if it is over already.
 bool stage_begin(Worker* self);

@@ -20,6 +20,7 @@ enum {
   GROUP = 32,         // channels that share a scale in int4; all inputs are padded to it
   MOST_UNITS = 32258, // of the largest activation of a row: 127 * 254, so that it splits into two bytes
   HIGH_UNITS = 254,
+  NIBBLE_OFFSET = 8,  // int4 weights are stored with 8 added
   MOST_INPUTS = 65536, // channels: 255 * 127 * 65536 fits 32 bits
   MOST_TILE_ROWS = 6,
 };
@@ -55,7 +56,7 @@ struct Input {
   int8_t *high, *low;   // the same units as 254 high + low, for VNNI
   float* scales;        // of a row's units
   double* unit_sums;    // of a row
-  int32_t* group_sums;  // of a row's groups of 32 channels; stride / GROUP apart
+  int32_t* group_offsets;  // what NIBBLE_OFFSET adds to the sums of a row's groups; stride / GROUP apart
 };
 
 size_t input_bytes(int rows, int stride);

@@ -1,6 +1,8 @@
 """Reference attention: gathers every run's K and V through its page table, pads, attends.
 
-Slow and obvious, on any device, without a host synchronisation: all sizes come from the host.
+Slow and obvious, on any device, without a host synchronisation: all sizes come from the host. Invariant: a
+row meets numbers of its own sequence alone. What lies behind a mask is multiplied by zero, which hides no NaN
+that another sequence has left in a page: there it is replaced.
 """
 
 from collections import abc
@@ -22,7 +24,7 @@ class GatheredAttention:
         self.store = store
 
     def bind(self, runs: abc.Sequence[RowRun], write: bool = True) -> Attend:
-        """See PagedAttention."""
+        """An `Attend` for the rows of these runs, in this order; good for one pass."""
         entries = self.store.entries(runs)
         firsts, total = [], 0
         for run in runs:
@@ -55,20 +57,25 @@ class _Group:
         width = max(run.num_rows for run in runs)
         context = max(run.start + run.num_rows for run in runs)
         device = store.device
-        column = [[run.start, run.num_rows, first, run.loop] for run, first in zip(runs, firsts, strict=True)]
-        start, count, first, loop = to_device(column, torch.int64, device).t()[:, :, None]
+        column = [
+            [run.start, run.num_rows, first, run.loop, run.prefix]
+            for run, first in zip(runs, firsts, strict=True)
+        ]
+        start, count, first, loop, prefix = to_device(column, torch.int64, device).t()[:, :, None]
         step = torch.arange(width, device=device)
         self.rows = first + torch.minimum(step, count - 1)  # (runs, width); padding repeats the last row
         seen = torch.arange(context, device=device)
         last = (start + torch.minimum(step, count - 1))[:, :, None]  # (runs, width, 1)
-        self.masks = [(seen <= last)[:, None]]  # of layers that see all, and of windowed ones
+        self.foreign = (seen > start + count - 1)[:, None, :, None]  # behind the run's end
+        end = torch.maximum(last + 1, prefix[:, :, None])
+        self.masks = [(seen < end)[:, None]]  # of layers that see all, and of windowed ones
         if any(store.windowed):
             windows = [store.config.window_of_loop(run.loop) or context for run in runs]
             window = to_device(windows, torch.int64, device)[:, None, None]
             self.masks.append(self.masks[0] & (seen > last - window)[:, None])
-        self.entries = loop * store.num_tokens + self._token_slots(runs, seen)  # (runs, context)
+        self.entries = loop * store.num_tokens + self._cells(runs, seen)  # (runs, context)
 
-    def _token_slots(self, runs: list[RowRun], seen: Tensor) -> Tensor:
+    def _cells(self, runs: list[RowRun], seen: Tensor) -> Tensor:
         size = runs[0].table.page_size
         num_pages = -(-len(seen) // size)
         pages = [[*run.table.pages, *[0] * num_pages][:num_pages] for run in runs]
@@ -77,8 +84,10 @@ class _Group:
 
     def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
         """Fills the rows of this group in `out` (rows, heads, head_dim)."""
-        keys = self.store.keys[layer].flatten(0, 1)[self.entries].transpose(1, 2)
-        values = self.store.values[layer].flatten(0, 1)[self.entries].transpose(1, 2)
+        keys, values = (
+            cache[layer].flatten(0, 1)[self.entries].transpose(1, 2).masked_fill(self.foreign, 0)
+            for cache in (self.store.keys, self.store.values)
+        )
         queries = q[self.rows].transpose(1, 2)  # (runs, heads, width, head_dim)
         grouped, mask = self.store.group > 1, self.masks[self.store.windowed[layer]]
         got = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)

@@ -1,7 +1,7 @@
 """The tensors behind the pages, and what every attention implementation promises.
 
-Layout: one K and one V tensor for each layer with weights, (loops, token slots, kv_heads, head_dim);
-the loops of a layer are its slots. The K/V of a sequence's position p at loop r is [r, table.slot(p)].
+Layout: one K and one V tensor for each layer with weights, (loops, cells, kv_heads, head_dim);
+the loops of a layer are its slots. The K/V of a sequence's position p at loop r is [r, table.cell(p)].
 Invariant: rows of one pass never write the same entry, and a row reads no position behind its own, nor
 one that has slid out of its layer's window.
 """
@@ -22,30 +22,33 @@ from model.passes.tensors import to_device
 
 
 class KVStore:
-    """K and V of all layers, loops and token slots. Memory is touched only where it is written."""
+    """K and V of all layers (`LoopedConfig.num_caches`), loops and cells.
+
+    Memory is touched only where it is written.
+    """
 
     def __init__(
         self, config: LoopedConfig, num_tokens: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.config = config
-        self.windowed = [config.is_windowed(layer) for layer in range(config.num_layers)]
+        self.windowed = [config.is_windowed(layer) for layer in range(config.num_caches)]
         self.num_tokens = num_tokens
         self.device = device
         self.dtype = dtype
         self.group = config.num_heads // config.num_kv_heads
         shapes = [
             (config.loops_of_layer(layer), num_tokens, config.num_kv_heads, config.head_dim)
-            for layer in range(config.num_layers)
+            for layer in range(config.num_caches)
         ]
         self.keys = [zeros(shape, device, dtype) for shape in shapes]
         self.values = [zeros(shape, device, dtype) for shape in shapes]
 
     def entries(self, runs: abc.Sequence[RowRun]) -> Tensor:
-        """Index of each row's entry in a layer's flattened (loops * token slots) cache, (rows,)."""
+        """Index of each row's entry in a layer's flattened (loops * cells) cache, (rows,)."""
         flat: list[int] = []
         for run in runs:
             offset = run.loop * self.num_tokens
-            flat.extend(offset + slot for slot in run.table.slots(run.start, run.num_rows))
+            flat.extend(offset + cell for cell in run.table.cells(run.start, run.num_rows))
         return to_device(flat, torch.int64, self.device)
 
     def first_seen(self, windowed: bool, loop: int, position: int) -> int:
