@@ -7,11 +7,22 @@ proven equal to their reference are listed here.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from model.checkpoint.families import iquest, llama, nanbeige, ouro, raven
-from model.checkpoint.families.family import Family, Part, Place, WeightTable
-from model.network.config import ConfigError
+from model.checkpoint.families import dory, hrm, iquest, llama, nanbeige, ouro, raven
+from model.checkpoint.families.family import Family, Layout, Part, Place, TurnEnd, WeightTable
+from model.network.config import ConfigError, LoopedConfig
 
-__all__ = ["FAMILIES", "Family", "Part", "Place", "WeightTable", "families_of", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Layout",
+    "Part",
+    "Place",
+    "TurnEnd",
+    "WeightTable",
+    "families_of",
+    "family_of",
+    "layout_of",
+]
 
 FAMILIES = (
     llama.FAMILY,
@@ -21,15 +32,33 @@ FAMILIES = (
     raven.HUGINN,
     raven.LLAMA,
     raven.OLMO,
+    dory.FAMILY,
+    hrm.FAMILY,
 )
 
-_HRM = (
-    "its prompt attends both ways (prefix_lm), so K/V of a prompt position depend on the tokens behind it, "
-    "and the prompt can be neither read in chunks nor shared as a prefix; and its cycles alternate two "
-    "stacks of layers, where this engine runs one block for rows at any depth"
+_INKLING = (
+    "its looped layers are mixtures of experts, so tokens in flight share the reads of attention but hardly "
+    "those of experts, and speculation over its 3 passes saves at most about 1.4x. It would take block "
+    "attention residuals, convolutions whose inputs are kept by position, relative biases and routed experts"
+)
+_SENSENOVA = (
+    "three of its four layers are linear attention, whose state is a sum over positions: a wrong draft can't "
+    "be taken back by position. It would take the modelling file, which is not public, a state kept for each "
+    "token in flight, and hyper-connections"
+)
+_PARCAE = (
+    "its weights are pickles, which can run code and are never loaded. It would take a conversion to "
+    "safetensors, and its state-space loop and value embeddings in this engine"
 )
 # Looped models that people may try, by architecture and model_type, and why they can't be served.
-_NOT_SERVED = {"HrmTextForCausalLM": _HRM, "hrm_text": _HRM}
+_NOT_SERVED = {
+    "Inkling2LoopForConditionalGeneration": _INKLING,
+    "Inkling2LoopForCausalLM": _INKLING,
+    "inkling2_loop": _INKLING,
+    "inkling2_loop_text": _INKLING,
+    "sensenova_loop": _SENSENOVA,
+    "parcae": _PARCAE,
+}
 
 
 def families_of(raw: Mapping[str, Any]) -> tuple[Family, ...]:
@@ -49,10 +78,16 @@ def families_of(raw: Mapping[str, Any]) -> tuple[Family, ...]:
     if not found:
         key = "architectures" if names else "model_type"
         value = raw.get(key)
-        only = value[0] if isinstance(value, list) and len(value) == 1 else value
-        reason = f": {_NOT_SERVED[only]}" if isinstance(only, str) and only in _NOT_SERVED else ""
-        raise ConfigError(f"{key} is {value!r}; {', '.join(sorted(served))} can be served{reason}")
+        raise ConfigError(f"{key} is {value!r}; {', '.join(sorted(served))} can be served{_reason(raw)}")
     return found
+
+
+def _reason(raw: Mapping[str, Any]) -> str:
+    """Why a model that its architecture or model_type names is not served, if that is known."""
+    names = raw.get("architectures")
+    given = [*(names if isinstance(names, list) else ()), raw.get("model_type")]
+    known = [name for name in given if isinstance(name, str) and name in _NOT_SERVED]
+    return f". {known[0]}: {_NOT_SERVED[known[0]]}" if known else ""
 
 
 def family_of(raw: Mapping[str, Any], names: Collection[str] = ()) -> Family:
@@ -62,3 +97,11 @@ def family_of(raw: Mapping[str, Any], names: Collection[str] = ()) -> Family:
     if len(fitting) != 1:
         raise ConfigError(f"the tensors' names are of no one of {', '.join(family.name for family in found)}")
     return fitting[0]
+
+
+def layout_of(config: LoopedConfig) -> tuple[Family, Layout]:
+    """The family that a model of ours is saved as one of, and how; raises ValueError where there is none."""
+    for family in FAMILIES:
+        if family.layout is not None and family.layout.holds(config):
+            return family, family.layout
+    raise ValueError(f"no layout holds a {config.family} model such as {config}")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from model.network.config import ConfigError, LoopedConfig
 
@@ -17,8 +17,9 @@ MAX_FLOAT = sys.float_info.max
 
 
 class Part(Enum):
-    """Rows of a fused tensor: q, k, v of qkv_proj; gate, up of gate_up_proj."""
+    """Rows of a fused tensor: q, k, v of qkv_proj, an output gate before them; gate, up of gate_up_proj."""
 
+    OUTPUT_GATE = "output_gate"
     Q = "q"
     K = "k"
     V = "v"
@@ -28,11 +29,13 @@ class Part(Enum):
     def rows(self, config: LoopedConfig) -> slice:
         """Which rows of the fused tensor this part is."""
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        first = q if config.output_gate else 0
         gate = config.intermediate_size
         bounds = {
-            Part.Q: (0, q),
-            Part.K: (q, q + kv),
-            Part.V: (q + kv, q + 2 * kv),
+            Part.OUTPUT_GATE: (0, first),
+            Part.Q: (first, first + q),
+            Part.K: (first + q, first + q + kv),
+            Part.V: (first + q + kv, first + q + 2 * kv),
             Part.GATE: (0, gate),
             Part.UP: (gate, 2 * gate),
         }
@@ -46,10 +49,18 @@ class Section(Enum):
     PRELUDE = "prelude"
     BLOCK = "block"
     CODA = "coda"
+    LOW = "low"  # the two stacks of a block with `low_cycles`
+    HIGH = "high"
 
     def layers(self, config: LoopedConfig) -> range:
         """Indices of the section's layers in our model."""
-        ranges = {Section.PRELUDE: config.prelude, Section.BLOCK: config.block, Section.CODA: config.coda}
+        ranges = {
+            Section.PRELUDE: config.prelude,
+            Section.BLOCK: config.block,
+            Section.CODA: config.coda,
+            Section.LOW: range(config.stack_size),
+            Section.HIGH: range(config.stack_size, 2 * config.stack_size),
+        }
         return ranges.get(self, range(config.num_layers))
 
 
@@ -57,13 +68,16 @@ class Section(Enum):
 class Place:
     """Where a tensor on disk belongs: one of our parameters, or a part of a fused one.
 
-    `shape` is its shape on disk, where that isn't the shape of the rows it fills.
+    `shape` is its shape on disk, where that isn't the shape of the rows it fills. The section's layer i has
+    the number `first` + `step` * i on disk.
     """
 
     parameter: str
     part: Part | None = None
     section: Section = Section.ALL
     shape: Callable[[LoopedConfig], tuple[int, ...]] | None = None
+    first: int = 0
+    step: int = 1
 
     def rows(self, config: LoopedConfig) -> slice:
         """The rows of the parameter that the tensor fills."""
@@ -76,6 +90,26 @@ WeightTable = Mapping[str, Place | None]
 
 
 @dataclass(frozen=True)
+class TurnEnd:
+    """A token that ends turns though no file says so; `document_end` is the one that the files name."""
+
+    token_id: int
+    text: str
+    document_end: int
+
+
+class Layout(NamedTuple):
+    """How models of our own are saved: `holds` says which ones are saved so.
+
+    `write_config` is the inverse of the family's `read_config`; it raises ValueError for a model that does
+    not fit.
+    """
+
+    holds: Callable[[LoopedConfig], bool]
+    write_config: Callable[[LoopedConfig], dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Family:
     """One family of checkpoints.
 
@@ -83,6 +117,11 @@ class Family:
     checkpoint belongs to the family whose `architectures` (or, where config.json names none,
     `model_type`) it gives; of several such, to the one with `has` and without `lacks` in the names of
     its tensors.
+
+    `turn_end` is the token that ends a turn of the family's chat models where every file of a checkpoint
+    names only the end of a document. `layout` says which models of our own are saved as one of the family.
+    `is_elastic`: its models are trained for many numbers of loops, so that a request may ask for more than
+    config.json says.
     """
 
     name: str
@@ -92,6 +131,9 @@ class Family:
     weights: WeightTable
     has: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
+    turn_end: "TurnEnd | None" = None
+    layout: "Layout | None" = None
+    is_elastic: bool = False
 
     def fits(self, names: Collection[str]) -> bool:
         """Whether tensors with these names can be of this family."""
@@ -105,9 +147,10 @@ class Family:
         """The weight table with the layer numbers filled in."""
         for pattern, place in self.weights.items():
             section = place.section if place else Section.ALL
+            first, step = (place.first, place.step) if place else (0, 1)
             for number, layer in enumerate(section.layers(config) if "{}" in pattern else [0]):
                 filled = place and replace(place, parameter=place.parameter.format(layer))
-                yield pattern.format(number), filled
+                yield pattern.format(first + step * number), filled
 
 
 class Fields:

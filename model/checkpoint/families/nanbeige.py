@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from model.checkpoint.families.family import Family, Fields, write_token_ids
+from model.checkpoint.families.family import Family, Fields, Layout, write_token_ids
 from model.checkpoint.families.llama import BIASES, LAYER_WEIGHTS, PRE_NORMS, read_shape, refuse_windows
 from model.checkpoint.families.rope import write_rope
 from model.network.config import LoopedConfig
@@ -101,4 +101,5 @@ FAMILY = Family(
     architectures=("NanbeigeForCausalLM",),
     read_config=read_config,
     weights={**LAYER_WEIGHTS, **BIASES, **PRE_NORMS},
+    layout=Layout(lambda config: not config.input_injection, write_config),
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from model.checkpoint.families.family import Family, Fields, Place, WeightTable
+from model.checkpoint.families.family import Family, Fields, Place, TurnEnd, WeightTable
 from model.checkpoint.families.llama import LAYER_WEIGHTS, read_shape
 from model.network.config import LoopedConfig, NormPlacement
 
@@ -74,4 +74,6 @@ FAMILY = Family(
     architectures=("OuroForCausalLM",),
     read_config=read_config,
     weights={**LAYER_WEIGHTS, **_OWN_WEIGHTS},
+    # The configs say bos = eos = pad = 0, but the models were trained on turns that end with 2.
+    turn_end=TurnEnd(2, "<|im_end|>", document_end=0),
 )

@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from model.checkpoint.families.family import Family, Fields, Place, Section, WeightTable, write_token_ids
+from model.checkpoint.families.family import (
+    Family,
+    Fields,
+    Layout,
+    Place,
+    Section,
+    WeightTable,
+    write_token_ids,
+)
 from model.checkpoint.families.rope import read_rope, write_rope
 from model.network.config import ConfigError, InitialState, LoopedConfig, NormPlacement, RopeConfig
 
@@ -70,13 +78,12 @@ def read_huginn(raw: Mapping[str, Any]) -> LoopedConfig:
     """LoopedConfig of Huginn's config.json; raises ConfigError naming the field."""
     fields = Fields(raw)
     _refuse_other_starts(fields)
-    shape = _read_shape(fields)
+    shape = _read_shape(fields, fields.integer("block_size", 4096))
     qk_bias = fields.flag("qk_bias", True)
     if qk_bias and shape.num_kv_heads != shape.num_heads:
         raise fields.wrong("num_key_value_heads", "with qk_bias it must equal n_heads")
     return replace(
         shape,
-        max_positions=fields.integer("block_size", 4096),
         norm_placement=NormPlacement.POST_ADD,
         norm_before_coda=True,
         qk_bias=qk_bias,
@@ -97,30 +104,36 @@ def read_olmo(raw: Mapping[str, Any]) -> LoopedConfig:
     mode = fields.text("initial_state_mode", "random")
     if mode not in _STARTS:
         raise fields.wrong("initial_state_mode", f"only {', '.join(_STARTS)} are supported")
-    retrofit = _read_retrofit(fields, NormPlacement.OUTPUT)
+    retrofit = _read_retrofit(fields, NormPlacement.OUTPUT, own_head_dim=True)
     return replace(retrofit, qk_norm=True, initial_state=_STARTS[mode])
 
 
-def _read_retrofit(fields: Fields, placement: NormPlacement) -> LoopedConfig:
+def _read_retrofit(fields: Fields, placement: NormPlacement, *, own_head_dim: bool = False) -> LoopedConfig:
     """rope_theta counts and rope_base is a stale copy; there is no norm between loop and coda."""
     fields.refuse("qk_bias")
     fields.number("rope_theta")
     max_positions, rope = read_rope(fields)
-    return replace(_read_shape(fields), max_positions=max_positions, norm_placement=placement, rope=rope)
+    shape = _read_shape(fields, max_positions, own_head_dim=own_head_dim)
+    return replace(shape, norm_placement=placement, rope=rope)
 
 
-def _read_shape(fields: Fields) -> LoopedConfig:
-    """What the three have in common."""
+def _read_shape(fields: Fields, max_positions: int, *, own_head_dim: bool = False) -> LoopedConfig:
+    """What the three kinds of blocks have in common, for a context of `max_positions` tokens.
+
+    `own_head_dim`: the block takes `head_dim` from config.json. The others always use n_embd / n_heads and
+    ignore the key.
+    """
     _refuse_what_changes_the_loop(fields)
     init = fields.section("init_values")
     hidden, heads = fields.integer("n_embd"), fields.integer("n_heads")
     kv_heads = fields.integer("num_key_value_heads", heads)
-    if hidden % heads or heads % kv_heads:
-        raise ConfigError(
-            f"n_heads {heads} must divide n_embd {hidden}, num_key_value_heads {kv_heads} n_heads"
-        )
-    if fields.integer("head_dim", hidden // heads) != hidden // heads:
-        raise fields.wrong("head_dim", f"n_embd / n_heads, {hidden // heads}, is wanted")
+    if heads % kv_heads:
+        raise ConfigError(f"num_key_value_heads {kv_heads} must divide n_heads {heads}")
+    head_dim = fields.integer("head_dim", max(1, hidden // heads))
+    if not own_head_dim:
+        if hidden % heads:
+            raise ConfigError(f"n_heads {heads} must divide n_embd {hidden}")
+        head_dim = hidden // heads
     scale, default_std = init.number("embed_scale", math.sqrt(hidden)), math.sqrt(2 / (5 * hidden))
     return LoopedConfig(
         family="raven",
@@ -129,12 +142,12 @@ def _read_shape(fields: Fields) -> LoopedConfig:
         intermediate_size=fields.integer("intermediate_size"),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=hidden // heads,
+        head_dim=head_dim,
         num_prelude_layers=fields.count("n_layers_in_prelude"),
         num_block_layers=fields.integer("n_layers_in_recurrent_block"),
         num_coda_layers=fields.count("n_layers_in_coda"),
         num_loops=fields.integer("mean_recurrence"),
-        max_positions=1,
+        max_positions=max_positions,
         norm_eps=fields.number("norm_eps", 1e-6),
         input_injection=True,
         initial_state_std=init.number("std", default_std) * scale,
@@ -223,6 +236,7 @@ HUGINN = Family(
     read_config=read_huginn,
     weights=_weights(_HUGINN_BLOCK),
     has=(".norm_3.weight",),
+    is_elastic=True,
 )
 OLMO = replace(
     HUGINN,
@@ -238,4 +252,5 @@ LLAMA = replace(
     weights=_weights(_LLAMA_BLOCK),
     has=(".norm_1.weight",),
     lacks=(".norm_3.weight", ".attn.q_norm.weight"),
+    layout=Layout(lambda config: config.input_injection, write_config),
 )

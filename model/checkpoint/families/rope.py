@@ -1,6 +1,6 @@
 """The rotary embedding in a config.json, in the styles of transformers 4 and 5.
 
-Knows nothing about the formulas (see `layers.rotary_frequencies`) or the rest of the config.
+Knows nothing about the formulas (`layers.rotary_frequencies` has them) or the rest of the config.
 Invariant: a field or kind that would change a frequency is either read or refused.
 """
 
