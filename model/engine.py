@@ -10,8 +10,10 @@ exception while one request is worked for ends this one; after one in a pass all
 is at fault is found (`schedule.isolation`). `step` raises only what shows that the engine itself is broken.
 """
 
+import hashlib
 import logging
 import traceback
+from array import array
 from time import thread_time
 
 import msgspec
@@ -19,10 +21,11 @@ import msgspec
 from model.grammar.check import GrammarError
 from model.grammar.queue import GrammarQueue
 from model.grammar.state import GrammarState, Vocabulary
+from model.network.config import LoopedConfig
 from model.network.looped import LoopedTransformer
-from model.options import DEFAULT_ROW_BUDGET, POLICIES, EngineOptions
+from model.options import DEFAULT_ROW_BUDGET, POLICIES, EngineOptions, unknown_policy
 from model.passes.backend import Backend, BackendMaker
-from model.passes.memory import cache_memory, free_memory
+from model.passes.memory import cache_memory, free_memory, held_memory
 from model.passes.rows import Rows
 from model.passes.torch.backend import TorchMaker
 from model.protocol import (
@@ -34,9 +37,10 @@ from model.protocol import (
     SequenceStats,
     TokenEvent,
 )
+from model.rules import RuleError, check_request
 from model.schedule.batch import PassResult, Readouts, ScheduledRun
 from model.schedule.cost import FixedBudget, speculates_alone
-from model.schedule.drafts import LOOKUP_POLICIES, Experience, make_policy, policy_depths
+from model.schedule.drafts import LOOKUP_POLICIES, Experience, default_depths, make_policy, policy_depths
 from model.schedule.pages import PagePool, PrefixKeys
 from model.schedule.scheduler import Scheduler
 from model.schedule.sequence import Sequence
@@ -74,14 +78,16 @@ class Engine:
             rows = options.prefill_chunk_size * model.config.num_loops
             options = msgspec.structs.replace(options, prefill_rows=rows)
         self.model = model
-        self.max_model_len = _max_model_len(model, options)
+        each = maker.cache_bytes(model).per_token
+        fit = _fitting_tokens(model, options, each)
+        self.max_model_len = _max_model_len(model, options, fit)
         self.draft_depths = _draft_depths(model, options)
         self._given_depths = None if options.draft_depths is None else self.draft_depths
         self.draft_policy = _known_policy(options.draft_policy)
         self.experience = Experience.none()
-        self.pool = PagePool(
-            -(-self._num_cache_tokens(options, maker.bytes_per_token(model)) // PAGE_SIZE), PAGE_SIZE
-        )
+        num_tokens = _num_cache_tokens(options, self.max_model_len, fit, each)
+        _warn_if_too_large(num_tokens * each, free_memory(model.device).free)
+        self.pool = PagePool(-(-num_tokens // PAGE_SIZE), PAGE_SIZE)
         self.scheduler = Scheduler(self.pool, options, FixedBudget(options.row_budget or DEFAULT_ROW_BUDGET))
         self.backend: Backend = maker.make(model, self.pool.num_tokens, self.max_model_len)
         self.prices: PriceKeeper | None = None
@@ -97,12 +103,14 @@ class Engine:
             vocab_size=config.vocab_size,
             max_model_len=self.max_model_len,
             num_loops=config.num_loops,
+            max_loops=config.most_loops,
             draft_depths=sorted(self._depths(self.draft_policy, config.num_loops)),
             eos_token_ids=list(config.eos_token_ids),
             backend=self.backend.facts.name,
             device=self.backend.facts.device,
             dtype=self.backend.facts.dtype,
             kv_cache_tokens=self.pool.num_tokens,
+            kv_page_size=self.pool.page_size,
             max_num_seqs=self.scheduler.limits.max_num_seqs,
             deterministic=self.backend.facts.is_exact,
             draft_policy=self.draft_policy,
@@ -111,12 +119,14 @@ class Engine:
             speculation_enabled=self.speculates,
             grammar_problem=NO_VOCABULARY if self._grammars is None else "",
             has_noisy_start=self.model.config.has_noisy_start,
+            prompt_scores_problem=_prompt_scores_problem(config),
         )
 
     @property
     def stats(self) -> EngineStats:
         """Gauges and counters for the metrics."""
         scheduler, counts = self.scheduler, self.scheduler.counts
+        held, agreement = held_memory(self.backend.facts.device), self.experience.depths
         return EngineStats(
             num_requests_running=len(scheduler.running),
             num_requests_waiting=scheduler.num_waiting,
@@ -132,9 +142,13 @@ class Engine:
             draft_tokens=counts.accepted_drafts + counts.rejected_drafts,
             accepted_tokens=counts.accepted_drafts,
             flushes=dict(counts.flushes),
+            compared_readouts=dict(agreement.num_observed),
+            agreeing_readouts=dict(agreement.num_agreed),
             prefix_cache_queries=counts.prefix_queries,
             prefix_cache_hits=counts.prefix_hits,
             preemptions=counts.preemptions,
+            resident_memory=held.resident,
+            device_memory=held.device,
         )
 
     @property
@@ -165,10 +179,12 @@ class Engine:
     def _add(self, request: GenerationRequest) -> None:
         if self.prices is not None:
             self.prices.pause()
-        problem = self._problem(request)
-        if problem:
-            self._refuse(request, problem)
-        elif request.max_tokens == 0 and request.prompt_logprobs is None:
+        try:
+            check_request(request, self.info)
+        except RuleError as error:
+            self._refuse(request, str(error))
+            return
+        if request.max_tokens == 0 and request.prompt_logprobs is None:
             self._answer(request, "length")
         elif request.grammar is not None and self._grammars is not None:
             self._grammars.add(request, with_drafts=self._policy_name(request) != "none")
@@ -292,9 +308,11 @@ class Engine:
             length_limit=min(len(request.prompt_token_ids) + request.max_tokens, self.max_model_len),
             ending_tokens=self._ending_tokens(request),
             constraint=constraint,
+            prefix=len(request.prompt_token_ids) if self.model.config.prefix_lm else 0,
         )
         noise = (request.init_scale, request.sampling.seed) if request.init_scale > 0 else ""
-        salt = f"{num_loops}\n{noise}\n{request.cache_salt}"  # all that K/V depends on beside the tokens
+        # All that K/V depends on beside the tokens before it.
+        salt = f"{num_loops}\n{noise}\n{_whole_prompt(wave)}\n{request.cache_salt}"
         return Sequence(request, wave, PrefixKeys(salt, PAGE_SIZE))
 
     def _policy_name(self, request: GenerationRequest) -> str:
@@ -302,32 +320,6 @@ class Engine:
 
     def _depths(self, policy: str, num_loops: int) -> frozenset[int]:
         return policy_depths(policy, num_loops, self.draft_depths, self._given_depths)
-
-    def _problem(self, request: GenerationRequest) -> str | None:
-        """Why a request cannot be served, or None. The server checks the same with better words."""
-        length, loops = len(request.prompt_token_ids), self.model.config.num_loops
-        if not length:
-            return "prompt_token_ids is empty; at least one token is needed"
-        vocab_size = self.model.config.vocab_size
-        ids = [*request.prompt_token_ids, *request.stop_token_ids, *request.sampling.logit_bias]
-        if outside := next((i for i in ids if not 0 <= i < vocab_size), None):
-            return f"token id {outside} is outside the vocabulary of {vocab_size}"
-        if request.max_tokens < 0 or length + request.max_tokens > self.max_model_len:
-            return (
-                f"{length} prompt tokens and max_tokens {request.max_tokens} exceed the context of "
-                f"{self.max_model_len} tokens"
-            )
-        if request.num_loops is not None and not 1 <= request.num_loops <= loops:
-            return f"num_loops {request.num_loops} is outside 1..{loops}"
-        if request.init_scale and not self.model.config.has_noisy_start:
-            return (
-                f"init_scale is {request.init_scale}, but the state of this model does not start from noise"
-            )
-        if request.draft_policy not in {None, *POLICIES}:
-            return f"draft_policy {request.draft_policy!r} is not known; {', '.join(POLICIES)} are"
-        if request.grammar is not None and self._grammars is None:
-            return NO_VOCABULARY
-        return None
 
     def _refuse(self, request: GenerationRequest, problem: str) -> None:
         """Ends a request that is at fault itself."""
@@ -352,61 +344,81 @@ class Engine:
             )
         )
 
-    def _num_cache_tokens(self, options: EngineOptions, each: int) -> int:
-        """Token slots of the cache, of `each` bytes; by default `max_num_seqs` contexts, or what fits.
 
-        Where nobody asked for a length of the context and the model's own does not fit, `max_model_len`
-        becomes what does. Raises EngineConfigError when a context that was asked for would not fit.
-        """
-        memory = options.kv_cache_memory or cache_memory(self.model, self.model.device, options)
-        fit = memory // each
-        if options.kv_cache_tokens is not None:
-            fit = options.kv_cache_tokens
-        elif options.kv_cache_memory is None:
-            fit = min(fit, self.max_model_len * options.max_num_seqs)
-            if options.max_model_len is None and PAGE_SIZE <= fit < self.max_model_len:
-                self.max_model_len = self._shortened(fit)
-        if fit < self.max_model_len:
-            raise EngineConfigError(
-                f"max_model_len {self.max_model_len} needs {self.max_model_len * each} bytes of KV cache for "
-                f"one request, {fit * each} are there ({fit} tokens): lower max_model_len or give more memory"
-            )
-        _warn_if_too_large(fit * each, free_memory(self.model.device).free)
-        return fit
+def _prompt_scores_problem(config: LoopedConfig) -> str:
+    """Why log-probabilities of a prompt would mean nothing; empty if they mean something."""
+    if not config.prefix_lm:
+        return ""
+    return (
+        "this model reads its prompt both ways, so each of its tokens has seen the one that would be scored"
+    )
 
-    def _shortened(self, fit: int) -> int:
-        """The longest context that `fit` token slots hold, said in the log."""
-        length = fit // PAGE_SIZE * PAGE_SIZE
-        log.warning(
-            "the model's context of %d tokens needs more memory than there is; it is cut to %d tokens "
-            "(max_model_len says how many are wanted)",
-            self.max_model_len,
-            length,
-        )
-        return length
+
+def _whole_prompt(wave: Wave) -> str:
+    """A digest of a prompt that is read both ways: its K/V is worth nothing to any other prompt."""
+    tokens = array("q", wave.tokens[: wave.prefix]).tobytes()
+    return hashlib.blake2b(tokens, digest_size=16).hexdigest() if tokens else ""
 
 
 def _known_policy(name: str) -> str:
     if name not in POLICIES:
-        raise EngineConfigError(f"draft_policy {name!r} is not known; {', '.join(POLICIES)} are")
+        raise EngineConfigError(unknown_policy(name))
     return name
 
 
-def _max_model_len(model: LoopedTransformer, options: EngineOptions) -> int:
+def _fitting_tokens(model: LoopedTransformer, options: EngineOptions, each: int) -> int:
+    """Cells of `each` bytes that the cache may have: as many as was said, or as memory holds."""
+    if options.kv_cache_tokens is not None:
+        return options.kv_cache_tokens
+    return (options.kv_cache_memory or cache_memory(model, model.device, options)) // each
+
+
+def _is_sized(options: EngineOptions) -> bool:
+    """Whether a size of the cache was asked for."""
+    return options.kv_cache_tokens is not None or options.kv_cache_memory is not None
+
+
+def _max_model_len(model: LoopedTransformer, options: EngineOptions, fit: int) -> int:
+    """The longest context in tokens, where the cache may have `fit` cells.
+
+    Where nobody asked for a length or a size and the model's own length does not fit, it is what does.
+    """
     most = model.config.max_positions
     wanted = options.max_model_len or most
     if not 1 <= wanted <= most:
         raise EngineConfigError(f"max_model_len {wanted} is outside 1..{most}, the model's positions")
-    return wanted
+    if options.max_model_len is not None or _is_sized(options) or not PAGE_SIZE <= fit < wanted:
+        return wanted
+    length = fit // PAGE_SIZE * PAGE_SIZE
+    log.warning(
+        "the model's context of %d tokens needs more memory than there is; it is cut to %d tokens "
+        "(max_model_len says how many are wanted)",
+        wanted,
+        length,
+    )
+    return length
+
+
+def _num_cache_tokens(options: EngineOptions, max_model_len: int, fit: int, each: int) -> int:
+    """Cells of the cache: `fit` of `each` bytes, or fewer where `max_num_seqs` contexts need no more.
+
+    Raises EngineConfigError when one context would not fit.
+    """
+    if fit < max_model_len:
+        raise EngineConfigError(
+            f"max_model_len {max_model_len} needs {max_model_len * each} bytes of KV cache for "
+            f"one request, {fit * each} are there ({fit} tokens): lower max_model_len or give more memory"
+        )
+    return fit if _is_sized(options) else min(fit, max_model_len * options.max_num_seqs)
 
 
 def _draft_depths(model: LoopedTransformer, options: EngineOptions) -> tuple[int, ...]:
-    loops = model.config.num_loops
+    loops = model.config.most_loops
     if options.draft_depths is None:
-        return model.config.default_draft_depths
+        return default_depths(model.config.num_loops, loops)
     for depth in options.draft_depths:
         if not 1 <= depth < loops:
-            raise EngineConfigError(f"draft depth {depth} is outside 1..{loops - 1} (num_loops - 1)")
+            raise EngineConfigError(f"draft depth {depth} is outside 1..{loops - 1} (loops - 1)")
     return tuple(sorted(set(options.draft_depths)))
 
 

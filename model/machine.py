@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path("/")
+PROJECT = Path(__file__).resolve().parents[1]  # the folder of our packages
 
 
 class Memory(NamedTuple):
@@ -28,6 +29,17 @@ class _Mount(NamedTuple):
     folder: Path
     group: str
     controllers: frozenset[str]  # empty: cgroup v2
+
+
+def child_environment(**variables: str) -> dict[str, str]:
+    """This process's environment and `variables`, with our packages importable wherever it was started."""
+    paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
+
+
+def cache_folder() -> Path:
+    """Where this program keeps what it would otherwise work out again; the folder may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speed-serve"
 
 
 def usable_cores(root: Path = ROOT) -> int:

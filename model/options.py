@@ -4,14 +4,19 @@ Each kind of options is one more: `EngineOptions` are an engine's, `WorkerOption
 loads. The server's settings take their defaults and names from here.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import msgspec
 
 DraftPolicyName = Literal["adaptive", "single", "gated", "recheck", "lookup", "none"]
-POLICIES: tuple[str, ...] = get_args(DraftPolicyName)
-BackendName = Literal["torch", "native"]
+POLICIES: tuple[DraftPolicyName, ...] = get_args(DraftPolicyName)
+BackendName = Literal["auto", "torch", "native"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizationName = Literal["auto", "none", "int8"]
+DEFAULT_BACKEND: BackendName = "auto"  # native where it runs, else torch
+MAX_QUOTE = 80  # characters of a name that a message repeats
 DEFAULT_ROW_BUDGET = 32  # rows of a pass without measured prices beyond which nothing is speculated
 
 
@@ -60,14 +65,20 @@ class WorkerOptions(EngineOptions, frozen=True, kw_only=True, tag=True):
     """Everything that is needed to load a model and serve it; 0 threads are one for each core."""
 
     model_path: str
+    max_loops: int | None = None  # that a request may ask for; None: the model's own
     device: str = "auto"  # auto, cpu, cuda, cuda:i
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["auto", "none", "int8"] = "auto"
+    dtype: DtypeName = "auto"
+    quantization: QuantizationName = "auto"
     generation_config: bool = True  # whether generation_config.json names ending tokens
     threads: int = 0
-    backend: BackendName = "torch"
-    deterministic: bool | None = None  # batch-invariant arithmetic; CPU, float32 and bfloat16
+    backend: BackendName = DEFAULT_BACKEND
+    deterministic: bool | None = None  # what native passes are anyway, and torch's can't be
+    prices: bytes = b""  # of passes, as the worker before has told them; none: from their file, or measured
 
 
 ENGINE_DEFAULTS = EngineOptions()
-WORKER_DEFAULTS = WorkerOptions(model_path="")
+
+
+def unknown_policy(name: str, known: Sequence[str] = POLICIES) -> str:
+    """What is told of a draft policy that is none of those `known`."""
+    return f"draft_policy {name[:MAX_QUOTE]!r} is not known; {', '.join(known)} are"

@@ -4,13 +4,19 @@ Imports neither torch nor a web framework, so that both sides may import it. Inv
 that `submit` accepts is answered by events whose last one, and only that one, has a finish reason.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Literal, Protocol
 
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 EngineState = Literal["loading", "ready", "dead"]
+# Why an engine had to be started again: its process ended by itself or was killed (exited), said what was
+# wrong (failed), said nothing for too long (silent), stood still by a signal (stopped), took too long to load
+# (load_timeout), could not be started (not_started), or said what is no message (not_understood).
+RestartReason = Literal[
+    "exited", "failed", "silent", "stopped", "load_timeout", "not_started", "not_understood"
+]
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 
@@ -56,19 +62,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []
 
 
-class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One sequence to continue. Ids are of the model's vocabulary; counts are tokens.
+class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a sequence is continued, but for the choice of tokens: what those of one HTTP request share."""
 
-    The engine ends it at `max_tokens`, at a token of `stop_token_ids` or, unless `ignore_eos`, at an
-    end-of-sequence token of the model; the ending token is reported like any other. With a `grammar`
-    it ends, as "stop" without a `stop_token_id`, where the grammar is complete and nothing can follow;
-    before that the ending tokens come only where the text may end, and `min_tokens` yields to the grammar.
-    """
-
-    request_id: str
-    prompt_token_ids: list[int]
-    max_tokens: int
-    sampling: SamplingParams
     stop_token_ids: list[int] = []
     min_tokens: int = 0
     ignore_eos: bool = False
@@ -82,6 +78,22 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # requests share cached prefixes only with those of the same salt
     tenant: str = ""  # whose it is, empty without keys: tenants take turns in the queue
     draft_policy: str | None = None  # None: the engine's own
+
+
+class GenerationRequest(RequestOptions, frozen=True, kw_only=True):
+    """One sequence to continue. Ids are of the model's vocabulary; counts are tokens.
+
+    The engine ends it at `max_tokens`, at a token of `stop_token_ids` or, unless `ignore_eos`, at an
+    end-of-sequence token of the model; the ending token is reported like any other. With a `grammar`
+    it ends, as "stop" without a `stop_token_id`, where the grammar is complete and nothing can follow;
+    before that the ending tokens come only where the text may end, and `min_tokens` yields to the grammar.
+    `model.rules` says what may be asked.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_tokens: int
+    sampling: SamplingParams
 
 
 class SequenceStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,20 +136,28 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     max_model_len: int  # tokens of prompt and completion together
     num_loops: int
+    max_loops: int = 0  # that a request may ask for; see `most_loops`
     draft_depths: list[int]
     eos_token_ids: list[int]
     device: str
     dtype: str
     kv_cache_tokens: int
     max_num_seqs: int
+    kv_page_size: int = 16  # tokens of a page of the cache
     backend: str = "torch"  # what runs the passes
-    deterministic: bool = False  # batch-invariant: the same bits alone and in a batch
+    deterministic: bool = False  # the same bits alone and in a batch
     draft_policy: str = "single"
     draft_policies: list[str] = []  # those that a request may ask for
     row_budget: int = 0
     speculation_enabled: bool = True  # whether a request that runs alone is speculated for
     grammar_problem: str = ""  # why this engine can't follow a grammar; empty: it can
     has_noisy_start: bool = False  # whether requests may have an `init_scale` above 0
+    prompt_scores_problem: str = ""  # why log-probabilities of a prompt would mean nothing; empty: they do
+
+    @property
+    def most_loops(self) -> int:
+        """Loops that a request may ask for: the model's own unless the engine has slots for more."""
+        return max(self.num_loops, self.max_loops)
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,9 +179,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     draft_tokens: int = 0
     accepted_tokens: int = 0
     flushes: dict[int, int] = {}  # by the depth whose readout contradicted
+    compared_readouts: dict[int, int] = {}  # of drafts, by their depth: those that the last depth has judged
+    agreeing_readouts: dict[int, int] = {}  # those of them that said what the last depth said
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
     preemptions: int = 0
+    resident_memory: int = 0  # bytes that the engine's process holds
+    device_memory: int = 0  # bytes that it holds of a GPU's memory
 
 
 class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,7 +200,7 @@ class EngineUnavailableError(RuntimeError):
     """The engine is loading or dead: nothing was submitted."""
 
 
-class Engine(Protocol):
+class EngineClient(Protocol):
     """The engine as the server sees it: everything asynchronous arrives through `events`."""
 
     @property
@@ -187,8 +211,8 @@ class Engine(Protocol):
         """The present state; never blocks."""
 
     @property
-    def num_restarts(self) -> int:
-        """How often the engine died and was started again."""
+    def restarts(self) -> Mapping[RestartReason, int]:
+        """How often the engine died and was started again, and why."""
 
     def stats(self) -> EngineStats:
         """The latest counts, at most a second old; zeros while loading. Never blocks."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint.loader import load_model, save_checkpoint
-from model.network.packed import multiplies_bf16
+from model.network.arithmetic import multiplies_bf16
 from training.losses import Evaluation, evaluate
 from training.recipe import Recipe
 from training.trainer import Trainer

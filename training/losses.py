@@ -19,10 +19,10 @@ CHUNK = 512  # tokens
 
 
 class Taught(NamedTuple):
-    """What a teacher holds for likely in the place of each target: a few tokens, any other at chance 0."""
+    """What a teacher holds for likely at each target: a few tokens, and any other at probability 0."""
 
     ids: Tensor  # (tokens, n)
-    chances: Tensor  # (tokens, n), a row sums to 1; or to 0: the teacher has no word on this token
+    probabilities: Tensor  # (tokens, n), a row sums to 1; or to 0: the teacher has no word on this token
 
 
 class LoopLosses(NamedTuple):
@@ -128,20 +128,22 @@ class _Chunk:
     ) -> None:
         self.head, self.targets, self.weights, self.count = head, targets[:, None], weights, count
         self.taught = taught
-        self.final: tuple[Tensor, Tensor, Tensor] | None = None  # the last loop's logits, chances, log-sums
+        self.final: tuple[Tensor, Tensor, Tensor] | None = (
+            None  # the last loop's logits, probabilities, log-sums
+        )
 
     def loop(self, hidden: Tensor, loop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, cross-entropy, and the loss's gradient by the logits, of one loop; means over all tokens."""
         data, teacher, agreement = (float(weight[loop]) for weight in self.weights)
         logits = hidden @ self.head.t()  # (tokens, vocab)
-        chances = logits.softmax(-1)
-        log_sum = logits.amax(-1).float() - chances.amax(-1).float().log()  # of exp(logits)
+        probabilities = logits.softmax(-1)
+        log_sum = logits.amax(-1).float() - probabilities.amax(-1).float().log()  # of exp(logits)
         cross_entropy = log_sum - logits.gather(1, self.targets).squeeze(1)
         pulled = self.final if agreement else None
         if self.final is None:
-            self.final = logits, chances.clone(), log_sum
+            self.final = logits, probabilities.clone(), log_sum
         on_data = torch.full_like(log_sum, data + teacher)  # each token's weight of the cross-entropy
-        grad, loss = chances.mul_((data + teacher + agreement) / self.count), torch.zeros_like(log_sum)
+        grad, loss = probabilities.mul_((data + teacher + agreement) / self.count), torch.zeros_like(log_sum)
         if teacher and self.taught is not None:
             ids, q = self.taught
             known = teacher * q.sum(-1)

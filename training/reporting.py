@@ -9,7 +9,7 @@ USAGE_ERROR = 2  # exit status
 
 
 def reporting(prog: str, run: Action) -> Action:
-    """The same action, but wrong paths and values end it with one line on stderr and exit status 2."""
+    """Wraps an action so that wrong paths and values end it with one line on stderr and exit status 2."""
 
     def reported(args: argparse.Namespace) -> int:
         try:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from model.network.arithmetic import multiplies_bf16
 from model.network.looped import LoopedTransformer
-from model.network.packed import multiplies_bf16
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.losses import LoopLosses
 from training.muon import Float32Muon

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.families import TurnEnd
+from model.checkpoint.hub import LfsPointerError
+from model.checkpoint.tokenizer import TokenizerError, tokenizer_file
 from model.network.config import LoopedConfig
 
 log = logging.getLogger(__name__)
@@ -25,16 +28,21 @@ TURN_ENDS = (
     "<|return|>",
     "<|END_OF_TURN_TOKEN|>",
 )
-# Ouro's configs say bos = eos = pad = 0, but the models were trained on turns that end with 2.
-OURO_DOCUMENT_END, OURO_TURN_END = 0, 2
 
 ReadJson = Callable[[Path], dict[str, Any]]
 
 
 def ending_tokens(
-    folder: Path, config: LoopedConfig, read_json: ReadJson, *, generation_config: bool = True
+    folder: Path,
+    config: LoopedConfig,
+    read_json: ReadJson,
+    turn_end: TurnEnd | None = None,
+    *,
+    generation_config: bool = True,
 ) -> tuple[int, ...]:
     """Ids of the tokens that end a text, those of config.json first.
+
+    `turn_end` is the family's, and counts where all files name the end of a document alone.
 
     `generation_config`: whether generation_config.json is listened to; a value there that is no token id is
     left out with a warning. Raises what `read_json` raises for a file that is there but is not JSON.
@@ -47,11 +55,20 @@ def ending_tokens(
     if generation_config:
         ids += _generation_config_ids(read(GENERATION_CONFIG_FILE))
     tokenizer_config = read("tokenizer_config.json")
-    id_of = _special_ids(read("tokenizer.json"), tokenizer_config)
+    id_of = _special_ids(_tokenizer(folder, read_json), tokenizer_config)
     ids += [id_of[text] for text in _ending_texts(folder, tokenizer_config) if text in id_of]
-    if config.family == "ouro" and set(ids) == {OURO_DOCUMENT_END}:
-        ids += [OURO_TURN_END] if id_of.get("<|im_end|>", OURO_TURN_END) == OURO_TURN_END else []
+    if turn_end is not None and set(ids) == {turn_end.document_end}:
+        ids += [turn_end.token_id] if id_of.get(turn_end.text, turn_end.token_id) == turn_end.token_id else []
     return tuple(i for i in dict.fromkeys(ids) if i < config.vocab_size)
+
+
+def _tokenizer(folder: Path, read_json: ReadJson) -> dict[str, Any]:
+    """The content of tokenizer.json; nothing for a model without one, or with one that text can't use."""
+    try:
+        file = tokenizer_file(folder)
+    except (TokenizerError, LfsPointerError):  # the server says so, where text is wanted
+        return {}
+    return read_json(file) if file is not None else {}
 
 
 def _generation_config_ids(raw: Mapping[str, Any]) -> list[int]:

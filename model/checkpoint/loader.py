@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from model.checkpoint.amended import amended
 from model.checkpoint.ending import ending_tokens
-from model.checkpoint.families import Family, Place, families_of, family_of, nanbeige, raven
-from model.checkpoint.families.quantized import int8_fields, stored_in_int8
+from model.checkpoint.families import Family, Place, families_of, family_of, layout_of
+from model.checkpoint.families.quantized import NVFP4, SUPPORTED, int8_fields, stored_in_int8
 from model.checkpoint.files import (
     CheckpointError,
     Piece,
@@ -40,8 +40,8 @@ from model.checkpoint.hub import SINGLE_FILE
 from model.checkpoint.int8 import can_be_int8, in_int8, read_scales, scale_name, useless_scales, widen
 from model.checkpoint.placement import EMBEDDING, HEAD, Match, is_tied_head, match
 from model.machine import free_memory
-from model.network.config import LoopedConfig
-from model.network.int8 import ADAPTER, hold_in_int8, quantized, use_integer_products
+from model.network.config import ConfigError, LoopedConfig
+from model.network.int8 import ADAPTER, quantize_linears, quantized
 from model.network.looped import LoopedTransformer
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+MODELOPT_FILE = "hf_quant_config.json"  # where NVIDIA's exports say how they are quantised
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECONDS_BETWEEN_LINES = 5.0  # of progress, in a log
 
@@ -73,20 +74,23 @@ class LoadedModel:
         input_ids: Sequence[int],
         num_loops: int | None = None,
         initial_state: Tensor | NDArray[np.float32] | None = None,
+        prefix: int | None = None,
     ) -> Tensor:
         """Logits (tokens, vocab) in fp32 after `num_loops` loops (1..R; None is R), without a cache.
 
         `initial_state` (at least tokens, hidden) replaces the zeros, or the input, that a model with
-        input injection starts from. Raises ValueError, with the limits, for anything out of range.
+        input injection starts from. In a model that reads its prompt both ways the first `prefix` tokens
+        are the prompt, all by default. Raises ValueError, with the limits, for anything out of range.
         """
         loops = self.config.num_loops if num_loops is None else num_loops
         given = None if initial_state is None else torch.as_tensor(initial_state)
         self._check(input_ids, loops, given)
+        both_ways = self._prefix(len(input_ids), prefix)
         ids = torch.tensor([list(input_ids)], device=self.model.device)
         if given is not None:
             given = given[: len(input_ids)].to(self.model.device, self.model.dtype)
         with torch.inference_mode():
-            state = self.model.depths(ids, loops, given)[-1]
+            state = self.model.depths(ids, loops, given, both_ways)[-1]
             return self.model.whole_readout(state)[0].float()
 
     def gate_logits(self, input_ids: Sequence[int]) -> Tensor:
@@ -99,6 +103,17 @@ class LoadedModel:
             logits: Tensor = self.model.gate(torch.cat(states))
             return logits.squeeze(-1).float()
 
+    def _prefix(self, size: int, prefix: int | None) -> int:
+        if not self.config.prefix_lm:
+            if prefix:
+                raise ValueError(
+                    f"prefix is {prefix}, but this {self.config.family} model reads all causally"
+                )
+            return 0
+        if prefix is not None and not 0 <= prefix <= size:
+            raise ValueError(f"prefix is {prefix}; 0 to {size}, the tokens given, are possible")
+        return size if prefix is None else prefix
+
     def _check(self, input_ids: Sequence[int], num_loops: int, initial_state: Tensor | None) -> None:
         config, size = self.config, len(input_ids)
         if not 1 <= size <= config.max_positions:
@@ -106,8 +121,8 @@ class LoadedModel:
         for token in input_ids:
             if not 0 <= token < config.vocab_size:
                 raise ValueError(f"token id {token} is not in the vocabulary, 0 to {config.vocab_size - 1}")
-        if not 1 <= num_loops <= config.num_loops:
-            raise ValueError(f"num_loops is {num_loops}; this model runs 1 to {config.num_loops}")
+        if not 1 <= num_loops <= config.most_loops:
+            raise ValueError(f"num_loops is {num_loops}; this model runs 1 to {config.most_loops}")
         if initial_state is None:
             return
         if not config.input_injection or self.model.skips_first_adapter:
@@ -132,8 +147,20 @@ class _Checkpoint(NamedTuple):
         """Whether matrices are stored in int8."""
         return stored_in_int8(self.raw)
 
+    def with_room_for(self, max_loops: int | None) -> "_Checkpoint":
+        """This checkpoint with room for `max_loops`; raises ConfigError for too few loops or too many."""
+        own = self.config.num_loops
+        if max_loops is None:
+            return self
+        if max_loops > own and not self.family.is_elastic:
+            raise ConfigError(
+                f"max_loops is {max_loops}, but this {self.family.name} model is trained for {own} loops: "
+                "more of them make its text worse"
+            )
+        return self._replace(config=replace(self.config, max_loops=max_loops))
+
     def amended(self, stored: dict[str, StoredTensor]) -> "_Checkpoint":
-        """The same with a config that its tensors agree with."""
+        """This checkpoint with a config that its tensors agree with."""
         return self._replace(config=amended(self.config, self.family, self.raw, stored))
 
 
@@ -151,12 +178,12 @@ def is_stored_in_int8(path: str | Path) -> bool:
     return stored_in_int8(_read_config(path))
 
 
-def load_skeleton(path: str | Path) -> LoopedTransformer:
+def load_skeleton(path: str | Path, max_loops: int | None = None) -> LoopedTransformer:
     """The model of a checkpoint folder without its weights, on the meta device; only headers are read.
 
-    Raises what `load_model` raises, but for files that are damaged behind their headers.
+    `max_loops`: see `load_model`. Raises what that does, but for files that are damaged behind their headers.
     """
-    checkpoint = _open(path)
+    checkpoint = _open(path).with_room_for(max_loops)
     stored = stored_tensors(checkpoint.folder)
     checkpoint = checkpoint.amended(stored)
     model = _without_weights(checkpoint, stored)
@@ -171,19 +198,19 @@ def load_model(
     *,
     generation_config: bool = True,
     int8: bool = False,
-    integer_products: bool = True,
+    max_loops: int | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint folder onto a device; "auto" is float32 on the CPU and bfloat16 elsewhere.
 
     `int8` holds linear layers in int8, as `quantize_linears` does to a loaded model, but an int8 matrix
-    on disk is kept bit for bit; without `integer_products` they stay plain `Int8Linear`s. Tensors are read
-    piece by piece straight into their place, so that memory peaks at little more than the weights. Raises
-    CheckpointError (with every missing, unexpected and misshapen name), ConfigError or ValueError; all are
-    ValueError.
+    on disk is kept bit for bit. `max_loops` makes room for more loops than config.json says, where the family
+    is trained for that. Tensors are read piece by piece straight into their place, so that memory peaks at
+    little more than the weights. Raises CheckpointError (with every missing, unexpected and misshapen name),
+    ConfigError or ValueError; all are ValueError.
     """
     wanted_device = _device(device)
     wanted_dtype = _dtype(dtype, wanted_device)
-    checkpoint = _open(path, generation_config)
+    checkpoint = _open(path, generation_config).with_room_for(max_loops)
     stored = stored_tensors(checkpoint.folder)
     checkpoint = checkpoint.amended(stored)
     model = _without_weights(checkpoint, stored)
@@ -192,15 +219,13 @@ def load_model(
     _refuse(checkpoint, [*found.problems, *useless_scales(scales)])
     model = model.to(wanted_dtype)
     if int8:
-        hold_in_int8(model)
+        quantize_linears(model)
     _warn_if_too_large(model, wanted_device)
     _allocate(model, wanted_device)
     if not int8:  # there a tied head has weights of its own
         model.tie()
     filling = _Filling(model.state_dict(), checkpoint.config, found.places, scales)
     _fill(filling, {name: stored[name] for name in found.places})
-    if integer_products:
-        use_integer_products(model)
     return LoadedModel(model.eval().requires_grad_(False), checkpoint.config)
 
 
@@ -209,20 +234,17 @@ def save_checkpoint(
 ) -> None:
     """Writes config.json and model.safetensors, replacing what is there.
 
-    A model with input injection is written in the layout of a retrofitted Llama (raven), any other in
-    nanbeige's. With `int8` matrices are stored in int8, rounded from the model's own dtype, and only the
-    rest, the adapter with it (see `quantize_linears`), in `dtype`. Raises ValueError, before anything is
-    written, for a model that the layout cannot hold. Each file is put in place whole.
+    The layout is that of the family that holds the model (`layout_of`). With `int8` matrices are stored in
+    int8, rounded from the model's own dtype, and only the rest, the adapter with it as in
+    `quantize_linears`, in `dtype`. Raises ValueError, before anything is written, for a model that the
+    layout cannot hold. Each file is put in place whole.
     """
     config, parameters = model.config, model.state_dict()
-    injected = config.input_injection
-    family, write_config = (
-        (raven.LLAMA, raven.write_config) if injected else (nanbeige.FAMILY, nanbeige.write_config)
-    )
+    family, layout = layout_of(config)
     adapter = f"{ADAPTER}.weight"
     kept = {name for name, place in family.places(config) if place and place.parameter == adapter}
     ignored = [name.removesuffix(".weight") for name in sorted(kept)]
-    raw = {**write_config(config), **(int8_fields(ignored) if int8 else {})}
+    raw = {**layout.write_config(config), **(int8_fields(ignored) if int8 else {})}
     raw["torch_dtype"] = str(dtype).removeprefix("torch.")
     parts = {
         name: parameters[place.parameter][place.rows(config)]
@@ -251,9 +273,19 @@ def _open(path: str | Path, generation_config: bool = True) -> _Checkpoint:
     # Only headers are read, and only where config.json leaves a choice.
     family = family_of(raw, stored_tensors(folder) if len(families_of(raw)) > 1 else ())
     config = family.read_config(raw)
-    ending = ending_tokens(folder, config, read_json, generation_config=generation_config)
+    ending = ending_tokens(folder, config, read_json, family.turn_end, generation_config=generation_config)
     stored_in_int8(raw)  # raises for a quantisation that can't be read
+    if (folder / MODELOPT_FILE).exists():
+        raise CheckpointError(
+            f"{folder / MODELOPT_FILE}: {_modelopt_problem(read_json(folder / MODELOPT_FILE))}"
+        )
     return _Checkpoint(folder, family, replace(config, eos_token_ids=ending), raw)
+
+
+def _modelopt_problem(raw: dict[str, Any]) -> str:
+    if "nvfp4" in repr(raw).lower():
+        return NVFP4
+    return f"quantised checkpoints are read only as {SUPPORTED}"
 
 
 def _without_weights(checkpoint: _Checkpoint, stored: dict[str, StoredTensor]) -> LoopedTransformer:
@@ -292,7 +324,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def _allocate(model: LoopedTransformer, device: torch.device) -> None:
-    """As `to_empty`, whose empty_like imports sympy for a tensor on the meta device: a third of a second."""
+    """Gives the model memory on `device`; `to_empty` would import sympy for that, which takes 0.3 s."""
 
     def empty(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

@@ -49,7 +49,7 @@ class GrammarQueue:
         return request
 
     def compiled(self, patience: float) -> list[Compiled]:
-        """Those that are done, oldest first; waits at most `patience` seconds for the first of them."""
+        """Requests with grammars that are done, oldest first; waits up to `patience` seconds for one."""
         futures = [future for _, future in self._waiting.values()]
         if patience and futures:
             wait(futures, timeout=patience, return_when=FIRST_COMPLETED)

@@ -100,7 +100,7 @@ class GrammarState:
 
     @property
     def problem(self) -> str:
-        """See wave.Constraint."""
+        """Why nothing may follow the last certain token."""
         return self._certain.problem
 
     def forbidden(self, wave: Wave, position: int, *, before_min_tokens: bool) -> NDArray[np.bool_] | None:
@@ -117,7 +117,7 @@ class GrammarState:
         return mask.forbidden if forbidden.all() else forbidden
 
     def outcome(self, tokens: list[int], position: int, token: int, *, is_certain: bool) -> Outcome:
-        """See wave.Constraint."""
+        """Whether other tokens may follow `token` at `position`, or the text is whole, or stuck."""
         text = [*tokens[:position], token]
         if is_certain:
             self._settle(text)
@@ -126,7 +126,7 @@ class GrammarState:
         return draft.outcome if draft else "stuck"
 
     def admits(self, tokens: list[int], proposed: list[int]) -> int:
-        """See wave.Constraint."""
+        """How many of the tokens `proposed` may follow `tokens`."""
         text = tokens[self._edge :]
         for count, token in enumerate(proposed):
             text = [*text, token]

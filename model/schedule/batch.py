@@ -71,7 +71,7 @@ class Readouts(NamedTuple):
 
     @classmethod
     def of(cls, batch: abc.Sequence[ScheduledRun]) -> "Readouts":
-        """Those of a batch, in its order."""
+        """The readouts of a batch, in its order."""
         predicting: list[Readout] = []
         scoring: list[PromptReadout] = []
         row = 0

@@ -9,8 +9,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-LIKELY_CHANCE, LIKELY_CONTEXT = 0.9, 256.0  # of a good draft, and tokens of a common request
-MARGIN = 1.2  # rows that barely pay are left: prices are measured, and chances estimated, with errors
+LIKELY_AGREEMENT, LIKELY_CONTEXT = 0.9, 256.0  # of a good draft, and tokens of a common request
+MARGIN = 1.2  # rows that barely pay are left: prices are measured, and agreement estimated, with errors
 
 
 class PassPrice(NamedTuple):
@@ -75,27 +75,27 @@ class Outlay:
         return self._milliseconds
 
     @property
-    def least_chance(self) -> float:
-        """How likely to be of use a further row must be to raise the useful rows per millisecond."""
+    def least_agreement(self) -> float:
+        """The agreement from which on a further row raises the useful rows per millisecond."""
         return MARGIN * self._useful * self._row_price / self._milliseconds
 
-    def least_chance_of_readout(self, loops_ahead: int) -> float:
-        """How likely to be right a draft must be that would start its row so many loops early."""
+    def least_agreement_of_readout(self, loops_ahead: int) -> float:
+        """The agreement from which on a draft that starts a row so many loops early pays."""
         price = self._row_price + self._draw_price / loops_ahead
         return MARGIN * self._useful * price / self._milliseconds
 
-    def saved_by_readout(self, gain: float, loops_ahead: int, starts_row: bool) -> float:
+    def saved_by_readout(self, added_agreement: float, loops_ahead: int, starts_row: bool) -> float:
         """Milliseconds that a draft readout saves, less its own price but for the head's.
 
-        It makes a row useful so many loops early with a chance higher by `gain`.
+        It starts a row so many loops early, whose agreement it raises by `added_agreement`.
         """
         price = self._draw_price + self._row_price * loops_ahead * starts_row
-        return gain * loops_ahead * self._milliseconds / (MARGIN * self._useful) - price
+        return added_agreement * loops_ahead * self._milliseconds / (MARGIN * self._useful) - price
 
-    def add(self, rows: int, chance: float) -> None:
-        """Takes such rows in."""
+    def add(self, rows: int, agreement: float) -> None:
+        """Takes in speculative rows, each of which is of use with probability `agreement`."""
         self.rows += rows
-        self._useful += chance * rows
+        self._useful += agreement * rows
         self._milliseconds += self._row_price * rows
 
     def add_prompts(self, rows: int, milliseconds: float) -> None:
@@ -115,12 +115,12 @@ class FixedBudget:
         self.most_rows = most_rows
 
     def price(self, num_sequences: int, context: float, drawn: float = 0.0) -> PassPrice:
-        """See PassCost."""
+        """The price of a pass over so many sequences with `context` tokens each."""
         del num_sequences, context, drawn
         return PassPrice(1.0, 0.0)
 
     def prompt_row(self, context: float) -> float:
-        """See PassCost."""
+        """Milliseconds of a prompt's row behind `context` tokens."""
         del context
         return 1.0 / self.most_rows
 
@@ -149,7 +149,7 @@ class MeasuredCost:
         self.most_rows = most_rows
 
     def price(self, num_sequences: int, context: float, drawn: float = 0.0) -> PassPrice:
-        """See PassCost."""
+        """The price of a pass over so many sequences with `context` tokens each."""
         j, right = _place(self.contexts, context)
         price = self._over_sequences(num_sequences, j)
         if right:
@@ -159,7 +159,7 @@ class MeasuredCost:
         return price._replace(draw=self.readout.draw * drawn, head=head)
 
     def prompt_row(self, context: float) -> float:
-        """See PassCost."""
+        """Milliseconds of a prompt's row behind `context` tokens."""
         if self.prompt is None:
             return self.price(1, context).row
         return self.prompt.row + self.prompt.token * context
@@ -177,7 +177,7 @@ class MeasuredCost:
 def speculates_alone(cost: PassCost) -> bool:
     """Whether a request that is alone gets speculative rows for its likeliest drafts."""
     single = Outlay(cost.price(1, LIKELY_CONTEXT), 1, 1)
-    return cost.most_rows > 1 and single.least_chance <= LIKELY_CHANCE
+    return cost.most_rows > 1 and single.least_agreement <= LIKELY_AGREEMENT
 
 
 def _place(grid: Sequence[int], value: float) -> tuple[int, float]:

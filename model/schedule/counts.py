@@ -1,6 +1,7 @@
 """How often each token stands in a sequence, for penalties. No tensors; counts are numpy arrays."""
 
-from typing import TYPE_CHECKING
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,29 +10,56 @@ if TYPE_CHECKING:
     from model.schedule.wave import Wave
 
 
+class Counted(NamedTuple):
+    """The distinct tokens of a text, and how often each stands behind its prompt; read only."""
+
+    tokens: NDArray[np.int32]
+    outputs: NDArray[np.int32]
+
+
 class TokenCounts:
-    """How often each token stands in the prompt and in the output of one sequence.
+    """Which tokens stand in a sequence, and how often each stands in its output.
 
     Committed tokens are counted once, when they are first seen; the drafts of a wave are added on top
     for each row, so a flush has nothing to take back.
     """
 
-    def __init__(self, vocab_size: int) -> None:
-        self.prompt: NDArray[np.int64] = np.zeros(vocab_size, np.int64)
-        self.output: NDArray[np.int64] = np.zeros(vocab_size, np.int64)
-        self.num_counted = 0
+    def __init__(self) -> None:
+        self._place: dict[int, int] = {}  # token -> index in the two arrays
+        self._tokens, self._outputs = array("i"), array("i")
+        self._num_counted = 0
 
-    def upto(self, wave: "Wave", position: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Counts (vocab,) in the prompt and in the output before `position`; read only."""
-        if not self.num_counted:
-            np.add.at(self.prompt, wave.tokens[: wave.prompt_length], 1)
-            self.num_counted = wave.prompt_length
-        certain = min(wave.num_committed, position)
-        np.add.at(self.output, wave.tokens[self.num_counted : certain], 1)
-        self.num_counted = max(self.num_counted, certain)
-        drafts = wave.tokens[self.num_counted : position]
+    def upto(self, wave: "Wave", position: int) -> Counted:
+        """The counts before `position`, which lies behind the prompt."""
+        if not self._num_counted:
+            self._tokens.extend(dict.fromkeys(wave.tokens[: wave.prompt_length]))
+            self._outputs.extend([0] * len(self._tokens))
+            self._place = {token: place for place, token in enumerate(self._tokens)}
+            self._num_counted = wave.prompt_length
+        certain = max(self._num_counted, min(wave.num_committed, position))
+        for token in wave.tokens[self._num_counted : certain]:
+            _count(token, self._place, self._tokens, self._outputs)
+        self._num_counted = certain
+        drafts = wave.tokens[certain:position]
         if not drafts:
-            return self.prompt, self.output
-        output = self.output.copy()
-        np.add.at(output, drafts, 1)
-        return self.prompt, output
+            return _read_only(self._tokens, self._outputs)
+        place, tokens, outputs = dict[int, int](), self._tokens[:], self._outputs[:]
+        for token in drafts:
+            if token in self._place:
+                outputs[self._place[token]] += 1
+            else:
+                _count(token, place, tokens, outputs)
+        return _read_only(tokens, outputs)
+
+
+def _count(token: int, place: dict[int, int], tokens: "array[int]", outputs: "array[int]") -> None:
+    if token not in place:
+        place[token] = len(tokens)
+        tokens.append(token)
+        outputs.append(0)
+    outputs[place[token]] += 1
+
+
+def _read_only(tokens: "array[int]", outputs: "array[int]") -> Counted:
+    # Copies: an array that numpy looks at could not grow any more.
+    return Counted(np.array(tokens, np.int32), np.array(outputs, np.int32))

@@ -1,4 +1,4 @@
-"""Draft policies: at which depths a sequence guesses its next token, and how far each guess is trusted.
+"""Draft policies: at which depths a sequence guesses its next token, and how far each guess is believed.
 
 Pure Python; knows nothing about rows, pages or other sequences. Every policy is exact, since a wave
 commits nothing but what the last depth says: a policy decides what is tried, never what comes out.
@@ -13,14 +13,15 @@ commits nothing but what the last depth says: a policy decides what is tried, ne
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from model.options import POLICIES
+from model.options import POLICIES, unknown_policy
 
 SHORTEST_NGRAM, LONGEST_NGRAM = 2, 4  # tokens
 MOST_PROPOSED = 15  # tokens that a match may bring in one pass
-LEAST_SURVIVAL = 0.3  # of the last token proposed: behind it most rows would be wasted
+LEAST_AGREEMENT = 0.3  # of the last token proposed: behind it most rows would be wasted
 USELESS = 0.08  # agreement below which `adaptive` stops reading a depth out
 FEW_LOOPS = 12  # up to so many, each depth may be read out
 PROBE_EVERY = 64  # tokens between two looks at a useless depth
@@ -42,18 +43,22 @@ class Agreement:
         self._keep = 1.0 - 1.0 / memory
         self._prior = prior
         self._seen: dict[int, tuple[float, float]] = {}  # kind -> faded (agreed, observed)
+        self.num_observed: Counter[int] = Counter()  # by kind, all there ever were
+        self.num_agreed: Counter[int] = Counter()
 
     def observe(self, kind: int, agreed: bool) -> None:
         """One guess was compared with the last depth."""
         hits, total = self._seen.get(kind, (0.0, 0.0))
         self._seen[kind] = (hits * self._keep + agreed, total * self._keep + 1.0)
+        self.num_observed[kind] += 1
+        self.num_agreed[kind] += agreed
         if self._prior is not None:
             self._prior.observe(kind, agreed)
 
-    def rate(self, kind: int) -> float:
+    def of(self, kind: int) -> float:
         """Expected share of guesses that hold, 0..1."""
         hits, total = self._seen.get(kind, (0.0, 0.0))
-        before = UNKNOWN_AGREEMENT if self._prior is None else self._prior.rate(kind)
+        before = UNKNOWN_AGREEMENT if self._prior is None else self._prior.of(kind)
         return (hits + PRIOR_WEIGHT * before) / (total + PRIOR_WEIGHT)
 
 
@@ -65,7 +70,7 @@ class Experience(NamedTuple):
 
     @classmethod
     def none(cls) -> "Experience":
-        """That of an engine that has just been started."""
+        """The experience of an engine that has just been started."""
         return cls(Agreement(ENGINE_MEMORY), Agreement(ENGINE_MEMORY))
 
 
@@ -82,31 +87,31 @@ class DraftPolicy:
         self.depths = depths
         self.agreement = Agreement(SEQUENCE_MEMORY, experience.depths)
 
-    def reads(self, depth: int, least_chance: float) -> bool:
+    def reads(self, depth: int, least_agreement: float) -> bool:
         """Whether a row is read out at `depth`, one of `depths`.
 
-        A guess that is right with less than `least_chance` is not worth its readout at present.
+        A guess whose agreement is below `least_agreement` is not worth its readout at present.
         """
-        del depth, least_chance
+        del depth, least_agreement
         return True
 
-    def overrules(self, depth: int, trust: float) -> bool:
-        """Whether a readout at `depth` beats a token from the text that was believed with `trust`."""
-        del depth, trust
+    def overrules(self, depth: int, agreement: float) -> bool:
+        """Whether a readout at `depth` beats a token from the text whose agreement is `agreement`."""
+        del depth, agreement
         return True
 
     def prefer(self, tokens: Sequence[int], token: int, depth: int) -> tuple[int, float]:
-        """The better guess of what follows `tokens`, and its trust; a readout at `depth` says `token`."""
+        """The better guess of what follows `tokens`, and its agreement; a readout at `depth` says `token`."""
         del tokens
-        return token, self.agreement.rate(depth)
+        return token, self.agreement.of(depth)
 
     def propose(self, tokens: Sequence[int]) -> list[int]:
         """Tokens that may follow `tokens`, to enter together with the last of them."""
         del tokens
         return []
 
-    def proposal_rate(self) -> float:
-        """Expected share of the tokens of the latest proposal that hold, each given the one before."""
+    def proposal_agreement(self) -> float:
+        """The agreement of each token of the latest proposal, given that the one before it holds."""
         return 0.0
 
     def observe(self, guesses: Mapping[int, int], token: int) -> None:
@@ -125,34 +130,34 @@ class LookupPolicy(DraftPolicy):
         super().__init__(depths, experience)
         self.ngrams = Agreement(SEQUENCE_MEMORY, experience.ngrams)
         self._index = NGramIndex()
-        self._proposal_rate = 0.0
+        self._proposal_agreement = 0.0
 
     def propose(self, tokens: Sequence[int]) -> list[int]:
-        """See DraftPolicy: as many tokens as are likely enough to hold."""
+        """What followed the last n-gram earlier: as many tokens as are likely enough to hold."""
         match = self._index.find(tokens)
         if match is None:
             return []
-        self._proposal_rate = self.ngrams.rate(match.length)
+        self._proposal_agreement = self.ngrams.of(match.length)
         proposed: list[int] = []
-        for index in range(match.follows, match.follows + _worth_trying(self._proposal_rate)):
+        for index in range(match.follows, match.follows + _worth_trying(self._proposal_agreement)):
             # A text that goes in circles is followed round: the source runs into what is proposed here.
             proposed.append(tokens[index] if index < len(tokens) else proposed[index - len(tokens)])
         return proposed
 
     def prefer(self, tokens: Sequence[int], token: int, depth: int) -> tuple[int, float]:
-        """See DraftPolicy."""
-        match, rate = self._index.find(tokens), self.agreement.rate(depth)
-        if match is None or (match_rate := self.ngrams.rate(match.length)) <= rate:
-            return token, rate
-        return tokens[match.follows], match_rate
+        """The guess of the text where its n-gram has the higher agreement, else that of the readout."""
+        match, agreement = self._index.find(tokens), self.agreement.of(depth)
+        if match is None or (of_match := self.ngrams.of(match.length)) <= agreement:
+            return token, agreement
+        return tokens[match.follows], of_match
 
-    def proposal_rate(self) -> float:
-        """See DraftPolicy."""
-        return self._proposal_rate
+    def proposal_agreement(self) -> float:
+        """The agreement of n-grams as long as the one that the latest proposal followed."""
+        return self._proposal_agreement
 
-    def overrules(self, depth: int, trust: float) -> bool:
-        """See DraftPolicy: the better of the two by experience."""
-        return self.agreement.rate(depth) >= trust
+    def overrules(self, depth: int, agreement: float) -> bool:
+        """Whether the readout is the better of the two by experience."""
+        return self.agreement.of(depth) >= agreement
 
     def committed(self, tokens: Sequence[int], upto: int) -> None:
         """Learns the text, and from it how good matches are: no row is spent on finding that out."""
@@ -168,9 +173,9 @@ class AdaptivePolicy(LookupPolicy):
 
     is_thrifty = True
 
-    def reads(self, depth: int, least_chance: float) -> bool:
-        """See DraftPolicy."""
-        return self.agreement.rate(depth) >= max(USELESS, least_chance)
+    def reads(self, depth: int, least_agreement: float) -> bool:
+        """Whether the depth's agreement is worth a readout at present."""
+        return self.agreement.of(depth) >= max(USELESS, least_agreement)
 
 
 class Match(NamedTuple):
@@ -202,11 +207,24 @@ class NGramIndex:
         return None
 
 
-def _worth_trying(rate: float) -> int:
-    """Tokens until which a chain of guesses, each right with `rate`, survives often enough."""
-    if rate <= LEAST_SURVIVAL:
+def _worth_trying(agreement: float) -> int:
+    """How many guesses in a row are worth trying, each of this agreement given the one before it."""
+    if agreement <= LEAST_AGREEMENT:
         return 0
-    return MOST_PROPOSED if rate >= 1 else min(MOST_PROPOSED, int(math.log(LEAST_SURVIVAL) / math.log(rate)))
+    if agreement >= 1:
+        return MOST_PROPOSED
+    return min(MOST_PROPOSED, int(math.log(LEAST_AGREEMENT) / math.log(agreement)))
+
+
+def default_depths(num_loops: int, most_loops: int) -> tuple[int, ...]:
+    """Depths worth a prediction where nobody says otherwise: two early ones, none for one loop.
+
+    Up to `FEW_LOOPS` loops they are the first two (measured: 4 loops, 1.25 passes per token against 1.39 with
+    the first alone); a model of many small loops knows less after one: R / 16 and R / 4, 2 and 8 of 32.
+    Those are counted that a request for `most_loops` could draft at.
+    """
+    depths = (1, 2) if num_loops <= FEW_LOOPS else (max(1, num_loops // 16), num_loops // 4)
+    return tuple(depth for depth in depths if depth < most_loops)
 
 
 def policy_depths(
@@ -231,6 +249,6 @@ def policy_depths(
 def make_policy(name: str, depths: frozenset[int], experience: Experience | None = None) -> DraftPolicy:
     """A policy for one sequence, with what `policy_depths` says; raises ValueError for an unknown name."""
     if name not in POLICIES:
-        raise ValueError(f"draft policy {name!r} is not known; {', '.join(POLICIES)} are")
+        raise ValueError(unknown_policy(name))
     kind = {"lookup": LookupPolicy, "adaptive": AdaptivePolicy}.get(name, DraftPolicy)
     return kind(depths, experience or Experience.none())

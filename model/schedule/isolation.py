@@ -22,7 +22,7 @@ class Trial:
     """
 
     def __init__(self, places: dict[Sequence, int]) -> None:
-        """`places`: see `place_of`."""
+        """`places` says what each sequence must have done again, as `place_of` counts it."""
         self._places = dict(places)
         self.queue = WaitingQueue()
         for sequence in places:
@@ -35,7 +35,7 @@ class Trial:
 
     @property
     def places(self) -> dict[Sequence, int]:
-        """Of those that are left."""
+        """What each sequence that is left must have done again."""
         return self._places
 
     def drop(self, sequence: Sequence) -> None:

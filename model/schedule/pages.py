@@ -1,10 +1,11 @@
 """Pages of the KV cache: which token positions of which sequence live where. Pure Python, no tensors.
 
-One page holds `page_size` consecutive positions of one sequence, for every slot (loop, layer) at once.
-A full page whose K/V is final is known by a digest of all tokens up to its end; a later sequence that
-begins with the same tokens shares it (prefix cache). Pages that nobody holds keep their contents until
-they are needed, the least recently used first. Invariants: the holders of a page are the live tables
-that list it; a shared page is never written; `check_integrity` proves the books.
+One page is `page_size` cells in a row. A cell holds one position of one sequence, for every slot (loop,
+layer) at once; the positions of a page are consecutive. A full page whose K/V is final is known by a digest
+of all tokens up to its end; a later sequence that begins with the same tokens shares it (prefix cache).
+Pages that nobody holds keep their contents until they are needed, the least recently used first. Invariants:
+the holders of a page are the live tables that list it; a shared page is never written; `check_integrity`
+proves the books.
 """
 
 import hashlib
@@ -21,10 +22,10 @@ class CacheIntegrityError(RuntimeError):
 
 
 class Segment(NamedTuple):
-    """Positions start .. start + length - 1, which lie side by side in the pool from `slot` on."""
+    """Positions start .. start + length - 1, which lie side by side in the pool from `cell` on."""
 
     start: int
-    slot: int
+    cell: int
     length: int
 
 
@@ -44,22 +45,22 @@ class PageTable:
 
     @property
     def base(self) -> int | None:
-        """Token slot of position 0 if all pages are neighbours in order, else None."""
-        return self.segments[0].slot if len(self.segments) == 1 else None
+        """The cell of position 0 if all pages are neighbours in order, else None."""
+        return self.segments[0].cell if len(self.segments) == 1 else None
 
-    def slot(self, position: int) -> int:
-        """Token slot of one position."""
+    def cell(self, position: int) -> int:
+        """The cell of one position."""
         return self.pages[position // self.page_size] * self.page_size + position % self.page_size
 
-    def slots(self, start: int, count: int) -> Iterable[int]:
-        """Token slots of positions start .. start + count - 1."""
+    def cells(self, start: int, count: int) -> Iterable[int]:
+        """The cells of positions start .. start + count - 1."""
         base = self.base
         if base is not None:
             return range(base + start, base + start + count)
-        return [self.slot(position) for position in range(start, start + count)]
+        return [self.cell(position) for position in range(start, start + count)]
 
     def segments_of(self, count: int) -> list[Segment]:
-        """The first `count` positions as stretches of neighbouring slots, in order."""
+        """The first `count` positions as stretches of neighbouring cells, in order."""
         parts = [part for part in self.segments if part.start < count]
         last = parts[-1]
         parts[-1] = last._replace(length=min(last.length, count - last.start))
@@ -67,12 +68,12 @@ class PageTable:
 
     def append(self, page: int) -> None:
         """Adds a page behind the last one."""
-        slot, size = page * self.page_size, self.page_size
+        cell, size = page * self.page_size, self.page_size
         last = self.segments[-1] if self.segments else None
-        if last is not None and last.slot + last.length == slot:
+        if last is not None and last.cell + last.length == cell:
             self.segments[-1] = last._replace(length=last.length + size)
         else:
-            self.segments.append(Segment(len(self.pages) * size, slot, size))
+            self.segments.append(Segment(len(self.pages) * size, cell, size))
         self.pages.append(page)
 
 
@@ -128,7 +129,7 @@ class PagePool:
 
     @property
     def num_tokens(self) -> int:
-        """Token slots in all."""
+        """How many cells there are."""
         return self.num_pages * self.page_size
 
     def pages_for(self, num_tokens: int) -> int:

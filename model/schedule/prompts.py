@@ -70,7 +70,7 @@ class PromptSharing:
             if run.num_rows > room - rows:
                 if not is_first:
                     break
-                if run.num_rows > room + room // SLACK:
+                if run.num_rows > room + room // SLACK and not wave.is_whole(run):
                     wave.split(num_runs, room)
             num_runs += 1
             rows += run.num_rows
@@ -78,8 +78,9 @@ class PromptSharing:
 
     def _enter(self, wave: Wave, room: int, is_first: bool) -> bool:
         """Whether another chunk has entered, of at most `room` rows."""
-        wanted = min(self.chunk_size, wave.num_known - wave.num_entered)
-        if room < wanted and not is_first and room < math.ceil(self.chunk_size / LEAST_SHARE):
+        wanted = wave.next_chunk(self.chunk_size)
+        least = wanted if wave.reads_whole else math.ceil(self.chunk_size / LEAST_SHARE)
+        if room < wanted and not is_first and room < least:
             return False
         before = len(wave.runs)
         wave.enter_prompt(min(wanted, room))

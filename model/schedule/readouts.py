@@ -40,8 +40,8 @@ class _Candidate(NamedTuple):
         """Whether it is read out if the pass has a head."""
         if not self.is_draft:
             return True
-        least_chance = outlay.least_chance_of_readout(self.wave.num_loops - self.depth)
-        return self.wave.policy.reads(self.depth, least_chance)
+        least = outlay.least_agreement_of_readout(self.wave.num_loops - self.depth)
+        return self.wave.policy.reads(self.depth, least)
 
     def saved(self, outlay: Outlay) -> float:
         """Milliseconds that a draft saves, but for the head's."""

@@ -66,7 +66,7 @@ class Scheduler:
         self._arrivals = count()
         self._in_pass: list[tuple[Sequence, list[Run]]] = []
         self.expected_milliseconds = 0.0  # of the last pass; 0 where prompts were read in it
-        self._least_chance = 0.0  # that rows of the last pass had to be of use with
+        self._least_agreement = 0.0  # of rows that the last pass still took
         self._chooser = ReadoutChooser()
 
     @property
@@ -195,7 +195,7 @@ class Scheduler:
 
     @property
     def _queue(self) -> WaitingQueue:
-        """Of those that may be admitted now."""
+        """The queue of the sequences that may be admitted now."""
         return self._trials[-1].queue if self._trials else self._waiting
 
     def _close_trials(self) -> None:
@@ -277,7 +277,7 @@ class Scheduler:
             self.counts.prefix_hits += num_cached
 
     def _digests(self, sequence: Sequence) -> list[bytes]:
-        """Of the full pages of what it will read; its last token must run, to predict the next one."""
+        """Digests of the full pages that will be read; the last token must run, to predict the next one."""
         if not self.limits.prefix_caching or sequence.request.prompt_logprobs is not None:
             return []
         wave = sequence.wave
@@ -335,7 +335,7 @@ class Scheduler:
             decoding, readers = list(taken), []
         outlay = self._outlay(decoding, taken, rows)
         self._take_speculative(decoding, taken, outlay)
-        self._least_chance = outlay.least_chance
+        self._least_agreement = outlay.least_agreement
         whole = copy(outlay)
         if readers:
             spare = (self.limits.pass_time_factor - 1) * outlay.milliseconds
@@ -348,7 +348,7 @@ class Scheduler:
         rows = 0
         for sequence in decoding:
             taken[sequence] = 1
-            if sequence.wave.proposal_agreement < self._least_chance:
+            if sequence.wave.proposal_agreement < self._least_agreement:
                 sequence.wave.narrow()
             rows += sequence.wave.runs[0].num_rows
         return rows
@@ -377,22 +377,22 @@ class Scheduler:
         order = count()  # among equals, every sequence gets its turn
         drafts: list[tuple[float, int, Sequence]] = []
 
-        def offer(sequence: Sequence, chance: float) -> None:
-            if chance := chance * _agreement(sequence, taken[sequence]):
-                heapq.heappush(drafts, (-chance, next(order), sequence))
+        def offer(sequence: Sequence, agreement: float) -> None:
+            if agreement := agreement * _agreement(sequence, taken[sequence]):
+                heapq.heappush(drafts, (-agreement, next(order), sequence))
 
         for sequence in sequences:
             offer(sequence, 1.0)
         while drafts:
-            chance, sequence = -drafts[0][0], heapq.heappop(drafts)[2]
+            agreement, sequence = -drafts[0][0], heapq.heappop(drafts)[2]
             run = sequence.wave.runs[taken[sequence]]
-            if outlay.rows + run.num_rows > self.cost.most_rows or chance < outlay.least_chance:
+            if outlay.rows + run.num_rows > self.cost.most_rows or agreement < outlay.least_agreement:
                 break
             assert sequence.table is not None
             if self.pool.grow(sequence.table, run.last + 1):
-                outlay.add(run.num_rows, chance)
+                outlay.add(run.num_rows, agreement)
                 taken[sequence] += 1
-                offer(sequence, chance)
+                offer(sequence, agreement)
 
     def _advance(self, sequence: Sequence, runs: list[Run], predictions: dict[int, int]) -> TokenEvent | None:
         wave = sequence.wave

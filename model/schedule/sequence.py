@@ -55,21 +55,25 @@ class Sequence:
         """Tokens committed behind the prompt."""
         return self.wave.num_committed - self.wave.prompt_length
 
-    def counts(self, vocab_size: int) -> TokenCounts:
+    @property
+    def counts(self) -> TokenCounts:
         """How often each token stands in it; made when it is first asked for."""
         if self._counts is None:
-            self._counts = TokenCounts(vocab_size)
+            self._counts = TokenCounts()
         return self._counts
 
     def take_logprobs(self, count: int) -> list[TokenLogprobs]:
-        """Of the `count` tokens committed last; empty unless the request asks for them."""
+        """Log-probabilities of the `count` tokens committed last; empty unless the request asks for them."""
         if self.request.logprobs is None:
             return []
         end = self.wave.num_committed
         return [self.logprobs.pop(position) for position in range(end - count, end)]
 
     def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
-        """Of all prompt tokens, None for the first; None when not asked for, not read yet or taken."""
+        """Log-probabilities of all prompt tokens, None for the first.
+
+        It returns None when they are not asked for, not read yet or taken.
+        """
         if not self._prompt_logprobs_are_due or self.wave.is_reading_prompt:
             return None
         self._prompt_logprobs_are_due = False

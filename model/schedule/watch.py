@@ -16,6 +16,10 @@ class PriceKeeper(Protocol):
     """Owns the prices of an engine's passes, and measures them again while the engine is idle."""
 
     @property
+    def packed(self) -> bytes:
+        """The present prices, for the engine after this one."""
+
+    @property
     def is_due(self) -> bool:
         """Whether `work` has anything to do."""
 

@@ -65,19 +65,19 @@ class Unconstrained:
     problem = ""
 
     def outcome(self, tokens: list[int], position: int, token: int, *, is_certain: bool) -> Outcome:
-        """See Constraint."""
+        """Always "open": other tokens may follow any token."""
         del tokens, position, token, is_certain
         return "open"
 
     def forbidden(
         self, wave: "Wave", position: int, *, before_min_tokens: bool
     ) -> "NDArray[np.bool_] | None":
-        """See Constraint."""
+        """Always None: no token is forbidden."""
         del wave, position, before_min_tokens
         return None
 
     def admits(self, tokens: list[int], proposed: list[int]) -> int:
-        """See Constraint."""
+        """All that are proposed."""
         del tokens
         return len(proposed)
 
@@ -142,7 +142,8 @@ class Wave:
 
     `length_limit` bounds prompt and output together; `ending_tokens` end the sequence when committed (a
     draft that might end it isn't followed up), and so does a token that the `constraint` says nothing can
-    follow.
+    follow. The first `prefix` tokens, none or the prompt, see one another both ways: they are read in one
+    piece, and so are again after a restart.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Wave:
         ending_tokens: frozenset[int] = frozenset(),
         *,
         constraint: Constraint | None = None,
+        prefix: int = 0,
     ) -> None:
         self.tokens = list(prompt)
         self.num_loops = num_loops
@@ -162,6 +164,7 @@ class Wave:
         self.ending_tokens = ending_tokens
         self.constraint = constraint or Unconstrained()
         self.prompt_length = len(prompt)
+        self.prefix = prefix
         self.num_known = len(prompt)  # tokens that are read as a prompt: after a restart, outputs as well
         self.num_committed = len(prompt)
         self.ending: Ending | None = None
@@ -216,12 +219,27 @@ class Wave:
         self.num_known = self.num_committed
         self.num_entered = 0
 
+    @property
+    def reads_whole(self) -> bool:
+        """Whether what enters next is all that is left of a prefix, however long it is."""
+        return self.num_entered < self.prefix
+
+    def next_chunk(self, max_rows: int) -> int:
+        """Known positions that enter together next: at most `max_rows`, but all that are left of a prefix."""
+        if self.reads_whole:
+            return self.prefix - self.num_entered
+        return min(max_rows, self.num_known - self.num_entered)
+
+    def is_whole(self, run: Run) -> bool:
+        """Whether the run is part of a prefix, and so can't be cut."""
+        return run.start < self.prefix
+
     def enter_prompt(self, max_rows: int) -> None:
-        """Appends the next chunk of at most `max_rows` known positions, if any is left.
+        """Appends the next chunk of known positions, as `next_chunk` cuts it, if any is left.
 
         One chunk enters at a time: not while the last run hasn't done its first loop.
         """
-        count = min(max_rows, self.num_known - self.num_entered)
+        count = self.next_chunk(max_rows)
         if count > 0 and not (self.runs and self.runs[-1].depth == 0):
             self.runs.append(Run(self.num_entered, count))
             self.num_entered += count
@@ -256,7 +274,7 @@ class Wave:
 
     @property
     def proposal_agreement(self) -> float:
-        """The same of the rows behind the first one of the certain run.
+        """The agreement of the rows behind the first one of the certain run.
 
         1 unless they are a proposal that no pass has run, which `narrow` could take back.
         """
@@ -283,7 +301,7 @@ class Wave:
 
         A run of several rows is a proposal: wherever it breaks, its readouts start what is right.
         """
-        agreement = self.policy.agreement.rate(run.depth + 1)
+        agreement = self.policy.agreement.of(run.depth + 1)
         following = self._run_at(run.last + 1)
         return agreement - self.agreement(following) if following and run.num_rows == 1 else agreement
 
@@ -348,7 +366,7 @@ class Wave:
 
     def _compare(self, run: Run, position: int, token: int) -> bool:
         """An earlier depth says `token` at `position`."""
-        agreement = self.policy.agreement.rate(run.depth)
+        agreement = self.policy.agreement.of(run.depth)
         if position >= len(self.tokens):
             better, believed = self.policy.prefer(self.tokens, token, run.depth)
             if better != token and not self.constraint.admits(self.tokens, [better]):
@@ -375,7 +393,7 @@ class Wave:
     def _follow_up(self, position: int) -> None:
         """Starts the row of the last token, at `position`, with what the policy proposes behind it."""
         proposed = self._proposal()
-        agreement = self.policy.proposal_rate() if proposed else 0.0
+        agreement = self.policy.proposal_agreement() if proposed else 0.0
         self.tokens.extend(proposed)
         self.drafts.extend(Draft(token, agreement, is_from_text=True) for token in proposed)
         self.runs.append(Run(position, 1 + len(proposed)))

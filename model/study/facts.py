@@ -5,23 +5,26 @@ Without a text only headers are read, so that the largest checkpoint is describe
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tokenizers import Tokenizer
 from torch import nn
 
 from model.checkpoint.hub import model_folder
 from model.checkpoint.loader import DTYPES, load_model, load_skeleton
+from model.checkpoint.tokenizer import tokenizer_file
+from model.network.config import LoopedConfig
 from model.network.looped import LoopedTransformer
-from model.network.packed import pack_linears
-from model.options import SchedulerLimits
+from model.options import BACKENDS, DEFAULT_BACKEND, SchedulerLimits, WorkerOptions
 from model.passes.memory import cache_memory, free_memory
-from model.passes.torch.backend import bytes_per_token
+from model.schedule.drafts import default_depths
 from model.study.quality import Decoding, TextQuality, decode_prompts, judge_text
-from model.worker.build import resolve_device, resolve_quantization
+from model.worker.build import Choice, choose, warnings_of
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights" / "default"
 USAGE_ERROR = 2
@@ -39,7 +42,9 @@ class Facts(NamedTuple):
     parameters_effective: int  # the block's counted once for each loop
     dtype: str
     quantization: str
+    backend: str
     weight_bytes: int
+    layers_read: dict[int, tuple[int, int]]  # by loops: for a token, plain and with every draft right
     kv_slots: int
     kv_bytes_per_token: int
     state_bytes_per_token: int
@@ -67,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:i")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--quantization", default="auto", choices=["auto", "none", "int8"])
+    parser.add_argument("--backend", default=DEFAULT_BACKEND, choices=BACKENDS)
+    parser.add_argument("--max-loops", type=int, default=None, help="as of speed serve")
     parser.add_argument(
         "--text",
         type=Path,
@@ -94,12 +101,20 @@ def run(args: argparse.Namespace) -> int:
 def inspect(args: argparse.Namespace) -> Report:
     """The report that the options ask for; raises ValueError (CheckpointError and its like) or OSError."""
     folder = model_folder(args.model, args.revision)
-    device = resolve_device(args.device)
-    name = str(args.dtype)
+    options = WorkerOptions(
+        model_path=str(folder),
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        backend=args.backend,
+    )
+    choice = choose(options)
+    for warning in warnings_of(options, choice):
+        log.warning("%s", warning)
+    device, name = choice.device, str(args.dtype)
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
-    quantization = resolve_quantization(args.quantization, folder, device)
-    facts = gather_facts(args.model, load_skeleton(folder).to(DTYPES[name]), quantization, device)
+    facts = gather_facts(args.model, load_skeleton(folder, args.max_loops).to(DTYPES[name]), choice)
     if args.text is None:
         return Report(facts)
     drafts = None if args.draft_depths is None else _depths(args.draft_depths)
@@ -108,11 +123,11 @@ def inspect(args: argparse.Namespace) -> Report:
     window = min(args.window, model.config.max_positions)
     text = judge_text(model, ids, window, drafts or ())
     quantized = None
-    if quantization == "int8":
+    if choice.quantization == "int8":
         model = load_model(folder, device, name, int8=True).model
         quantized = judge_text(model, ids, window, drafts or ())
-    pack_linears(model)
-    return Report(facts, text, quantized, decode_prompts(model, ids, drafts, args.num_prompts))
+    decoding = decode_prompts(model, ids, drafts, args.num_prompts, choice.maker)
+    return Report(facts, text, quantized, decoding)
 
 
 def _depths(text: str) -> tuple[int, ...]:
@@ -122,43 +137,64 @@ def _depths(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def gather_facts(name: str, model: LoopedTransformer, quantization: str, device: torch.device) -> Facts:
-    """The facts of a model that needs no weights (see `load_skeleton`), in its dtype."""
+def gather_facts(name: str, model: LoopedTransformer, choice: Choice) -> Facts:
+    """The facts of a model in its dtype, which needs no weights: `load_skeleton` makes such a one."""
     config, dtype = model.config, model.dtype
     stored = sum(parameter.numel() for parameter in model.parameters())
-    looped = sum(p.numel() for layer in config.block for p in model.layers[layer].parameters())
-    if config.input_injection:
-        looped += model.adapter.weight.numel()
-    weights = _weight_bytes(model, quantization)
-    per_token = bytes_per_token(model)
-    kv = config.kv_bytes_per_token(dtype.itemsize)
-    fits = cache_memory(model, device, SchedulerLimits(), weights) // per_token
+    once, effective = _parameters_run(model)
+    weights = _weight_bytes(model, choice.quantization)
+    cache = choice.maker.cache_bytes(model)
+    fits = cache_memory(model, choice.device, SchedulerLimits(), weights) // cache.per_token
     return Facts(
         model=name,
         family=config.family,
         num_loops=config.num_loops,
         layers=f"{config.num_prelude_layers} + {config.num_block_layers} + {config.num_coda_layers}",
         parameters_stored=stored,
-        parameters_effective=stored + (config.num_loops - 1) * looped,
+        parameters_effective=stored + effective - once,
         dtype=str(dtype).removeprefix("torch."),
-        quantization=quantization,
+        quantization=choice.quantization,
+        backend=choice.maker.name,
         weight_bytes=weights,
+        layers_read=_layers_read(config),
         kv_slots=config.num_slots,
-        kv_bytes_per_token=kv,
-        state_bytes_per_token=per_token - kv,
+        kv_bytes_per_token=cache.keys_and_values,
+        state_bytes_per_token=cache.states,
         max_positions=config.max_positions,
-        memory_bytes=free_memory(device).free,
+        memory_bytes=free_memory(choice.device).free,
         cache_tokens=fits,
         full_contexts=fits // config.max_positions,
         eos_token_ids=list(config.eos_token_ids),
-        draft_depths=list(config.default_draft_depths),
+        draft_depths=list(default_depths(config.num_loops, config.most_loops)),
     )
+
+
+def _parameters_run(model: LoopedTransformer) -> tuple[int, int]:
+    """Parameters of the block, counted once, and as often as a token runs through them."""
+    config = model.config
+    once = total = 0
+    for layer in config.block:
+        size = sum(parameter.numel() for parameter in model.layers[layer].parameters())
+        is_low = config.low_cycles and layer < config.stack_size
+        once, total = once + size, total + size * (config.low_cycles if is_low else 1)
+    if config.input_injection:
+        once, total = once + model.adapter.weight.numel(), total + model.adapter.weight.numel()
+    return once, total * config.num_loops
+
+
+def _layers_read(config: LoopedConfig) -> dict[int, tuple[int, int]]:
+    """With every draft right a pass commits a token, and it reads each layer once whatever the loops."""
+    prelude, looped, coda = config.layer_reads
+    return {
+        loops: (prelude + looped * loops + coda, prelude + looped + coda)
+        for loops in range(1, config.most_loops + 1)
+    }
 
 
 def read_ids(folder: Path, text: Path) -> list[int]:
     """Token ids of a text file, or the ids in a JSON file for a model without a tokenizer."""
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if (file := tokenizer_file(folder)) is not None:
+        tokenizer = Tokenizer.from_file(str(file))
         ids: list[int] = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
         return ids
     try:
@@ -166,7 +202,7 @@ def read_ids(folder: Path, text: Path) -> list[int]:
     except ValueError:
         content = None
     if not isinstance(content, list) or not all(type(i) is int and i >= 0 for i in content):
-        raise ValueError(f"{folder} has no tokenizer.json, so {text} must hold a JSON list of token ids")
+        raise ValueError(f"{folder} has no tokenizer, so {text} must hold a JSON list of token ids")
     return content
 
 
@@ -212,7 +248,9 @@ def _facts_lines(f: Facts) -> list[str]:
         "family": f"{f.family}, {f.layers} layers (prelude + block + coda), {f.num_loops} loops",
         "parameters": f"{f.parameters_stored:,} stored, {f.parameters_effective:,} effective",
         "weights": f"{f.weight_bytes / GB:.2f} GiB as {f.dtype}{quantized}",
+        "layers read": _reads_line(f.layers_read),
         "KV cache": f"{f.kv_slots} slots, {f.kv_bytes_per_token:,} bytes a token{state}",
+        "passes": f"by {f.backend}",
         "context": f"{f.max_positions:,} tokens",
         "fits here": f"{f.cache_tokens:,} tokens: {f.full_contexts:,} requests at full context "
         f"({f.memory_bytes / GB:.1f} GiB are free)",
@@ -220,6 +258,17 @@ def _facts_lines(f: Facts) -> list[str]:
         "drafts at": ", ".join(map(str, f.draft_depths)) or "no depth",
     }
     return [f"{name:<12}{value}" for name, value in rows.items()]
+
+
+def _reads_line(reads: dict[int, tuple[int, int]]) -> str:
+    """For the depths at powers of two and the last."""
+    shown = [loops for loops in reads if loops & (loops - 1) == 0 or loops == max(reads)]
+    parts = [
+        f"{loops} loop{'s' * (loops > 1)}: {reads[loops][0]} plain, {reads[loops][1]} with every draft right"
+        f" ({reads[loops][0] / reads[loops][1]:.2f}x)"
+        for loops in shown
+    ]
+    return "for a token; " + "; ".join(parts)
 
 
 def _quality_lines(title: str, text: TextQuality) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from model.engine import Engine
 from model.network.looped import LoopedTransformer
 from model.options import EngineOptions
+from model.passes.backend import BackendMaker
 from model.protocol import GenerationRequest, SamplingParams
 from model.schedule.drafts import FEW_LOOPS
 
@@ -42,7 +43,7 @@ class TextQuality(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Of the model's own depth, in nats per token."""
+        """The loss of the model's own depth, in nats per token."""
         return self.depths[-1].loss
 
 
@@ -101,12 +102,19 @@ def expected_passes(predictions: Tensor, draft_depths: Sequence[int]) -> float:
 
 
 def decode_prompts(
-    model: LoopedTransformer, ids: Sequence[int], draft_depths: tuple[int, ...] | None, num_prompts: int
+    model: LoopedTransformer,
+    ids: Sequence[int],
+    draft_depths: tuple[int, ...] | None,
+    num_prompts: int,
+    maker: BackendMaker | None = None,
 ) -> Decoding:
-    """Greedy continuations of prompts from all over a text, one at a time, with speculation."""
+    """Greedy continuations of prompts from all over a text, one at a time, with speculation.
+
+    `maker` brings what runs the passes, torch if there is none.
+    """
     length = min(model.config.max_positions, PROMPT_TOKENS + NEW_TOKENS)
     config = EngineOptions(draft_depths=draft_depths, max_model_len=length, kv_cache_tokens=2 * length)
-    engine = Engine(model, config)
+    engine = Engine(model, config, maker=maker)
     size = max(1, min(PROMPT_TOKENS, length // 2, len(ids)))
     starts = range(0, len(ids) - size + 1, max(1, (len(ids) - size) // num_prompts))
     stats, tokens = [], 0

@@ -1,25 +1,26 @@
 """From options to a loaded engine: device, dtype, threads, warm-up. Used by the worker and the benchmarks."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from model.checkpoint.loader import is_stored_in_int8, load_model
+from model.checkpoint.loader import is_stored_in_int8, load_config, load_model
+from model.checkpoint.tokenizer import tokenizer_file
 from model.engine import Engine
 from model.grammar.state import Vocabulary
 from model.machine import usable_cores
+from model.network.arithmetic import multiplies_bf16
 from model.network.config import LoopedConfig
-from model.network.int8 import integer_products_are_exact, use_integer_products
-from model.network.looped import LoopedTransformer
-from model.network.packed import multiplies_bf16, pack_linears
 from model.options import WorkerOptions
 from model.passes.backend import BackendMaker
 from model.passes.native.backend import NativeOptions
-from model.passes.native.library import NativeUnavailableError, choose
-from model.passes.native.weights import check_covered
+from model.passes.native.library import NativeUnavailableError, load
+from model.passes.native.library import choose as choose_level
+from model.passes.native.weights import check_covered, release
 from model.passes.torch.backend import TorchMaker
-from model.passes.torch.invariant import InvarianceError, make_invariant
 from model.protocol import GenerationRequest, SamplingParams
 from model.worker.prices import PriceKeeper
 
@@ -30,56 +31,116 @@ class ModelOutputError(ValueError):
     """The model loads, but what it computes is no text."""
 
 
-def build_engine(options: WorkerOptions) -> Engine:
-    """Loads the model of `options` and runs one request through it.
+class Choice(NamedTuple):
+    """What is known before any weight is read: how the weights are held, and what runs the passes.
+
+    `why_torch` is empty unless torch serves for want of the native library.
+    """
+
+    device: torch.device
+    quantization: str  # "none" or "int8"
+    maker: BackendMaker
+    why_torch: str = ""
+
+
+def build_engine(options: WorkerOptions, report: Callable[[str], None] = lambda _: None) -> Engine:
+    """Loads the model of `options` and runs one request through it; `report` hears what is done meanwhile.
 
     Raises ValueError (CheckpointError, ConfigError, EngineConfigError, ModelOutputError) for what a user
     can mend.
     """
-    device = resolve_device(options.device)
-    if device.type == "cpu":
-        torch.set_num_threads(options.threads or usable_cores())
-    quantization = resolve_quantization(options.quantization, options.model_path, device)
-    if options.dtype == "bfloat16" and not multiplies_bf16(device):
-        log.warning(
-            "this CPU has no bfloat16 products: dtype float32 takes twice the memory and far less time"
-        )
+    choice = choose(options)
+    for warning in warnings_of(options, choice):
+        log.warning("%s", warning)
+    runs_in_torch = isinstance(choice.maker, TorchMaker)
+    report("reading the weights")
     loaded = load_model(
         options.model_path,
-        device=device,
+        device=choice.device,
         dtype=options.dtype,
         generation_config=options.generation_config,
-        int8=quantization == "int8",
-        integer_products=False,
+        int8=choice.quantization == "int8",
+        max_loops=options.max_loops,
     )
-    maker = choose_backend(options, loaded.model)
-    if isinstance(maker, TorchMaker):
-        use_integer_products(loaded.model)
-        _choose_arithmetic(loaded.model, options.deterministic, quantization)
+    if choice.device.type == "cpu":
+        # Beside the library torch computes next to nothing: threads of its own would spin on its cores.
+        torch.set_num_threads((options.threads or usable_cores()) if runs_in_torch else 1)
     vocabulary = load_vocabulary(Path(options.model_path), loaded.config)
-    engine = Engine(loaded.model, options, vocabulary, maker)
+    engine = Engine(loaded.model, options, vocabulary, choice.maker)
+    if not runs_in_torch:
+        release(loaded.model)  # the library has the weights in a layout of its own
+    report("running a first request")
     _warm_up(engine)
     if options.row_budget is None:
-        engine.prices = PriceKeeper(engine)
+        report("finding out what passes cost")
+        engine.prices = PriceKeeper(engine, options.prices)
     return engine
 
 
-def choose_backend(options: WorkerOptions, model: LoopedTransformer) -> BackendMaker:
-    """What runs the passes of a model whose modules are plain; raises ValueError for what can't be had."""
-    if options.backend == "torch":
-        return TorchMaker()
+def choose(options: WorkerOptions) -> Choice:
+    """How the model of `options` is held and run on this machine, by its config.json alone.
+
+    Raises what `load_config` does, and ValueError for what can't be had.
+    """
+    config = load_config(options.model_path, generation_config=False)
+    device = resolve_device(options.device)
+    maker, why_torch = choose_backend(options, config, device)
+    runs_in_torch = isinstance(maker, TorchMaker)
+    if runs_in_torch and options.deterministic:
+        reason = f" ({why_torch})" if why_torch else ""
+        raise ValueError(
+            "--deterministic holds for passes of the native library, on a CPU; torch would run them here"
+            f"{reason}, and its products round by the number of rows in a pass"
+        )
+    quantization = options.quantization
+    if quantization == "auto":
+        keeps = not runs_in_torch and is_stored_in_int8(options.model_path)
+        quantization = "int8" if keeps else "none"
+    return Choice(device, quantization, maker, why_torch)
+
+
+def choose_backend(
+    options: WorkerOptions, config: LoopedConfig, device: torch.device
+) -> tuple[BackendMaker, str]:
+    """What runs the passes, and why torch does if the native library was to be taken but can't be.
+
+    Raises ValueError where the native library is asked for and can't be had.
+    """
+    if options.backend == "torch" or (options.backend == "auto" and device.type != "cpu"):
+        return TorchMaker(), ""
     try:
-        choose()
-        check_covered(model)
+        load(choose_level())
+        check_covered(config, device)
     except NativeUnavailableError as error:
-        raise ValueError(f"backend native: {error}") from None
-    return NativeOptions(threads=options.threads or usable_cores())
+        if options.backend == "native":
+            raise ValueError(f"backend native: {error}") from None
+        return TorchMaker(), str(error)
+    return NativeOptions(threads=options.threads or usable_cores()), ""
+
+
+def warnings_of(options: WorkerOptions, choice: Choice) -> list[str]:
+    """What a user should know of a choice: what was asked for changes nothing, or costs a lot of time."""
+    warnings = []
+    if choice.why_torch:
+        warnings.append(f"torch runs the passes, several times slower for a small model: {choice.why_torch}")
+    if not isinstance(choice.maker, TorchMaker):
+        if options.deterministic is not None:
+            warnings.append("--deterministic changes nothing: passes of the native library always are")
+    elif options.dtype == "bfloat16" and not multiplies_bf16(choice.device):
+        warnings.append(
+            "this CPU has no bfloat16 products: with torch, dtype float32 takes twice the memory and far "
+            "less time"
+        )
+    return warnings
 
 
 def load_vocabulary(folder: Path, config: LoopedConfig) -> Vocabulary | None:
     """What grammars need of the model's tokenizer, 15 ms for 4,000 tokens; None if there is no usable one."""
     try:
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        file = tokenizer_file(folder)
+        if file is None:
+            raise ValueError(f"{folder} has no tokenizer")
+        text = file.read_text(encoding="utf-8")
         return Vocabulary(text, config.vocab_size, config.eos_token_ids)
     except (OSError, ValueError) as error:
         log.warning("requests with a grammar will be refused: %s", error)
@@ -99,36 +160,6 @@ def resolve_device(name: str) -> torch.device:
         if (device.index or 0) >= count:
             raise ValueError(f"device {name}: this machine has {count} CUDA devices")
     return device
-
-
-def resolve_quantization(name: str, folder: str | Path, device: torch.device) -> str:
-    """What `--quantization` means for a checkpoint, "none" or "int8"; raises what `load_config` does.
-
-    "auto" keeps int8 where the checkpoint has it and products of integers are exact: on most CPUs.
-    """
-    if name != "auto":
-        return name
-    kept = is_stored_in_int8(folder) and device.type == "cpu" and integer_products_are_exact()
-    return "int8" if kept else "none"
-
-
-def _choose_arithmetic(model: LoopedTransformer, deterministic: bool | None, quantization: str) -> None:
-    """Batch-invariant modules if asked for, packed ones if not, in place.
-
-    Nobody having said, invariant ones where the products are sums of integers anyway: what is left costs 5 %
-    at most (the embedded model, fp32, 1 to 8 requests at once). Raises InvarianceError where they are asked
-    for and can't be had.
-    """
-    cheap = quantization == "int8" and model.dtype == torch.float32
-    if deterministic or (deterministic is None and cheap):
-        try:
-            make_invariant(model)
-        except InvarianceError:
-            if deterministic:
-                raise
-        else:
-            return
-    pack_linears(model)
 
 
 def _warm_up(engine: Engine) -> None:

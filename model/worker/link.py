@@ -5,7 +5,6 @@ can be reached, nobody else can speak to it, and nothing is left behind whoever 
 """
 
 import asyncio
-import os
 import signal
 import socket
 import subprocess
@@ -16,11 +15,10 @@ from pathlib import Path
 
 from msgspec.msgpack import Decoder
 
-from model.options import WorkerOptions
+from model.machine import child_environment
 from model.worker.main import PARENTS_SIGNALS, REPORT_SIGNAL
 from model.worker.messages import FromWorker, ToWorker, Unpacker, pack
 
-ROOT = Path(__file__).resolve().parents[2]
 # -P: a model.py or model/ in the folder where the user stands must not be taken for this package
 COMMAND = (sys.executable, "-P", "-m", "model.worker")
 READ_BYTES = 2**18
@@ -49,8 +47,8 @@ class WorkerLink:
         self._unpacker: Unpacker[FromWorker] = Unpacker(Decoder(FromWorker))
 
     @classmethod
-    async def open(cls, options: WorkerOptions, command: Sequence[str] = COMMAND) -> "WorkerLink":
-        """Starts a worker; raises OSError if it can't be."""
+    async def open(cls, command: Sequence[str] = COMMAND) -> "WorkerLink":
+        """Starts a worker, which waits for its options; raises OSError if it can't be."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
@@ -64,9 +62,7 @@ class WorkerLink:
         except BaseException:
             ours.close()
             raise
-        link = cls(process, reader, writer)
-        link.send(options)
-        return link
+        return cls(process, reader, writer)
 
     def send(self, message: ToWorker) -> None:
         """Never waits: what the socket doesn't take is kept here. Raises LinkClosedError."""
@@ -149,13 +145,7 @@ def _spawn(command: Sequence[str], descriptor: int) -> subprocess.Popen[bytes]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
     try:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, pass_fds=[descriptor], env=worker_environment()
+            command, stdin=subprocess.DEVNULL, pass_fds=[descriptor], env=child_environment()
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def worker_environment() -> dict[str, str]:
-    """The environment with this project's packages importable, wherever the parent was started."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -26,6 +26,7 @@ from model.worker.messages import (
     Events,
     Failed,
     FromWorker,
+    Loading,
     Ready,
     Submit,
     ToWorker,
@@ -105,13 +106,14 @@ def _leave() -> NoReturn:
 
 def serve(channel: Channel) -> NoReturn:
     """Loads what the first message says and runs the engine; raises what ends it."""
-    options = next(channel.receive(None))
-    assert isinstance(options, WorkerOptions)
-    # Here: this module must be there, deaf to signals, before torch is.
+    # Here: this module must be there, deaf to signals, before torch is. And before there are options, for the
+    # sake of a worker that stands by.
     from model.worker.build import build_engine  # noqa: PLC0415
 
-    engine = build_engine(options)
-    channel.send(Ready(engine.info))
+    options = next(channel.receive(None))
+    assert isinstance(options, WorkerOptions)
+    engine = build_engine(options, lambda step: channel.send(Loading(step)))
+    channel.send(Ready(engine.info, b"" if engine.prices is None else engine.prices.packed))
     next_stats = 0.0
     while True:
         for message in channel.receive(0 if engine.has_work else BEAT_SECONDS):

@@ -31,9 +31,16 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Worker -> server: the model is loaded."""
+    """Worker -> server: the model is loaded. `prices` of passes are for the worker after this one."""
 
     info: EngineInfo
+    prices: bytes = b""
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Worker -> server: what it does until it is ready, in words that follow "loading"."""
+
+    step: str
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):
@@ -53,7 +60,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = WorkerOptions | Submit | Abort
-FromWorker = Ready | Events | Failed
+FromWorker = Loading | Ready | Events | Failed
 
 
 class MessageError(ValueError):

@@ -1,6 +1,9 @@
 """How long a worker may be silent, and how often it may die. Pure arithmetic: no clock, no process."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from model.protocol import RestartReason
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,13 @@ class Patience:
     tick: float = 1.0  # between two looks at the worker
 
 
+class Problem(NamedTuple):
+    """Why a worker is to be replaced, in a word and in words."""
+
+    reason: RestartReason
+    text: str
+
+
 class Watchdog:
     """Says when a worker is taken for hung. Asked once a tick.
 
@@ -31,18 +41,20 @@ class Watchdog:
         self._silent = 0.0
         self._stopped = 0.0
 
-    def problem(self, num_messages: int, *, is_ready: bool, is_stopped: bool) -> str | None:
+    def problem(self, num_messages: int, *, is_ready: bool, is_stopped: bool) -> Problem | None:
         """What is wrong with a worker that has sent `num_messages` in all, or None."""
         patience = self._patience
         self._silent = 0.0 if num_messages != self._num_messages else self._silent + patience.tick
         self._stopped = self._stopped + patience.tick if is_stopped else 0.0
         self._num_messages = num_messages
         if self._stopped >= patience.stopped:
-            return f"the engine process has been stopped by a signal for {self._stopped:g} s"
+            text = f"the engine process has been stopped by a signal for {self._stopped:g} s"
+            return Problem("stopped", text)
         if is_ready and self._silent >= patience.silence:
-            return f"the engine has been silent for {self._silent:g} s (--worker-timeout)"
+            return Problem("silent", f"the engine has been silent for {self._silent:g} s (--worker-timeout)")
         if not is_ready and self._silent >= patience.loading:
-            return f"the model has not been loaded within {self._silent:g} s (--load-timeout)"
+            text = f"the model has not been loaded within {self._silent:g} s (--load-timeout)"
+            return Problem("load_timeout", text)
         return None
 
 

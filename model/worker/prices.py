@@ -22,7 +22,7 @@ import msgspec
 import torch
 
 from model.engine import Engine
-from model.machine import processor, usable_cores
+from model.machine import cache_folder, processor, usable_cores
 from model.protocol import GenerationRequest, SamplingParams
 from model.schedule.batch import ScheduledRun
 from model.schedule.cost import MeasuredCost, PassPrice, PromptPrice, ReadoutPrice, speculates_alone
@@ -56,22 +56,32 @@ class PriceKeeper:
     Sets the engine's cost of passes when it is made, within a few seconds, and when it has measured again.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, told: bytes = b"") -> None:
+        """`told` are the prices of a worker before this one on this machine, as `packed` gives them."""
         self._engine, self._file = engine, _file(engine)
         self._watch = PassWatch()
         self._renewal: Steps[None] | None = None
         self._pause = FIRST_PAUSE
         self._not_before = monotonic() + self._pause
+        self._use(_unpacked(told) or self._first())
+
+    def _first(self) -> "_Kept":
+        """The prices in the file, unless the first passes contradict them; else measured ones."""
         kept = _read(self._file)
-        if kept is not None and _finish(_is_contradicted(_Stopwatch(engine), kept)):
+        if kept is not None and _finish(_is_contradicted(_Stopwatch(self._engine), kept)):
             log.warning(
                 "the pass prices in %s are not those of this machine: they are measured again", self._file
             )
             kept = None
         if kept is None:
-            kept = _finish(_measure(_Stopwatch(engine)))
+            kept = _finish(_measure(_Stopwatch(self._engine)))
             _write(self._file, kept)
-        self._use(kept)
+        return kept
+
+    @property
+    def packed(self) -> bytes:
+        """The present prices, doubted ones too, for a worker after this one."""
+        return msgspec.json.encode(self._kept)
 
     @property
     def is_due(self) -> bool:
@@ -145,7 +155,7 @@ class _Kept(msgspec.Struct):
         return self.noise <= SAME
 
     def cost(self) -> MeasuredCost:
-        """The same for the scheduler."""
+        """The measured prices as the scheduler asks for them."""
         prices = [[PassPrice(*price) for price in row] for row in self.prices]
         return MeasuredCost(
             self.num_sequences, self.contexts, prices, MOST_ROWS, readout=self.readout, prompt=self.prompt
@@ -374,15 +384,22 @@ def _file(engine: Engine) -> Path:
     kinds = sorted({type(module).__name__ for module in engine.model.modules()})  # packed, quantised, ...
     facts += [engine.max_model_len, info.max_num_seqs, kinds, SEQUENCES, CONTEXTS, PROMPT_CONTEXTS]
     facts += [info.backend, usable_cores(), engine.scheduler.limits.prefill_chunk_size]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return folder / "speed-serve" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
+    return cache_folder() / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
 
 
 def _read(file: Path) -> _Kept | None:
     """A measurement of an earlier start; None if there is none that can be used."""
     try:
-        kept = msgspec.json.decode(file.read_bytes(), type=_Kept)
-    except (OSError, msgspec.MsgspecError):
+        return _unpacked(file.read_bytes())
+    except OSError:
+        return None
+
+
+def _unpacked(text: bytes) -> _Kept | None:
+    """What `text` says; None if that is nothing that can be used."""
+    try:
+        kept = msgspec.json.decode(text, type=_Kept)
+    except msgspec.MsgspecError:
         return None
     grid = [len(kept.contexts)] * len(kept.num_sequences)
     return kept if all(grid) and grid and list(map(len, kept.prices)) == grid else None

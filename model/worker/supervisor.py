@@ -1,12 +1,13 @@
 """The engine as the API process sees it: a worker that is started, watched and replaced.
 
-Satisfies `protocol.Engine` and never imports torch. Invariants: every accepted request gets its one
+Satisfies `protocol.EngineClient` and never imports torch. Invariants: every accepted request gets its one
 last event, whatever becomes of its worker; the state is never "loading" for ever: each start, each load
 and each silence has its limit, and after some failures in a row the engine is given up.
 """
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,16 +22,17 @@ from model.protocol import (
     EngineUnavailableError,
     FinishReason,
     GenerationRequest,
+    RestartReason,
     TokenEvent,
 )
 from model.worker.link import COMMAND, LinkClosedError, WorkerLink
 from model.worker.main import LOAD_FAILURE_EXIT
-from model.worker.messages import Abort, Events, FromWorker, MessageError, Ready, Submit
-from model.worker.patience import Patience, Restarts, Watchdog
+from model.worker.messages import Abort, Events, FromWorker, Loading, MessageError, Ready, Submit
+from model.worker.patience import Patience, Problem, Restarts, Watchdog
 
 log = logging.getLogger(__name__)
 
-LOADING = "the model is loading"
+LOADING = "the engine process starts"
 REPORT_SECONDS = 0.5  # for a hung worker to write where it stands
 LAST_WORDS_SECONDS = 2.0  # for what a dead worker had sent to be read
 
@@ -42,25 +44,37 @@ class _Life:
     was_ready: bool = False
     has_answered: bool = False  # whether a request came to the end that it should
     ready_since: float = 0.0
-    problem: str = ""  # why it was killed
+    problem: Problem | None = None  # why it was killed
     last_words: str = ""
     exit_code: int | None = None
 
     @property
-    def reason(self) -> str:
-        """Why it ended, in words."""
-        return self.problem or self.last_words or f"the engine process ended with exit code {self.exit_code}"
+    def end(self) -> Problem:
+        """Why it ended."""
+        if self.problem is not None:
+            return self.problem
+        if self.last_words:
+            return Problem("failed", self.last_words)
+        return Problem("exited", f"the engine process ended with exit code {self.exit_code}")
 
 
 class EngineProcess:
     """Starts, watches and restarts the worker; one event loop, one reader of `events`."""
 
     def __init__(
-        self, options: WorkerOptions, patience: Patience | None = None, command: Sequence[str] = COMMAND
+        self,
+        options: WorkerOptions,
+        patience: Patience | None = None,
+        command: Sequence[str] = COMMAND,
+        *,
+        has_standby: bool = False,
     ) -> None:
-        """`command` starts a worker; the number of its socket's descriptor is added to it."""
+        """`command` starts a worker; the number of its socket's descriptor is added to it.
+
+        `has_standby`: beside a worker that serves, another waits that has imported all it needs.
+        """
         self.options = options
-        self.num_restarts = 0
+        self.restarts: Counter[RestartReason] = Counter()
         self.gave_up = asyncio.Event()  # set when no further worker will be started; `health` says why
         self.load_failed = False  # whether that is because the first load showed what a user can mend
         self._patience = patience or Patience()
@@ -71,22 +85,29 @@ class EngineProcess:
         self._in_flight: set[str] = set()
         self._queue: asyncio.Queue[list[TokenEvent] | None] = asyncio.Queue()
         self._link: WorkerLink | None = None
+        self._has_standby = has_standby
+        self._standby: WorkerLink | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
     def info(self) -> EngineInfo:
-        """See protocol.Engine."""
+        """Facts of the loaded model; raises EngineUnavailableError while it loads."""
         if self._info is None:
             raise EngineUnavailableError(self._health.reason)
         return self._info
 
     def health(self) -> EngineHealth:
-        """See protocol.Engine."""
+        """The present state; never blocks."""
         return self._health
 
     def stats(self) -> EngineStats:
-        """See protocol.Engine."""
+        """The latest counts; zeros while the model loads."""
         return self._stats
+
+    @property
+    def num_restarts(self) -> int:
+        """How often the engine was started again."""
+        return self.restarts.total()
 
     @property
     def pid(self) -> int | None:
@@ -94,7 +115,7 @@ class EngineProcess:
         return self._link.process.pid if self._link else None
 
     def submit(self, request: GenerationRequest) -> None:
-        """See protocol.Engine."""
+        """Queues a request without waiting; raises EngineUnavailableError unless the engine is ready."""
         if self._health.state != "ready" or self._link is None:
             raise EngineUnavailableError(self._health.reason)
         try:
@@ -104,22 +125,22 @@ class EngineProcess:
         self._in_flight.add(request.request_id)
 
     def abort(self, request_id: str) -> None:
-        """See protocol.Engine."""
+        """Ends a request early; unknown or finished ids are ignored."""
         if request_id in self._in_flight and self._link is not None:
             with suppress(LinkClosedError):  # then it is about to be answered anyway
                 self._link.send(Abort(request_id))
 
     async def events(self) -> AsyncIterator[list[TokenEvent]]:
-        """See protocol.Engine."""
+        """Batches of events, in order, until the engine is closed."""
         while (batch := await self._queue.get()) is not None:
             yield batch
 
     async def start(self) -> None:
-        """See protocol.Engine."""
+        """Begins loading, and returns at once."""
         self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
 
     async def close(self) -> None:
-        """See protocol.Engine."""
+        """Ends the engine; requests in flight get an "abort" event first."""
         if self._supervisor is not None:
             self._supervisor.cancel()  # which ends the worker
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -139,27 +160,30 @@ class EngineProcess:
             log.exception("the supervisor of the engine failed")
             self._finish_all("error", "the engine ended")
             self._give_up(f"{type(error).__name__}: {error}")
+        finally:
+            await self._end_standby()
 
     async def _live_and_die(self, restarts: Restarts) -> bool:
         """One worker and the pause after it; whether there is to be another."""
         life = await self._run_worker()
-        self._finish_all("error", life.reason)
+        end = life.end
+        self._finish_all("error", end.text)
         pause = restarts.pause_after(
             was_ready=life.was_ready, has_proved_itself=life.was_ready and self._has_proved_itself(life)
         )
         if life.exit_code == LOAD_FAILURE_EXIT and not restarts.any_loaded:
             self.load_failed = True
-            self._give_up(life.reason)
+            self._give_up(end.text)
             return False
         if pause is None:
-            self._give_up(f"{life.reason}; {restarts.num_failures} failures in a row")
+            self._give_up(f"{end.text}; {restarts.num_failures} failures in a row")
             return False
-        self._health = EngineHealth(state="loading", reason=life.reason, num_failures=restarts.num_failures)
-        self.num_restarts += 1
+        self._health = EngineHealth(state="loading", reason=end.text, num_failures=restarts.num_failures)
+        self.restarts[end.reason] += 1
         self._stats = EngineStats()
         log.error(
             "the engine failed (%s); another is started in %g s (failure %d of %d in a row)",
-            life.reason,
+            end.text,
             pause,
             restarts.num_failures,
             restarts.num_attempts,
@@ -180,17 +204,19 @@ class EngineProcess:
         """One worker from start to end."""
         life = _Life()
         try:
-            self._link = link = await WorkerLink.open(self.options, self._command)
+            self._link = link = await self._open()
         except OSError as error:  # descriptors, memory or processes are used up
-            life.problem = f"the engine process can't be started: {error}"
+            life.problem = Problem("not_started", f"the engine process can't be started: {error}")
             return life
         self._health = msgspec.structs.replace(self._health, reason=LOADING)
         watch = asyncio.create_task(self._watch(link, life), name="engine watchdog")
         try:
             async for message in link.messages():
                 self._take(message, life)
+                if self._has_standby and life.was_ready and self._standby is None:
+                    await self._stand_by()
         except MessageError as error:
-            life.problem = f"the engine process is not understood: {error}"
+            life.problem = Problem("not_understood", f"the engine process is not understood: {error}")
             link.kill()
         finally:
             watch.cancel()
@@ -200,6 +226,32 @@ class EngineProcess:
             life.exit_code = await link.end()
         return life
 
+    async def _open(self) -> WorkerLink:
+        """A worker that loads: the one that stands by if it lives, else a new one. Raises OSError."""
+        link, self._standby = self._standby, None
+        if link is not None:
+            with suppress(LinkClosedError):
+                if not link.has_ended:
+                    link.send(self.options)
+                    return link
+            await link.end()
+        link = await WorkerLink.open(self._command)
+        link.send(self.options)
+        return link
+
+    async def _stand_by(self) -> None:
+        """Starts the worker that waits for the end of this one. Without it a restart is slower, no more."""
+        try:
+            self._standby = await WorkerLink.open(self._command)
+        except OSError as error:
+            log.warning("no engine process stands by: %s", error)
+            self._has_standby = False
+
+    async def _end_standby(self) -> None:
+        link, self._standby = self._standby, None
+        if link is not None:
+            await link.end()
+
     def _take(self, message: FromWorker, life: _Life) -> None:
         """What a worker says changes what is known of it."""
         if isinstance(message, Events):
@@ -208,8 +260,11 @@ class EngineProcess:
         elif isinstance(message, Ready):
             life.was_ready, life.ready_since = True, asyncio.get_running_loop().time()
             self._info = message.info
+            self.options = msgspec.structs.replace(self.options, prices=message.prices)
             self._health = EngineHealth(state="ready")
             log.info(_capacity(message.info))
+        elif isinstance(message, Loading):
+            self._health = msgspec.structs.replace(self._health, reason=message.step)
         else:
             life.last_words = message.reason
 
@@ -228,7 +283,7 @@ class EngineProcess:
     async def _watch(self, link: WorkerLink, life: _Life) -> None:
         """Ends a worker that hangs, and a link that outlives its worker."""
         watchdog = Watchdog(self._patience)
-        while not life.problem and not link.has_ended:
+        while life.problem is None and not link.has_ended:
             await asyncio.sleep(self._patience.tick)
             problem = watchdog.problem(link.num_messages, is_ready=life.was_ready, is_stopped=link.is_stopped)
             if problem is not None:

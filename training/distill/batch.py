@@ -70,14 +70,14 @@ class _Batch:
 
     def run(self, temperatures: list[float], stops: frozenset[int], random: torch.Generator) -> list[Written]:
         """Writes until every row has come to a stop token or to its last column."""
-        heat = torch.tensor(temperatures, device=self.model.device)[:, None]
+        temperature = torch.tensor(temperatures, device=self.model.device)[:, None]
         rows = list(range(self.count))  # of the batch as it began
         tokens: list[list[int]] = [[] for _ in rows]
         ended: set[int] = set()
         width = self.ids.shape[1]
         logits = self._read()
         for step in range(self.max_tokens):
-            chosen = _draw(logits, heat, random)
+            chosen = _draw(logits, temperature, random)
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 if row not in ended and token in stops:
                     ended.add(row)
@@ -87,8 +87,8 @@ class _Batch:
             if not going or step + 1 == self.max_tokens:
                 break
             if len(going) < SHRINK_BELOW * len(rows):
-                rows, heat, chosen = [rows[i] for i in going], heat[going], chosen[going]
-                self._keep(torch.tensor(going, device=heat.device))
+                rows, temperature, chosen = [rows[i] for i in going], temperature[going], chosen[going]
+                self._keep(torch.tensor(going, device=temperature.device))
             last = self.positions[:, -1:] + step + 1
             logits = self._forward(chosen[:, None], last, width + step, slice(None))
         return [Written(tokens[row], row in ended) for row in range(self.count)]
@@ -132,9 +132,9 @@ class _Batch:
         return logits.float()
 
 
-def _draw(logits: Tensor, heat: Tensor, random: torch.Generator) -> Tensor:
+def _draw(logits: Tensor, temperature: Tensor, random: torch.Generator) -> Tensor:
     """One token a row (rows,): the likeliest at temperature 0, else drawn from the likeliest few."""
     values, tokens = logits.topk(min(LIKELIEST, logits.shape[-1]))
-    chances = (values / heat.clamp_min(1e-4)).softmax(-1)
-    drawn = torch.multinomial(chances, 1, generator=random)
-    return torch.where(heat > 0, tokens.gather(1, drawn), tokens[:, :1]).squeeze(1)
+    probabilities = (values / temperature.clamp_min(1e-4)).softmax(-1)
+    drawn = torch.multinomial(probabilities, 1, generator=random)
+    return torch.where(temperature > 0, tokens.gather(1, drawn), tokens[:, :1]).squeeze(1)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from training.distill.primer import Talk
+from training.distill.primer import Exchange
 from training.distill.vocabulary import Pieces, encode
 
 HELD_OUT_EVERY = 50  # one text in so many
@@ -26,7 +26,9 @@ class Labels(NamedTuple):
     """The teacher's likeliest tokens behind each of a text's pieces, in the student's vocabulary."""
 
     ids: NDArray[np.uint16]  # (pieces - 1, likeliest)
-    chances: NDArray[np.float16]  # the same shape; a row of zeros: nothing is known, the text alone teaches
+    probabilities: NDArray[
+        np.float16
+    ]  # the same shape; a row of zeros: nothing is known, the text alone teaches
 
 
 class Example(NamedTuple):
@@ -52,8 +54,9 @@ def save_shard(folder: Path, number: int, texts: list[list[int]]) -> None:
 
 def save_labels(folder: Path, number: int, labels: list[Labels]) -> None:
     """Writes what the teacher says of the texts of a shard that were kept, in their order."""
-    ids, chances = (np.concatenate(parts) for parts in zip(*labels, strict=True))
-    _save(labels_path(folder, number), ids=ids, chances=chances)
+    ids, probabilities = (np.concatenate(parts) for parts in zip(*labels, strict=True))
+    # The older name, which stands in the files that there are.
+    _save(labels_path(folder, number), ids=ids, chances=probabilities)
 
 
 def _save(path: Path, **arrays: Any) -> None:  # noqa: ANN401  (numpy's own signature)
@@ -100,12 +103,12 @@ def read_examples(folder: Path, pieces: Pieces, heads: "Heads") -> Examples:
                 f"no {labels_path(folder, number).name} in {folder}: label the texts first"
             )
         with np.load(labels_path(folder, number)) as stored:
-            ids, chances = stored["ids"], stored["chances"]
+            ids, probabilities = stored["ids"], stored["chances"]
         start = 0
         for place, tokens in texts:
             student = encode(tokens, pieces).ids
             rows = slice(start, start := start + len(student) - 1)
-            labels = Labels(ids[rows], chances[rows])
+            labels = Labels(ids[rows], probabilities[rows])
             sides[place % HELD_OUT_EVERY == 0].append(Example(student, heads.answers(student), labels))
     return Examples(*sides)
 
@@ -129,9 +132,9 @@ class Heads:
                 found[place + size : end + 1] = True
         return found
 
-    def example(self, talk: Talk) -> Example:
+    def example(self, exchange: Exchange) -> Example:
         """A conversation of our own, which the text alone teaches."""
-        turns = (("user", talk.question), ("assistant", talk.answer))
+        turns = (("user", exchange.question), ("assistant", exchange.answer))
         text = "".join(f"{self.start}{role}\n{said}{self.end}\n" for role, said in turns)
         ids = np.asarray(self.cut.encode(text).ids, dtype=np.uint16)
         return Example(ids, self.answers(ids), None)

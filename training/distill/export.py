@@ -51,10 +51,10 @@ def export(trainer: Trainer, examples: Examples, teacher: Path, folder: Path) ->
 
 def held_out_figures(model: LoopedTransformer, held_out: list[Example]) -> Evaluation:
     """Loss and agreement per loop over answers of held-out conversations; ValueError if there are none."""
-    talks = [each for each in held_out if not each.answers.all()][:HELD_OUT_TEXTS]
-    if not talks:
+    conversations = [each for each in held_out if not each.answers.all()][:HELD_OUT_TEXTS]
+    if not conversations:
         raise ValueError("no conversation is held out: generate more texts")
-    ids, _, said = (torch.from_numpy(each[:, : HELD_OUT_LENGTH + 1]) for each in padded(talks))
+    ids, _, said = (torch.from_numpy(each[:, : HELD_OUT_LENGTH + 1]) for each in padded(conversations))
     return evaluate(model, ids, said[:, 1:])
 
 

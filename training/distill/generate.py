@@ -52,7 +52,7 @@ class Generation:
 class _Text:
     """A text on its way: what the teacher reads, and what the student will."""
 
-    heat: float  # of its answers
+    temperature: float  # of its answers
     turns: int
     prompt: list[int]
     kept: list[int]
@@ -75,40 +75,42 @@ class Writer:
         rng = np.random.default_rng([self.settings.seed, number])
         texts = [self._begin(index, rng) for index in range(self.settings.texts_per_shard)]
         self._continue(texts, number)
-        for talk in range(max(text.turns for text in texts)):
-            self._ask([text for text in texts if text.turns > talk], talk, number, rng)
-            self._answer([text for text in texts if text.turns > talk], talk, number)
+        for exchange in range(max(text.turns for text in texts)):
+            self._ask([text for text in texts if text.turns > exchange], exchange, number, rng)
+            self._answer([text for text in texts if text.turns > exchange], exchange, number)
         return [text.kept[: text.whole] for text in texts]
 
     def _begin(self, index: int, rng: np.random.Generator) -> _Text:
         """A continuation, or a conversation of one or two turns whose first question may be the bank's."""
         settings = self.settings
-        heat = settings.answer_temperatures[index % len(settings.answer_temperatures)]
+        temperature = settings.answer_temperatures[index % len(settings.answer_temperatures)]
         kind, bank, turns, which = rng.random(4)
         if kind < settings.share_of_continuations:
-            return _Text(heat, 0, [self._end_of_text], [self._end_of_text])
+            return _Text(temperature, 0, [self._end_of_text], [self._end_of_text])
         question = self.bank.whole[int(which * len(self.bank.whole))] if bank < settings.share_of_bank else ""
-        return _Text(heat, 2 if turns < settings.share_of_two_turns else 1, list(self._system), [], question)
+        return _Text(
+            temperature, 2 if turns < settings.share_of_two_turns else 1, list(self._system), [], question
+        )
 
     def _continue(self, texts: list[_Text], number: int) -> None:
         """What the teacher writes behind nothing, up to its last whole sentence."""
         plain = [text for text in texts if not text.turns]
-        heats, most = [self.settings.temperature] * len(plain), self.settings.max_continuation
-        for text, written in zip(plain, self._written(plain, most, heats, number, 0), strict=True):
+        temperatures, most = [self.settings.temperature] * len(plain), self.settings.max_continuation
+        for text, written in zip(plain, self._written(plain, most, temperatures, number, 0), strict=True):
             said = self._sentences(written)
             text.kept += [*said, self._end_of_text]
             text.whole = len(text.kept) if len(said) >= REPEATED and self._is_good(said) else 0
 
-    def _ask(self, texts: list[_Text], talk: int, number: int, rng: np.random.Generator) -> None:
+    def _ask(self, texts: list[_Text], exchange: int, number: int, rng: np.random.Generator) -> None:
         """The user's turn: the bank's question, or an opening that the teacher completes."""
         head = self._opening("user")
-        own = [text for text in texts if talk or not text.question]
+        own = [text for text in texts if exchange or not text.question]
         begun = [self.bank.openings[int(rng.integers(len(self.bank.openings)))] for _ in own]
         starts = [self.tokenizer.encode(words).ids for words in begun]
         for text, start in zip(own, starts, strict=True):
             text.prompt += [*head, *start]
-        heats, most = [self.settings.temperature] * len(own), self.settings.max_question
-        ends = self._written(own, most, heats, number, 2 * talk + 1)
+        temperatures, most = [self.settings.temperature] * len(own), self.settings.max_question
+        ends = self._written(own, most, temperatures, number, 2 * exchange + 1)
         for text, start, written in zip(own, starts, ends, strict=True):
             said = [*start, *written.tokens]
             long_enough = written.ended and len(said) >= self.settings.min_question
@@ -116,20 +118,20 @@ class Writer:
             text.prompt += [*written.tokens, *self._turn_end()]
             text.kept += [*head, *said, *self._turn_end()]
             if not good:
-                text.turns = talk  # the turns before it stand
+                text.turns = exchange  # the turns before it stand
         for text in texts:
-            if not talk and text.question:
+            if not exchange and text.question:
                 said = [*head, *self.tokenizer.encode(text.question).ids, *self._turn_end()]
                 text.prompt += said
                 text.kept += said
 
-    def _answer(self, texts: list[_Text], talk: int, number: int) -> None:
+    def _answer(self, texts: list[_Text], exchange: int, number: int) -> None:
         """The assistant's turn, up to its last whole sentence where it doesn't end by itself."""
         head = self._opening("assistant")
         for text in texts:
             text.prompt += head
-        heats = [text.heat for text in texts]
-        answers = self._written(texts, self.settings.max_answer, heats, number, 2 * talk + 2)
+        temperatures = [text.temperature for text in texts]
+        answers = self._written(texts, self.settings.max_answer, temperatures, number, 2 * exchange + 2)
         for text, written in zip(texts, answers, strict=True):
             said = self._sentences(written)
             good = len(said) >= self.settings.min_answer and self._is_good(said)
@@ -137,14 +139,14 @@ class Writer:
             text.kept += [*head, *said, *self._turn_end()]
             text.whole = len(text.kept) if good else text.whole
             if not good or not written.ended:
-                text.turns = talk + 1  # what was cut or is no good is nothing to talk on about
+                text.turns = exchange + 1  # what was cut or is no good is nothing to go on about
 
     def _written(
-        self, texts: list[_Text], most: int, heats: list[float], number: int, stage: int
+        self, texts: list[_Text], most: int, temperatures: list[float], number: int, stage: int
     ) -> list[Written]:
         """What the teacher writes behind each prompt."""
         seed = (self.settings.seed * 1_000_003 + number) * 8 + stage
-        return self.write([text.prompt for text in texts], most, heats, seed) if texts else []
+        return self.write([text.prompt for text in texts], most, temperatures, seed) if texts else []
 
     def _sentences(self, written: Written) -> list[int]:
         """All of a text that ended, whole sentences of one that did not."""

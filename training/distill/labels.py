@@ -14,7 +14,9 @@ from model.network.looped import LoopedTransformer
 from training.distill.data import Ids, Labels
 from training.distill.vocabulary import Pieces, encode
 
-LIKELIEST = 32  # tokens that are kept: of this teacher's, at most a few hundredths of the chance are outside
+LIKELIEST = (
+    32  # tokens that are kept: of this teacher's, at most a few hundredths of the probability are outside
+)
 TOKENS_AT_ONCE = 2048
 
 
@@ -55,24 +57,24 @@ class Labeller:
     def _of(self, text: Ids, hidden: Tensor) -> Labels:
         """Labels of one text from the teacher's final states (tokens, hidden) over it."""
         owner = encode(text, self.pieces).owner
-        ids, chances = self.likeliest(hidden[: len(text) - 1])
+        ids, probabilities = self.likeliest(hidden[: len(text) - 1])
         # The target behind piece j is piece j + 1: known if it is the first of the next token.
         known = owner[1:] != owner[:-1]
         rows = owner[:-1].clip(max=len(ids) - 1)
-        return Labels(ids[rows], np.where(known[:, None], chances[rows], np.float16(0)))
+        return Labels(ids[rows], np.where(known[:, None], probabilities[rows], np.float16(0)))
 
     def likeliest(self, hidden: Tensor) -> tuple[Ids, np.typing.NDArray[np.float16]]:
-        """The likeliest tokens of the cut vocabulary, and chances that sum to 1 (tokens, likeliest)."""
+        """The likeliest tokens of the cut vocabulary, and probabilities that sum to 1 (tokens, likeliest)."""
         full = self.teacher.head(hidden).float().softmax(-1)
         count = min(2 * LIKELIEST, full.shape[-1])
-        chances, tokens = full.topk(count)
+        probabilities, tokens = full.topk(count)
         pieces = self._first[tokens]
         order = pieces.argsort(-1)
-        pieces, chances = pieces.gather(1, order), chances.gather(1, order)
+        pieces, probabilities = pieces.gather(1, order), probabilities.gather(1, order)
         # Equal pieces now stand side by side; each run's sum goes to its first.
         new = torch.ones_like(pieces, dtype=torch.bool)
         new[:, 1:] = pieces[:, 1:] != pieces[:, :-1]
-        sums = torch.zeros_like(chances).scatter_add_(1, new.cumsum(1) - 1, chances)
+        sums = torch.zeros_like(probabilities).scatter_add_(1, new.cumsum(1) - 1, probabilities)
         kept = torch.zeros_like(pieces).scatter_(1, new.cumsum(1) - 1, pieces)
         best, places = sums.topk(min(LIKELIEST, count))
         best = best / best.sum(-1, keepdim=True)

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from model.checkpoint.loader import load_model
+from model.network.arithmetic import multiplies_bf16
 from model.network.looped import LoopedTransformer
-from model.network.packed import multiplies_bf16, pack_linears
 from model.worker.build import resolve_device
 from training.corpus import END_OF_TEXT
 from training.distill.batch import BatchWriter
@@ -102,7 +102,6 @@ def _generate(args: argparse.Namespace) -> int:
     stop, device = time.monotonic() + 60 * args.max_minutes, _device(args)
     tokenizer = _teachers_tokenizer(args)
     teacher = _load_teacher(args, device)
-    pack_linears(teacher)
     stops = frozenset(id_of(tokenizer, token) for token in (TURN_END, END_OF_TEXT))
     batches = BatchWriter(teacher, stops, args.num_seqs)
     writer = Writer(batches.write, tokenizer, recipe.generation, load_questions())
@@ -134,7 +133,6 @@ def _label(args: argparse.Namespace) -> int:
     stop, recipe, folder = time.monotonic() + 60 * args.max_minutes, _recipe(args), args.folder / TEXTS
     missing = [number for number in shard_numbers(folder) if not labels_path(folder, number).exists()]
     teacher = _load_teacher(args, _device(args))
-    pack_linears(teacher)
     words = _vocabulary(args, recipe)
     system = turn(words.full, "system", recipe.generation.system)
     labeller = Labeller(teacher, words.pieces, system, id_of(words.full, TURN_START))
@@ -206,7 +204,7 @@ def _trainer(args: argparse.Namespace) -> tuple[Trainer, Examples]:
     words = _vocabulary(args, recipe)
     heads = Heads(words.cut, TURN_START, TURN_END)
     examples = read_examples(args.folder / TEXTS, words.pieces, heads)
-    own = [heads.example(talk) for talk in primer()]
+    own = [heads.example(exchange) for exchange in primer()]
     task = DistillTask(examples.train, own, recipe.primer_share, recipe.training)
     teacher = load_model(args.teacher, device, "float32").model
     student = student_from_teacher(recipe.training, teacher, recipe.teacher_layers)

@@ -35,6 +35,6 @@ def load_distill_recipe(path: Path) -> DistillRecipe:
         layers, share = tuple(data.pop("teacher_layers")), data.pop("primer_share")
     except KeyError as error:
         raise TypeError(f"{path} has no {error}") from None
-    heats = tuple(generation.pop("answer_temperatures", (0.0,)))
-    written = Generation(**generation, answer_temperatures=heats)
+    temperatures = tuple(generation.pop("answer_temperatures", (0.0,)))
+    written = Generation(**generation, answer_temperatures=temperatures)
     return DistillRecipe(written, shards, layers, share, recipe_from(data))

@@ -77,7 +77,9 @@ class DistillTask:
 
 
 def _labels_of(example: Example, count: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Tokens and chances (count, width) of an example's first targets; zeros where nothing is known."""
+    """Tokens and probabilities (count, width) of an example's first targets; zeros where nothing is known."""
     if example.labels is None:
         return np.zeros((count, width), dtype=np.int64), np.zeros((count, width), dtype=np.float32)
-    return example.labels.ids[:count].astype(np.int64), example.labels.chances[:count].astype(np.float32)
+    return example.labels.ids[:count].astype(np.int64), example.labels.probabilities[:count].astype(
+        np.float32
+    )
