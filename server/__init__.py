@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's API over any `model.protocol.Engine`. Never imports torch."""
+"""The HTTP server: OpenAI's API over any `model.protocol.EngineClient`. Never imports torch."""

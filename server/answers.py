@@ -18,6 +18,7 @@ from server.lanes import Lane
 from server.schemas.sampling import StreamOptions
 from server.schemas.usage import CompletionTokensDetails, PromptTokensDetails, Usage
 from server.sse import CLIENT_CLOSED_REQUEST, ClientDisconnectedError, stream_response, unless_disconnected
+from server.state import ServerState
 
 SHORT_ANSWER = 1000  # tokens, the likeliest ones beside each included, that are written in a few ms
 # Longer than the server's own grace period, after which it ends streams properly.
@@ -43,18 +44,22 @@ class Format(Protocol[Part]):
 
 
 async def answer(
-    request: Request, generation: Generation, form: Format[Part], shutdown_timeout: float, lane: Lane
+    request: Request, generation: Generation, form: Format[Part], state: ServerState
 ) -> Response:
     """The whole answer or the beginning of a stream; takes over the generation.
 
-    What is long, such as an echo with log-probabilities, is written in `lane`.
+    What is long, such as an echo with log-probabilities, is written in a lane of its own.
     """
+    lane, settings = state.lanes.answers, state.settings
     try:
         if generation.fields.stream:
-            grace = shutdown_timeout + STREAM_GRACE_MARGIN
-            chunks = _chunks(generation, form, lane)
             return await stream_response(
-                request, chunks, generation.close, partial(_filler, generation, form), grace
+                request,
+                _chunks(generation, form, lane),
+                generation.close,
+                partial(_filler, generation, form),
+                shutdown_grace_period=settings.shutdown_timeout + STREAM_GRACE_MARGIN,
+                ping_seconds=settings.ping_interval,
             )
         content = await unless_disconnected(request, _whole(generation, form, lane))
     except ClientDisconnectedError:

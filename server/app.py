@@ -1,12 +1,13 @@
 """Wiring: an engine, a tokenizer and settings become an ASGI application. No globals, no decisions."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.routing import BaseRoute
 
-from model.protocol import Engine
+from model.protocol import EngineClient
 from server.auth import ApiKeyMiddleware, load_api_keys, open_paths
 from server.batcher import AdmissionLimits, RequestBatcher
 from server.chat_template import ChatTemplate
@@ -14,6 +15,7 @@ from server.defaults import NO_DEFAULTS, SamplingDefaults
 from server.encodings import GzipBodyMiddleware
 from server.errors import install_error_handlers
 from server.hosts import HostMiddleware, allowed_hosts
+from server.http_counts import StatusCountMiddleware
 from server.lanes import Lanes
 from server.logs import AccessLogMiddleware
 from server.metrics import Metrics
@@ -44,7 +46,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def create_app(
-    engine: Engine,
+    engine: EngineClient,
     tokenizer: TextCodec,
     settings: Settings,
     chat_template: ChatTemplate | None = None,
@@ -71,10 +73,12 @@ def create_app(
         created=int(time.time()),
     )
     install_error_handlers(app)
+    routes = [*app.routes]
     for module in (completions, chat, tokenize, models, operations, playground):
         app.include_router(module.router)
+        routes += module.router.routes
     keys = load_api_keys(settings)
-    _add_middleware(app, settings, keys)
+    _add_middleware(app, settings, keys, routes)
     install_document(
         app,
         settings.model_names,
@@ -84,7 +88,7 @@ def create_app(
     return app
 
 
-def _add_middleware(app: FastAPI, settings: Settings, keys: list[str]) -> None:
+def _add_middleware(app: FastAPI, settings: Settings, keys: list[str], routes: Sequence[BaseRoute]) -> None:
     """From the inside out: what is added last sees a request first."""
     app.add_middleware(HeadMiddleware)
     app.add_middleware(BodyLimitMiddleware, limit=settings.body_limit)
@@ -99,4 +103,5 @@ def _add_middleware(app: FastAPI, settings: Settings, keys: list[str]) -> None:
     if settings.access_log != "off":
         app.add_middleware(AccessLogMiddleware, as_json=settings.access_log == "json")
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(StatusCountMiddleware, routes=routes, metrics=app.state.server.metrics)
     app.add_middleware(RootPathMiddleware, root_path=settings.root_path)

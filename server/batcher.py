@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 import msgspec
 
 from model.protocol import (
-    Engine,
+    EngineClient,
     EngineInfo,
     EngineUnavailableError,
     FinishReason,
@@ -124,7 +124,7 @@ class RequestBatcher:
     What is in flight stays within `limits`, but for a request that is alone.
     """
 
-    def __init__(self, engine: Engine, limits: AdmissionLimits, metrics: Metrics) -> None:
+    def __init__(self, engine: EngineClient, limits: AdmissionLimits, metrics: Metrics) -> None:
         self._engine = engine
         self._limits = limits
         self._metrics = metrics
@@ -189,7 +189,7 @@ class RequestBatcher:
             raise UnavailableError("the engine is not ready", "engine_unavailable") from None
 
     def admit(self) -> EngineInfo:
-        """The same for a request, whose refusal is counted."""
+        """Facts of the loaded model, for a request: where there are none, its refusal is counted."""
         try:
             return self.engine_info()
         except UnavailableError as error:

@@ -25,6 +25,7 @@ from server.settings import SettingsError
 
 TEMPLATE_FILE = "chat_template.jinja"
 END_OF_THOUGHTS = "</think>"
+MOST_READS = 8  # of a prompt from end to end, for texts that are not in it as they were sent
 DEFAULT = "default"  # the name of the template to use where a model has several
 
 
@@ -143,7 +144,8 @@ def check_nothing_lost(messages: Sequence[Mapping[str, Any]], text: str) -> None
     """Raises InvalidRequestError if `text`, which a template made of `messages`, lacks one of their texts.
 
     A text that the template has changed (escaped, in capitals) counts as shown if its longest word is. Each
-    search begins where the last one of the same role ended, so that all of them together read `text` once.
+    search begins where the last one of the same role ended, so that all of them together read `text` once, or
+    a few times if the template changes texts: after `MOST_READS` only the longest words are looked for.
     """
     exact, words = _Search(text), _Search(text.casefold())
     for number, message in enumerate(messages):
@@ -165,12 +167,19 @@ class _Search:
     def __init__(self, text: str) -> None:
         self._text = text
         self._begins: dict[str, int] = {}
+        self._reads_left = MOST_READS * len(text)  # characters that may be looked through in vain
 
     def has(self, role: str, part: str) -> bool:
-        begin = self._text.find(part, self._begins.get(role, 0))
-        if begin >= 0:
-            self._begins[role] = begin + len(part)
-        return begin >= 0
+        """Whether `part` comes next of this role; no longer looked for when too much was read in vain."""
+        start = self._begins.get(role, 0)
+        if self._reads_left < 0:
+            return False
+        begin = self._text.find(part, start)
+        if begin < 0:
+            self._reads_left -= len(self._text) - start
+            return False
+        self._begins[role] = begin + len(part)
+        return True
 
 
 def _longest_word(text: str) -> str:

@@ -12,6 +12,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from model.protocol import GenerationRequest, SequenceStats, TokenEvent, TokenLogprobs
 from server.batcher import EventStream, RequestBatcher
 from server.errors import EngineFailureError, RefusedError
@@ -84,6 +86,7 @@ class Choice:
         self.request = request
         self.stats = SequenceStats()
         self.num_tokens = 0
+        self.prompt_scores: list[TokenLogprobs | None] | None = None  # of the prompt's tokens, if asked
         self.finished = False
         self._sum_logprobs = 0.0
         self._text = text
@@ -94,7 +97,7 @@ class Choice:
 
     @property
     def mean_logprob(self) -> float:
-        """Of its tokens, at the last depth; 0 if there are none or it wasn't asked for."""
+        """The mean log-probability of the choice's tokens; 0 if there are none or none was asked for."""
         return self._sum_logprobs / max(self.num_tokens, 1)
 
     def add(self, event: TokenEvent, *, include_stop: bool) -> ChoiceDelta:
@@ -136,9 +139,16 @@ class Choice:
         """The prompt's tokens, with the event that brings their log-probabilities."""
         if event.prompt_logprobs is None:
             return []
+        self.prompt_scores = event.prompt_logprobs
+        if not self._echo.starts:
+            return []
         length = len(self._echo.text)
         tokens = zip(self._echo.token_ids, self._echo.starts, event.prompt_logprobs, strict=True)
-        return [ShownToken(token_id, min(start, length), logprobs) for token_id, start, logprobs in tokens]
+        most = self.request.logprobs or 0  # `prompt_logprobs` may have asked for more
+        return [
+            ShownToken(token_id, min(start, length), _likeliest(logprobs, most))
+            for token_id, start, logprobs in tokens
+        ]
 
     def _stop_reason(self, event: TokenEvent) -> int | None:
         """The id of a token that the client asked to stop at; the model's own end has none, as in vLLM."""
@@ -161,6 +171,13 @@ class Choice:
             token_id, logprobs = self._waiting.popleft()
             tokens.append(ShownToken(token_id, offset + start, logprobs))
         return ChoiceDelta(self.index, echo + text, tokens, echoed, finish_reason, stop_reason)
+
+
+def _likeliest(logprobs: TokenLogprobs | None, most: int) -> TokenLogprobs | None:
+    """The log-probabilities with at most so many of the likeliest tokens."""
+    if logprobs is None or len(logprobs.top) <= most:
+        return logprobs
+    return msgspec.structs.replace(logprobs, top=logprobs.top[:most])
 
 
 def make_choices(fields: SamplingFields, plan: Plan, codec: TextCodec) -> list[Choice]:

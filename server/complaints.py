@@ -82,7 +82,7 @@ def _holds(body: object, part: str | int) -> bool:
 
 
 def _of_one_value(found: Sequence[_Complaint]) -> list[_Complaint]:
-    """Those about the first value, the one to tell first.
+    """The complaints about the first value that is at fault, the one to tell first.
 
     A value that may be of several types gets a complaint for each. The one that goes deepest into the value
     is of the type that was meant, and so is one that isn't about the type.

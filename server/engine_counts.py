@@ -5,13 +5,14 @@ died had counted is added to what the next one counts.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import get_args
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from model.protocol import Engine, EngineStats
+from model.protocol import EngineClient, EngineInfo, EngineStats, EngineUnavailableError, RestartReason
 
 GAUGES = {
     "num_requests_running": "Sequences that take part in passes",
@@ -20,6 +21,8 @@ GAUGES = {
     "rows_in_flight": "Rows of tokens that are not committed yet",
     "row_budget": "Rows of a pass beyond which nothing is speculated",
     "speculation_enabled": "1 if a request alone is speculated for, by policy and prices of passes",
+    "resident_memory": "Bytes of main memory that the engine's process holds",
+    "device_memory": "Bytes of a GPU's memory that the engine holds; 0 on a CPU",
 }
 COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens read, those found in the prefix cache included"),
@@ -34,7 +37,22 @@ COUNTERS = {
     ),
     "passes": ("passes", "Passes through the shared block"),
 }
-RENAMED = {"kv_cache_usage": "kv_cache_usage_perc"}  # vLLM's name, though it isn't per cent there either
+COUNTERS_BY_DEPTH = {
+    "flushes": ("spec_decode_flushes", "Predictions that a later depth contradicted, by that depth"),
+    "compared_readouts": (
+        "spec_decode_compared_readouts",
+        "Predictions of each depth that the last depth has judged, taken or not",
+    ),
+    "agreeing_readouts": (
+        "spec_decode_agreeing_readouts",
+        "Predictions of each depth that were what the last depth said",
+    ),
+}
+RENAMED = {
+    "kv_cache_usage": "kv_cache_usage_perc",  # vLLM's name, though it isn't per cent there either
+    "resident_memory": "engine_resident_memory_bytes",
+    "device_memory": "engine_device_memory_bytes",
+}
 ROW_BUCKETS = [2**i for i in range(13)]
 PREFIX = "speed:"
 
@@ -42,17 +60,17 @@ PREFIX = "speed:"
 class LifetimeCounts:
     """Adds up the counts of one engine after the other."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
-        self._num_restarts = engine.num_restarts
+        self._num_restarts = _num_restarts(engine)
         self._ended = EngineStats()  # counts of all engines before this one
         self._latest = EngineStats()
 
     def update(self) -> None:
         """Takes the engine's latest counts. To be called whenever it says anything."""
         stats = self._engine.stats()
-        if self._engine.num_restarts != self._num_restarts:
-            self._num_restarts = self._engine.num_restarts
+        if (num_restarts := _num_restarts(self._engine)) != self._num_restarts:
+            self._num_restarts = num_restarts
             self._ended = add_counts(self._ended, self._latest)
         self._latest = stats
 
@@ -60,6 +78,10 @@ class LifetimeCounts:
         """Gauges of the present engine, counters of all engines."""
         self.update()
         return add_counts(self._ended, self._latest)
+
+
+def _num_restarts(engine: EngineClient) -> int:
+    return sum(engine.restarts.values())
 
 
 def add_counts(ended: EngineStats, present: EngineStats) -> EngineStats:
@@ -76,7 +98,7 @@ def add_counts(ended: EngineStats, present: EngineStats) -> EngineStats:
 class EngineCollector(Collector):
     """Turns the engine's counts into metrics at every scrape."""
 
-    def __init__(self, counts: LifetimeCounts, engine: Engine, labels: Mapping[str, str]) -> None:
+    def __init__(self, counts: LifetimeCounts, engine: EngineClient, labels: Mapping[str, str]) -> None:
         self._counts = counts
         self._engine = engine
         self._names = list(labels)
@@ -91,21 +113,49 @@ class EngineCollector(Collector):
             yield gauge
         for field, (name, text) in COUNTERS.items():
             yield self._counter(name, text, getattr(stats, field))
-        yield self._counter("engine_restarts", "Engines started after one died", self._engine.num_restarts)
-        yield self._flushes(stats.flushes)
+        yield self._restarts()
+        for field, (name, text) in COUNTERS_BY_DEPTH.items():
+            yield self._by_depth(name, text, getattr(stats, field))
         yield self._pass_rows(stats)
+        yield self._cache_config()
 
     def _counter(self, name: str, text: str, value: int) -> Metric:
         counter = CounterMetricFamily(PREFIX + name, text, labels=self._names)
         counter.add_metric(self._values, value)
         return counter
 
-    def _flushes(self, flushes: Mapping[int, int]) -> Metric:
-        text = "Predictions that a later depth contradicted, by that depth"
-        family = CounterMetricFamily(PREFIX + "spec_decode_flushes", text, labels=[*self._names, "depth"])
-        for depth, count in sorted(flushes.items()):
-            family.add_metric([*self._values, str(depth)], count)
+    def _restarts(self) -> Metric:
+        text = "Engines started after one failed, by what became of that one"
+        family = CounterMetricFamily(PREFIX + "engine_restarts", text, labels=[*self._names, "reason"])
+        for reason in get_args(RestartReason):  # from the start: rates need a value before the first fault
+            family.add_metric([*self._values, reason], self._engine.restarts.get(reason, 0))
         return family
+
+    def _by_depth(self, name: str, text: str, counts: Mapping[int, int]) -> Metric:
+        """A series for each depth, before anything was counted for it: drafts come before the last one."""
+        family = CounterMetricFamily(PREFIX + name, text, labels=[*self._names, "depth"])
+        info = self._info()
+        first = 2 if name == "spec_decode_flushes" else 1  # the first draft has nothing to contradict
+        depths = range(first, info.num_loops + first - 1) if info else ()
+        for depth in sorted({*depths, *counts}):
+            family.add_metric([*self._values, str(depth)], counts.get(depth, 0))
+        return family
+
+    def _cache_config(self) -> Metric:
+        """vLLM's names of these labels, by which routers learn how large the cache is; none while loading."""
+        text = "1, with the size of the KV cache as labels: tokens of a page, and pages"
+        labels = [*self._names, "block_size", "num_gpu_blocks"]
+        family = GaugeMetricFamily(PREFIX + "cache_config_info", text, labels=labels)
+        if info := self._info():
+            size = info.kv_page_size
+            family.add_metric([*self._values, str(size), str(info.kv_cache_tokens // size)], 1)
+        return family
+
+    def _info(self) -> EngineInfo | None:
+        try:
+            return self._engine.info
+        except EngineUnavailableError:
+            return None
 
     def _pass_rows(self, stats: EngineStats) -> Metric:
         family = HistogramMetricFamily(PREFIX + "pass_rows", "Rows of a pass", labels=self._names)

@@ -26,6 +26,8 @@ Invariant: every answer with a status >= 400 has the body {"error": {message, ty
 at most `MAX_QUOTE` characters of the input, and says nothing about the inside of the server.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from reprlib import Repr
 from typing import Any, ClassVar, Literal
@@ -33,6 +35,8 @@ from typing import Any, ClassVar, Literal
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+
+from model.rules import RuleError
 
 MAX_QUOTE = 200
 _QUOTE = Repr()  # of lists and objects the beginnings, lest eight megabytes be written out
@@ -157,6 +161,20 @@ class TextTooLongError(InvalidRequestError):
             f"{num_characters} characters, which are more tokens than that",
             param=param,
         )
+
+
+@contextmanager
+def rules_as_refusals(**names: str | None) -> Iterator[None]:
+    """Turns a broken rule of the model into an answer that names the field at fault.
+
+    `names` says what clients call a field, where the engine has another name for it.
+    """
+    try:
+        yield
+    except RuleError as error:
+        field = names.get(error.field)
+        message = str(error) if field is None else f"{field}: {error}"
+        raise InvalidRequestError(message, param=field or error.field) from None
 
 
 class AuthenticationError(ApiError):

@@ -4,13 +4,17 @@ Each application has a registry of its own. Requests are measured where their ev
 slow client doesn't make the engine look slow. Knows nothing about HTTP but the format of its answer.
 """
 
+from collections.abc import Iterable, Mapping
+from itertools import product
 from time import perf_counter
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 
-from model.protocol import Engine, FinishReason, SequenceStats
+from model.protocol import EngineClient, FinishReason, SequenceStats
 from server.engine_counts import PREFIX, EngineCollector, LifetimeCounts
 
+REFUSAL_REASONS = ("requests", "tokens", "engine_loading", "engine_unavailable", "server_draining")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # Seconds.
@@ -28,14 +32,21 @@ PASSES_PER_TOKEN = (0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2, 2
 class Metrics:
     """All metrics of one server. `model_name` becomes a label, as vLLM's dashboards expect."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(self, engine: EngineClient, model_name: str) -> None:
         self._labels = {"model_name": model_name}
         self._registry = CollectorRegistry()
         self._counts = LifetimeCounts(engine)
         self._registry.register(EngineCollector(self._counts, engine, self._labels))
         ProcessCollector(registry=self._registry)
-        self._finished = self._counter("request_success", "Sequences that ended", "finished_reason")
-        self._rejected = self._counter("admission_rejections", "Requests not taken", "reason")
+        self._finished = self._counter(
+            "request_success", "Sequences that ended", {"finished_reason": get_args(FinishReason)}
+        )
+        self._rejected = self._counter(
+            "admission_rejections", "Requests not taken", {"reason": REFUSAL_REASONS}
+        )
+        self._answers = self._counter(
+            "http_requests", "Requests answered; 499: the client left before", {"handler": (), "status": ()}
+        )
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token", FIRST_TOKEN
         )
@@ -64,6 +75,15 @@ class Metrics:
         """A sequence ended."""
         self._finished.labels(**self._labels, finished_reason=reason).inc()
 
+    def expect_answers(self, answers: Iterable[tuple[str, int]]) -> None:
+        """Lets the series of these handlers and statuses begin at 0."""
+        for handler, status in answers:
+            self._answers.labels(**self._labels, handler=handler, status=status)
+
+    def answered(self, handler: str, status: int) -> None:
+        """A request to `handler`, the path of a route, was answered."""
+        self._answers.labels(**self._labels, handler=handler, status=status).inc()
+
     def render(self) -> bytes:
         """The answer to a scrape, of type `CONTENT_TYPE`.
 
@@ -71,8 +91,12 @@ class Metrics:
         """
         return generate_latest(self._registry)
 
-    def _counter(self, name: str, text: str, label: str) -> Counter:
-        return Counter(PREFIX + name, text, [*self._labels, label], registry=self._registry)
+    def _counter(self, name: str, text: str, labels: Mapping[str, Iterable[str]]) -> Counter:
+        """`labels`: the values that are known beforehand, each of which is a series from the start."""
+        counter = Counter(PREFIX + name, text, [*self._labels, *labels], registry=self._registry)
+        for values in product(*labels.values()):
+            counter.labels(*self._labels.values(), *values)
+        return counter
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         names = list(self._labels)

@@ -1,6 +1,6 @@
 """From a valid body to the engine's requests: all that must be known before the first token.
 
-Checks what depends on the model: vocabulary, context length, number of loops, grammar. Invariant: a plan
+Checks what depends on the model, by the engine's own rules (`model.rules`). Invariant: a plan
 that was made can be run; every refusal happens here or in `RequestBatcher.open`, before anything is sent.
 """
 
@@ -12,14 +12,15 @@ from typing import NamedTuple
 import msgspec
 
 from model.grammar.check import CheckUnavailableError, GrammarError, check_grammar
-from model.protocol import EngineInfo, GenerationRequest, SamplingParams
+from model.protocol import EngineInfo, GenerationRequest, RequestOptions, SamplingParams
+from model.rules import ContextError, TokenIdError, check_length, check_options, check_token_ids
 from server.chat_template import ChatTemplate
-from server.errors import ContextLengthError, InvalidRequestError, UnavailableError, quote
+from server.errors import ContextLengthError, InvalidRequestError, UnavailableError, quote, rules_as_refusals
 from server.lanes import Lane, Lanes
+from server.limits import MAX_STOP_TOKEN_IDS
 from server.prompts import (
     EncodedPrompt,
     check_lengths,
-    check_vocabulary,
     encode_completion,
     encode_conversation,
     render,
@@ -38,6 +39,7 @@ class Caller(NamedTuple):
     tenant: str = ""
     cache_salt: str = ""
     may_set_priority: bool = False
+    max_stop_token_ids: int = MAX_STOP_TOKEN_IDS
 
 
 ANYONE = Caller()
@@ -69,13 +71,13 @@ async def plan_completion(
             f"sequences; one request may have {max_sequences}",
             param="prompt" if len(body.prompts) > max_sequences else each,
         )
-    check_against_model(body, info)
     _check_text_fields(body, codec)
-    common = _common_request(body, codec, info, caller)
+    options = _options(body, codec, info, caller)
+    _check_asked(body, options, info)
     num_characters = check_lengths(body, codec, info)
-    await _check_grammar(body, info, lanes.grammars)
+    await _check_grammar(body, lanes.grammars)
     prompts = await lanes.texts(num_characters).run(lambda: encode_completion(body, codec, info))
-    return _plan(("cmpl", "prompt"), body, info, prompts, common)
+    return _plan(("cmpl", "prompt"), body, info, prompts, options)
 
 
 async def plan_chat(
@@ -91,13 +93,13 @@ async def plan_chat(
     """Renders, encodes and checks; raises InvalidRequestError."""
     if body.n > max_sequences:
         raise InvalidRequestError(f"n is {body.n}; one request may have {max_sequences}", param="n")
-    check_against_model(body, info)
     codec.check_text("messages")
-    common = _common_request(body, codec, info, caller)
-    await _check_grammar(body, info, lanes.grammars)
+    options = _options(body, codec, info, caller)
+    _check_asked(body, options, info)
+    await _check_grammar(body, lanes.grammars)
     said = await lanes.templates.run(lambda: render(body.messages, body, codec, template, info))
     encode = lanes.texts(len(said.text)).run(lambda: encode_conversation(said, body, codec, info))
-    return _plan(("chatcmpl", "messages"), body, info, [await encode], common)
+    return _plan(("chatcmpl", "messages"), body, info, [await encode], options)
 
 
 def _plan(
@@ -105,37 +107,42 @@ def _plan(
     body: SamplingFields,
     info: EngineInfo,
     prompts: list[EncodedPrompt],
-    common: GenerationRequest,
+    options: RequestOptions,
 ) -> Plan:
     """`names`: how the plan's id begins, and the field that holds the prompt."""
     prefix, prompt_param = names
     limits = [_token_limit(body, len(prompt.token_ids), info, prompt_param) for prompt in prompts]
     plan_id = f"{prefix}-{uuid.uuid4().hex}"
-    return Plan(plan_id, prompts, _requests(plan_id, body, common, prompts, limits))
+    return Plan(plan_id, prompts, _requests(plan_id, body, options, prompts, limits))
 
 
 def _token_limit(body: SamplingFields, num_prompt_tokens: int, info: EngineInfo, prompt_param: str) -> int:
     """How many tokens may be generated; raises ContextLengthError if they don't fit behind the prompt."""
-    room = info.max_model_len - num_prompt_tokens
     asked = None if body.may_be_cut else body.token_limit
-    # Where the client gave no number, there must be room for one token.
-    if room < (1 if asked is None else asked):
-        raise ContextLengthError(num_prompt_tokens, asked, info.max_model_len, prompt_param=prompt_param)
+    try:
+        # Where the client gave no number, there must be room for one token.
+        check_length(num_prompt_tokens, 1 if asked is None else asked, info.max_model_len)
+    except ContextError:
+        raise ContextLengthError(
+            num_prompt_tokens, asked, info.max_model_len, prompt_param=prompt_param
+        ) from None
+    room = info.max_model_len - num_prompt_tokens
     return room if body.token_limit is None else min(room, body.token_limit)
 
 
 def _requests(
     plan_id: str,
     body: SamplingFields,
-    common: GenerationRequest,
+    options: RequestOptions,
     prompts: list[EncodedPrompt],
     limits: list[int],
 ) -> list[GenerationRequest]:
     seed = secrets.randbits(63) if body.seed is None else body.seed
     sampling = [sampling_params(body, choice_seed(seed, i)) for i in range(body.num_candidates)]
+    shared = msgspec.structs.asdict(options)
     return [
-        msgspec.structs.replace(
-            common,
+        GenerationRequest(
+            **shared,
             request_id=f"{plan_id}-{p * body.num_candidates + i}",
             prompt_token_ids=prompt.token_ids,
             max_tokens=limit,
@@ -146,22 +153,22 @@ def _requests(
     ]
 
 
-def _common_request(
-    body: SamplingFields, codec: TextCodec, info: EngineInfo, caller: Caller
-) -> GenerationRequest:
-    """What all sequences of a request share; the rest is filled in for each."""
+def _options(body: SamplingFields, codec: TextCodec, info: EngineInfo, caller: Caller) -> RequestOptions:
+    """What all sequences of a request share."""
     if body.priority and not caller.may_set_priority:
         raise InvalidRequestError(
             f"priority is {body.priority}, but the server was started without --allow-priority",
             param="priority",
         )
+    if len(body.stop_token_ids) > caller.max_stop_token_ids:
+        raise InvalidRequestError(
+            f"stop_token_ids must have at most {caller.max_stop_token_ids} entries, "
+            f"not {len(body.stop_token_ids)}",
+            param="stop_token_ids",
+        )
     special_stops = [i for i in codec.special_stops(body.stop_strings) if i < info.vocab_size]
     ranked = body.num_candidates > body.n  # by the log-probabilities of their tokens
-    return GenerationRequest(
-        request_id="",
-        prompt_token_ids=[],
-        max_tokens=0,
-        sampling=SamplingParams(),
+    return RequestOptions(
         stop_token_ids=[*body.stop_token_ids, *special_stops],
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
@@ -170,7 +177,7 @@ def _common_request(
         init_scale=body.init_scale,
         priority=body.priority,
         logprobs=0 if ranked and body.num_logprobs is None else body.num_logprobs,
-        prompt_logprobs=body.num_logprobs if body.echoes else None,
+        prompt_logprobs=body.num_prompt_logprobs,
         grammar=body.grammar,
         cache_salt="\n".join(filter(None, [caller.cache_salt, body.cache_salt])),
         draft_policy=body.draft_policy,
@@ -203,40 +210,25 @@ def sampling_params(fields: SamplingFields, seed: int) -> SamplingParams:
     )
 
 
-def check_against_model(fields: SamplingFields, info: EngineInfo) -> None:
-    """Raises InvalidRequestError for a loop, a token, a policy or a length that the model doesn't have."""
-    if fields.num_loops is not None and fields.num_loops > info.num_loops:
-        raise InvalidRequestError(
-            f"num_loops is {fields.num_loops}, but the model has {info.num_loops} loops", param="num_loops"
-        )
-    if fields.init_scale and not info.has_noisy_start:
-        raise InvalidRequestError(
-            f"init_scale is {fields.init_scale:g}, but the state of this model does not start from noise",
-            param="init_scale",
-        )
-    if fields.draft_policy is not None and fields.draft_policy not in info.draft_policies:
-        known = ", ".join(info.draft_policies)
-        raise InvalidRequestError(
-            f"draft_policy {quote(fields.draft_policy)} is none of {known}", param="draft_policy"
-        )
+def _check_asked(fields: SamplingFields, options: RequestOptions, info: EngineInfo) -> None:
+    """Raises InvalidRequestError for what the model doesn't have, before any prompt is tokenised."""
     if (fields.truncate_prompt_tokens or 0) > info.max_model_len:
         raise InvalidRequestError(
             f"truncate_prompt_tokens is {fields.truncate_prompt_tokens}, "
             f"but the model's context is {info.max_model_len} tokens",
             param="truncate_prompt_tokens",
         )
-    for key in fields.logit_bias:
-        if not _is_token_id(key, info.vocab_size):
-            raise InvalidRequestError(
-                f"logit_bias: {quote(key)} is no token id; ids are 0 to {info.vocab_size - 1}",
-                param="logit_bias",
-            )
-    check_vocabulary("stop_token_ids", fields.stop_token_ids, info.vocab_size)
+    with rules_as_refusals(grammar=fields.format_field, prompt_logprobs="logprobs"):
+        check_options(options, info)
+        for key in fields.logit_bias:
+            if not _is_number(key):
+                raise TokenIdError("logit_bias", quote(key), info.vocab_size)
+        check_token_ids("logit_bias", [*map(int, fields.logit_bias)], info.vocab_size)
 
 
-def _is_token_id(key: str, vocab_size: int) -> bool:
+def _is_number(key: str) -> bool:
     # The length first: int() of a very long string of digits raises.
-    return key.isascii() and key.isdigit() and len(key) < 20 and int(key) < vocab_size
+    return len(key) < 20 and key.isascii() and key.isdigit()
 
 
 def _check_text_fields(body: CompletionRequest, codec: TextCodec) -> None:
@@ -252,12 +244,10 @@ def _check_text_fields(body: CompletionRequest, codec: TextCodec) -> None:
             codec.check_text(field)
 
 
-async def _check_grammar(fields: SamplingFields, info: EngineInfo, lane: Lane) -> None:
-    """Raises InvalidRequestError for a grammar that the engine could not follow."""
+async def _check_grammar(fields: SamplingFields, lane: Lane) -> None:
+    """Raises InvalidRequestError for a grammar that no engine could follow."""
     param = fields.format_field
     if param is not None:
-        if info.grammar_problem:
-            raise InvalidRequestError(f"{param}: {quote(info.grammar_problem)}", param=param)
         await lane.run(lambda: _check_grammar_now(fields, param))
 
 

@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from model.protocol import EngineInfo
+from model.rules import check_prompt, check_token_ids
 from server.chat_template import ChatTemplate
-from server.errors import InvalidRequestError, TextTooLongError, quote
+from server.errors import InvalidRequestError, TextTooLongError, quote, rules_as_refusals
 from server.limits import longest_text, usual_text
 from server.schemas.chat import ChatRequest, Message, TemplateFields
 from server.schemas.completions import CompletionRequest
@@ -114,13 +115,15 @@ def render(
     if num_characters > longest_text(info, codec.longest_piece):
         raise TextTooLongError(num_characters, info.max_model_len, param="messages")
     told: list[Any] = [
-        [[message.texts, message.name] for message in messages],
-        fields.chat_template_kwargs,
+        [[message.texts, message.name, message.thoughts] for message in messages],
+        fields.template_variables,
     ]
     hidden = told if template.trusts_content else codec.disguise.hide(told)
     seen = [
-        {"role": message.role, "content": texts} | ({} if name is None else {"name": name})
-        for message, (texts, name) in zip(messages, hidden[0], strict=True)
+        {"role": message.role, "content": texts}
+        | ({} if name is None else {"name": name})
+        | ({"reasoning_content": thoughts} if thoughts else {})
+        for message, (texts, name, thoughts) in zip(messages, hidden[0], strict=True)
     ]
     text = template.render(seen, add_generation_prompt=fields.add_generation_prompt, variables=hidden[1])
     check_length("messages", text, codec, info)
@@ -140,11 +143,8 @@ def encode_conversation(
 
 def check_vocabulary(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
     """Raises InvalidRequestError for an id that the model doesn't have."""
-    largest = max(token_ids, default=0)
-    if largest >= vocab_size:
-        raise InvalidRequestError(
-            f"{param}: {largest} is no token id; ids are 0 to {vocab_size - 1}", param=param
-        )
+    with rules_as_refusals():
+        check_token_ids(param, token_ids, vocab_size)
 
 
 def _check_embedded(param: str, ids: Sequence[int], codec: TextCodec, vocab_size: int) -> None:
@@ -162,8 +162,8 @@ def _encode_prompt(
     prompt: str | list[int], body: CompletionRequest, codec: TextCodec, info: EngineInfo
 ) -> EncodedPrompt:
     ids = _read(prompt, body, codec, info)
-    if not ids:
-        raise InvalidRequestError("prompt is empty: the model needs at least one token", param="prompt")
+    with rules_as_refusals():
+        check_prompt("prompt", ids, info.vocab_size)
     kept = _truncate(ids, body, info)
     if not body.echo:
         return EncodedPrompt(kept)

@@ -109,7 +109,7 @@ class EngineServer(DrainingServer):
 
     @property
     def exit_status(self) -> int:
-        """That of the process, when this server has ended."""
+        """The exit status of the process, when this server has ended."""
         if self._failure is not None:
             return self._failure
         return CUT_OFF if self.force_exit else 0
@@ -160,7 +160,7 @@ def _engine_server(settings: Settings, url: str) -> EngineServer:
     )
     defaults = load_defaults(folder) if settings.generation_config == "auto" else NO_DEFAULTS
     patience = Patience(silence=settings.worker_timeout, loading=settings.load_timeout)
-    engine = EngineProcess(worker_options(settings), patience)
+    engine = EngineProcess(worker_options(settings), patience, has_standby=settings.standby_engine)
     codec = load_codec(folder)
     if template is not None and not template.trusts_content:
         codec.prepare_for_chats()

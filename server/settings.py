@@ -22,7 +22,16 @@ from pydantic_settings import (
 )
 
 from model.checkpoint.hub import is_hub_id
-from model.options import ENGINE_DEFAULTS, POLICIES, WORKER_DEFAULTS, BackendName, DraftPolicyName
+from model.options import (
+    DEFAULT_BACKEND,
+    ENGINE_DEFAULTS,
+    POLICIES,
+    BackendName,
+    DraftPolicyName,
+    DtypeName,
+    QuantizationName,
+)
+from server.limits import MAX_STOP_TOKEN_IDS
 
 ENV_PREFIX = "SPEED_"
 
@@ -181,26 +190,33 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
     )
     backend: BackendName = Field(
-        WORKER_DEFAULTS.backend,
+        DEFAULT_BACKEND,
         json_schema_extra=MODEL,
-        description="what runs the passes: torch, or native, the compiled library for CPUs, which is new and "
-        "must be asked for (docs/models.md says how it is compiled)",
+        description="what runs the passes: native, the compiled library for CPUs (docs/models.md says how "
+        "it is compiled), torch, or auto: native where the library is there and covers the model",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: DtypeName = Field(
         "auto",
         json_schema_extra=MODEL,
         description="type of weights and cache: auto, float32, bfloat16 or float16",
     )
-    quantization: Literal["auto", "none", "int8"] = Field(
+    quantization: QuantizationName = Field(
         "auto",
         json_schema_extra=MODEL,
         description="none; int8: weights of one byte (speed inspect says what it costs in loss); auto: int8 "
-        "for a model that is stored so, where the CPU multiplies integers exactly",
+        "for a model that is stored so, where native passes run",
     )
     max_model_len: int | None = Field(
         None,
         json_schema_extra=MODEL,
         description="tokens of prompt and completion together; default: the model's",
+        ge=1,
+    )
+    max_loops: int | None = Field(
+        None,
+        json_schema_extra=MODEL,
+        description="loops that a request may ask for with num_loops, with K/V for them; above the model's "
+        "own only where it is trained for many (Dory, Huginn, retrofits); default: the model's",
         ge=1,
     )
 
@@ -261,8 +277,8 @@ class Settings(BaseSettings):
     deterministic: bool | None = Field(
         None,
         json_schema_extra=ENGINE,
-        description="batch-invariant arithmetic: the same bits alone and in a batch, with and without "
-        "speculation; slower, on a CPU only; default: for int8 weights in float32, where it costs least",
+        description="the same bits alone and in a batch, with and without speculation: native passes always "
+        "give them and the option changes nothing; where torch runs the passes it is refused",
     )
 
     worker_timeout: float = Field(
@@ -277,6 +293,13 @@ class Settings(BaseSettings):
         json_schema_extra=ENGINE,
         description="seconds that the engine's process gets to load the model before it is replaced",
         ge=1,
+    )
+
+    standby_engine: bool = Field(
+        False,
+        json_schema_extra=ENGINE,
+        description="keep a second engine process that has started but loaded no model: after a fault it "
+        "serves sooner by the time that this takes, and costs the memory of a process with torch in it",
     )
 
     host: str = Field("127.0.0.1", json_schema_extra=NETWORK, description="address to listen on")
@@ -295,6 +318,13 @@ class Settings(BaseSettings):
     )
     keep_alive: int = Field(
         75, json_schema_extra=NETWORK, description="seconds that an idle connection is kept open", ge=0
+    )
+    ping_interval: float = Field(
+        15.0,
+        json_schema_extra=NETWORK,
+        description="seconds of silence after which a stream gets a comment, and its headers if they were "
+        "not sent yet, lest a proxy or a client give up",
+        gt=0,
     )
     shutdown_timeout: float = Field(
         10.0,
@@ -376,6 +406,14 @@ class Settings(BaseSettings):
     )
     max_header_count: int = Field(
         128, json_schema_extra=LIMITS, description="headers of a request; more are answered with 431", ge=16
+    )
+    max_stop_token_ids: int = Field(
+        256,
+        json_schema_extra=LIMITS,
+        description="stop_token_ids of a request, each of whose sequences carries them; "
+        f"at most {MAX_STOP_TOKEN_IDS}",
+        ge=0,
+        le=MAX_STOP_TOKEN_IDS,
     )
     request_timeout: float = Field(
         60.0,

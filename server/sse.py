@@ -1,8 +1,8 @@
 """Server-sent events: frames, keep-alive comments, and what happens when either side goes away.
 
 Invariants: a stream's resources are freed however it ends, also if it never began; a failure that shows
-within `PING_SECONDS` is an answer with a true status, a later one an error frame; no stream is silent for
-longer than that; [DONE] is always the last frame.
+within the interval of pings is an answer with a true status, a later one an error frame; no stream is
+silent for longer than that; [DONE] is always the last frame.
 
 How a comment looks is decided by the clients that are out there. With a blank line behind it (": ping", "")
 it is an event without data, which openai-go before 3.43 gives to its JSON parser: the stream breaks. Without
@@ -30,7 +30,6 @@ from server.errors import ApiError, EngineFailureError
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-PING_SECONDS = 15
 SEND_TIMEOUT = 60.0  # seconds in which a client takes nothing at all before it counts as dead
 DONE = "[DONE]"
 COMMENT = b": ping\n"
@@ -121,6 +120,7 @@ class StreamResponse(EventSourceResponse):
         filler: Callable[[], str],
         *,
         shutdown_grace_period: float,
+        ping_seconds: float,
         send_timeout: float = SEND_TIMEOUT,
         quiet_since: float | None = None,
     ) -> None:
@@ -135,6 +135,7 @@ class StreamResponse(EventSourceResponse):
         self._first = first
         self._on_close = on_close
         self._filler = filler
+        self._ping_seconds = ping_seconds
         self._quiet_since = time.monotonic() if quiet_since is None else quiet_since
         self._is_sending = False
         self._is_pause = False  # a comment was the last that was sent
@@ -174,9 +175,9 @@ class StreamResponse(EventSourceResponse):
     async def _ping(self, send: Send) -> None:
         """A comment when nothing was sent for a while. (The library's own come however busy a stream is.)"""
         while self.active:
-            pause = self._quiet_since + PING_SECONDS - time.monotonic()
+            pause = self._quiet_since + self._ping_seconds - time.monotonic()
             if pause > 0 or self._is_sending:
-                await anyio.sleep(max(pause, PING_SECONDS / 10))
+                await anyio.sleep(max(pause, self._ping_seconds / 10))
                 continue
             self._is_pause = True
             self._quiet_since = time.monotonic()
@@ -191,19 +192,27 @@ async def stream_response(
     items: AsyncGenerator[str, None],
     on_close: Callable[[], None],
     filler: Callable[[], str],
+    *,
     shutdown_grace_period: float,
+    ping_seconds: float,
 ) -> StreamResponse:
-    """Waits a while for the first item, then answers. Raises what `items` raises within that time."""
+    """Waits `ping_seconds` for the first item, then answers. Raises what `items` raises within that time."""
     began = time.monotonic()
     data = frames(items)
     first = asyncio.ensure_future(anext(data))
     try:
-        await _until_done(first, request, PING_SECONDS)
+        await _until_done(first, request, ping_seconds)
         if first.done():
             first.result()
     except BaseException:
         await _cancelled(first)
         raise
     return StreamResponse(
-        first, data, on_close, filler, shutdown_grace_period=shutdown_grace_period, quiet_since=began
+        first,
+        data,
+        on_close,
+        filler,
+        shutdown_grace_period=shutdown_grace_period,
+        ping_seconds=ping_seconds,
+        quiet_since=began,
     )

@@ -34,7 +34,12 @@ class ServerState:
         """Who asks, and what that means for the request."""
         tenant = request.scope.get(TENANT, "")
         salt = "" if self.settings.share_prefix_cache else tenant
-        return Caller(tenant, salt, may_set_priority=self.settings.allow_priority)
+        return Caller(
+            tenant,
+            salt,
+            may_set_priority=self.settings.allow_priority,
+            max_stop_token_ids=self.settings.max_stop_token_ids,
+        )
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFoundError unless `name` is served."""

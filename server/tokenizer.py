@@ -1,9 +1,11 @@
 """Text to token ids and back, by the model's tokenizer.json, or the null object where there is none.
 
-Not `transformers.AutoTokenizer`: that imports torch, and the API process never does.
+Not `transformers.AutoTokenizer`: that takes seconds to import, and the API process stays small. An older form
+is converted by it once, in a process of its own (`model.checkpoint.tokenizer`).
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -13,9 +15,12 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from model.checkpoint.hub import LfsPointerError, read_file
+from model.checkpoint.tokenizer import TOKENIZER_FILE, TokenizerError, tokenizer_file
 from server.disguise import Disguise
 from server.errors import NoTokenizerError
 from server.settings import SettingsError
+
+log = logging.getLogger(__name__)
 
 TOKENS_REMEMBERED = 2**16  # whose bytes are kept: those beside a chosen token are often the same ones
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -58,8 +63,13 @@ class TextCodec:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TextCodec":
-        """The tokenizer of the model in `folder`; raises OSError or ValueError if it is unreadable."""
-        return cls(Tokenizer.from_buffer(read_file(folder / "tokenizer.json")))
+        """The tokenizer.json of the model in `folder`; raises OSError or ValueError if it is unreadable."""
+        return cls.from_file(folder / TOKENIZER_FILE)
+
+    @classmethod
+    def from_file(cls, file: Path) -> "TextCodec":
+        """The tokenizer of a tokenizer.json; raises OSError or ValueError if it is unreadable."""
+        return cls(Tokenizer.from_buffer(read_file(file)))
 
     def check_text(self, field: str) -> None:
         """Raises NoTokenizerError if `field`, which means text, cannot be served. Here it always can."""
@@ -86,7 +96,7 @@ class TextCodec:
         return text
 
     def decode_long(self, token_ids: Sequence[int]) -> str:
-        """The same with special tokens, for many ids: other threads run meanwhile, which costs a little."""
+        """The text of many ids, special tokens included; other threads run meanwhile, at some cost."""
         (text,) = self._tokenizer.decode_batch([list(token_ids)], skip_special_tokens=False)
         return str(text)
 
@@ -184,13 +194,17 @@ class TokenIdCodec(TextCodec):
 def load_codec(folder: Path) -> TextCodec:
     """The tokenizer of the model in `folder`, or what stands for one that it lacks.
 
-    Raises SettingsError for a tokenizer.json that cannot be read.
+    Raises SettingsError for a tokenizer.json that cannot be read. An older form that cannot be converted is
+    warned of, and the model is served by token ids.
     """
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return TokenIdCodec()
     try:
-        return TextCodec.from_folder(folder)
+        file = tokenizer_file(folder)
+        if file is None:
+            return TokenIdCodec()
+        return TextCodec.from_file(file)
+    except TokenizerError as error:
+        log.warning("text is not served, token ids alone: %s", error)
+        return TokenIdCodec()
     except LfsPointerError as error:
         raise SettingsError(str(error)) from None
     except Exception as error:  # the library raises no narrower class

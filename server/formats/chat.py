@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from server.choices import ChoiceDelta, Generation, ShownToken
-from server.formats.completions import clamp
+from server.formats.prompt_scores import clamp, prompt_scores
 from server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -43,6 +43,10 @@ class ChatFormat:
         )
         if self._body.return_token_ids:
             response.prompt_token_ids = self._prompt_ids
+        scores = self._generation.choices[0].prompt_scores
+        if self._body.prompt_logprobs is not None and scores is not None:
+            most = self._body.prompt_logprobs
+            response.prompt_logprobs = prompt_scores(self._prompt_ids, scores, most, self._codec)
         return response
 
     def parts(self, delta: ChoiceDelta, *, first: bool) -> list[ChatChunkChoice]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from server.choices import ChoiceDelta, Generation, ShownToken
+from server.formats.prompt_scores import clamp, prompt_scores
 from server.schemas.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -12,8 +13,6 @@ from server.schemas.completions import (
 )
 from server.schemas.usage import Usage
 from server.tokenizer import TextCodec, printable
-
-MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot say
 
 
 class CompletionFormat:
@@ -64,6 +63,14 @@ class CompletionFormat:
             part.token_ids = [token.token_id for token in delta.tokens]
             if first:
                 part.prompt_token_ids = self._generation.choices[delta.choice_index].request.prompt_token_ids
+        choice = self._generation.choices[delta.choice_index]
+        if self._body.prompt_logprobs is not None and choice.prompt_scores is not None:
+            part.prompt_logprobs = prompt_scores(
+                choice.request.prompt_token_ids,
+                choice.prompt_scores,
+                self._body.prompt_logprobs,
+                self._codec,
+            )
         return part
 
     def _logprobs(self, tokens: Sequence[ShownToken]) -> CompletionLogprobs | None:
@@ -87,8 +94,3 @@ class CompletionFormat:
 
     def _text(self, token_id: int) -> str:
         return printable(self._codec.token_bytes(token_id))
-
-
-def clamp(logprob: float) -> float:
-    """The log-probability, or the least that is shown."""
-    return max(logprob, MIN_LOGPROB)

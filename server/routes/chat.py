@@ -39,4 +39,4 @@ async def create_chat_completion(request: Request, body: ChatRequest, state: Sta
     plan = await unless_disconnected(request, planned)
     generation = Generation.start(body, plan, state.codec, state.batcher)
     form = ChatFormat(body, generation, state.codec)
-    return await answer(request, generation, form, state.settings.shutdown_timeout, state.lanes.answers)
+    return await answer(request, generation, form, state)

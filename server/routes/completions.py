@@ -33,4 +33,4 @@ async def create_completion(request: Request, body: CompletionRequest, state: St
     plan = await unless_disconnected(request, planned)
     generation = Generation.start(body, plan, state.codec, state.batcher)
     form = CompletionFormat(body, generation, state.codec)
-    return await answer(request, generation, form, state.settings.shutdown_timeout, state.lanes.answers)
+    return await answer(request, generation, form, state)

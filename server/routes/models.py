@@ -33,6 +33,7 @@ def _card(name: str, state: ServerState) -> ModelCard:
         update={
             "max_model_len": info.max_model_len,
             "num_loops": info.num_loops,
+            "max_loops": info.most_loops if info.most_loops > info.num_loops else None,
             "draft_depths": info.draft_depths,
             "draft_policy": info.draft_policy,
         }

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, StringConstraints, field_validator, model
 from server.errors import InvalidRequestError, quote
 from server.limits import MAX_CONTENT_PARTS, MAX_MESSAGES
 from server.schemas.base import Name, RequestModel, Text, at_most, complain, each_of
+from server.schemas.prompt_scores import PromptScores
 from server.schemas.sampling import MAX_LOGPROBS, NO_LIMIT, SamplingFields, agreed_limit
 from server.schemas.usage import Usage
 
@@ -43,7 +44,6 @@ class Message(RequestModel):
         "function_call": (None,),
         "audio": (None,),
         "annotations": (None, []),
-        "reasoning_content": (None, ""),
     }
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -51,6 +51,10 @@ class Message(RequestModel):
         None, description="only an assistant's may be absent"
     )
     name: Name | None = None
+    reasoning_content: Text | None = Field(
+        None, description="an assistant's thoughts, for templates that show them"
+    )
+    reasoning: Text | None = Field(None, description="another name of reasoning_content")
     id: Name | None = Field(None, description="taken and not needed")
     cache_control: dict[str, Any] | None = Field(None, description="taken and not needed")
     provider_specific_fields: dict[str, Any] | None = Field(None, description="taken and not needed")
@@ -66,7 +70,18 @@ class Message(RequestModel):
     def _check_content(self) -> Self:
         if self.content is None and self.role != "assistant":
             raise complain(f"has no content, which is required of the role {self.role!r}")
+        if self.thoughts and self.role != "assistant":
+            raise complain(
+                f"has reasoning, which only an assistant's message may have, not a {self.role!r}'s"
+            )
+        if self.reasoning and self.reasoning_content and self.reasoning != self.reasoning_content:
+            raise complain("has reasoning and reasoning_content, which mean the same, but differ")
         return self
+
+    @property
+    def thoughts(self) -> str:
+        """The reasoning under either name; empty if there is none."""
+        return self.reasoning_content or self.reasoning or ""
 
     @property
     def texts(self) -> str | list[str]:
@@ -77,8 +92,9 @@ class Message(RequestModel):
 
     @property
     def num_characters(self) -> int:
-        """Of all texts of the content together."""
-        return len(self.texts) if isinstance(self.texts, str) else sum(map(len, self.texts))
+        """Characters of all texts of the content and of the reasoning together."""
+        content = len(self.texts) if isinstance(self.texts, str) else sum(map(len, self.texts))
+        return content + len(self.thoughts)
 
 
 Messages = Annotated[list[Message], each_of(MAX_MESSAGES, least=1)]
@@ -89,17 +105,39 @@ Metadata = Annotated[
 ]
 
 
+TEMPLATE_OWN = ("messages", "tools", "documents", "add_generation_prompt")  # no kwargs of a template
+
+
 class TemplateFields(RequestModel):
     """How messages become a prompt."""
 
     add_generation_prompt: bool = Field(True, description="end with what begins the assistant's turn")
     chat_template_kwargs: dict[str, Any] = Field(default={}, description="further variables of the template")
+    reasoning_effort: Name | None = Field(
+        None, description="the template's variable of that name; changes nothing where it has none"
+    )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_names(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        for name in variables:
+            if name in TEMPLATE_OWN:
+                raise complain(f"has {name!r}, which is the template's own variable and can't be given here")
+            if not name.isidentifier():
+                raise complain(f"has {quote(name)}, which is not the name of a variable")
+        return variables
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the template gets besides the messages."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | self.chat_template_kwargs
 
 
 class ChatRequest(SamplingFields, TemplateFields):
     """A request as far as it can be judged without a model.
 
-    OpenAI's fields that change nothing here are taken: `metadata`, `prompt_cache_key` and their like.
+    OpenAI's fields that can't change the text are taken: `metadata`, `store`, `verbosity` and their like.
     """
 
     unserved: ClassVar[dict[str, tuple[object, ...]]] = {
@@ -110,10 +148,6 @@ class ChatRequest(SamplingFields, TemplateFields):
         "audio": (None,),
         "modalities": (None, ["text"]),
         "prediction": (None,),
-        "reasoning_effort": (None, "none"),
-        "service_tier": (None, "auto", "default"),
-        "store": (None, False),
-        "verbosity": (None, "medium"),
         "web_search_options": (None,),
         "moderation": (None,),
     }
@@ -131,6 +165,9 @@ class ChatRequest(SamplingFields, TemplateFields):
     prompt_cache_key: Name | None = None
     prompt_cache_retention: Name | None = None
     safety_identifier: Name | None = None
+    service_tier: Name | None = Field(None, description="taken: there is one tier")
+    store: bool = Field(False, description="taken: nothing is stored")
+    verbosity: Name | None = Field(None, description="taken: no model here has such a switch")
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -210,6 +247,7 @@ class ChatResponse(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptScores | None = None
 
 
 class Delta(BaseModel):

@@ -13,6 +13,7 @@ from pydantic import (
 from server.errors import InvalidRequestError
 from server.limits import MAX_IDS, MAX_PROMPTS
 from server.schemas.base import Text, TokenId, each_of
+from server.schemas.prompt_scores import PromptScores
 from server.schemas.sampling import MAX_LOGPROBS, NO_LIMIT, SamplingFields, agreed_limit
 from server.schemas.usage import Usage
 
@@ -89,7 +90,7 @@ class CompletionRequest(SamplingFields):
     @model_validator(mode="before")
     @classmethod
     def _take_null_as_no_limit(cls, data: object) -> object:
-        """As in vLLM; of other fields null is the same as absent."""
+        """Takes null for no limit, as vLLM does; for other fields null is the same as absent."""
         if isinstance(data, dict) and data.get("max_tokens", 0) is None:
             return data | {"max_tokens": NO_LIMIT if data.get("max_completion_tokens") is None else None}
         return data
@@ -115,7 +116,7 @@ class CompletionRequest(SamplingFields):
 
     @property
     def num_logprobs(self) -> int | None:
-        """As many as `logprobs` says."""
+        """How many likeliest tokens are reported beside each one, as `logprobs` says."""
         return self.logprobs
 
     @property
@@ -143,6 +144,7 @@ class CompletionChoice(BaseModel):
     stop_reason: str | int | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptScores | None = None
 
 
 class CompletionResponse(BaseModel):

@@ -15,6 +15,7 @@ class ModelCard(BaseModel):
     supports_chat: bool
     max_model_len: int | None = None
     num_loops: int | None = None
+    max_loops: int | None = None
     draft_depths: list[int] | None = None
     draft_policy: str | None = None
 

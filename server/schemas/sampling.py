@@ -87,9 +87,12 @@ class SamplingFields(RequestModel):
         None, description="prefixes are shared only with requests of the same salt"
     )
     return_token_ids: bool = False
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens beside each of the prompt's; not streamed"
+    )
     skip_special_tokens: bool = True
     speculation: bool = Field(True, description="false: the same text, one loop after the other")
-    num_loops: int | None = Field(None, ge=1, description="run at a smaller depth than the model's own")
+    num_loops: int | None = Field(None, ge=1, description="run at another depth than the model's own")
     init_scale: float = Field(
         0.0,
         ge=0,
@@ -103,6 +106,10 @@ class SamplingFields(RequestModel):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError(
                 "stream_options is only allowed with stream: true", param="stream_options"
+            )
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError(
+                "prompt_logprobs is not allowed with stream: true", param="prompt_logprobs"
             )
         if len(formats := self._formats()) > 1:
             first, second, *_ = formats
@@ -160,6 +167,12 @@ class SamplingFields(RequestModel):
     def num_logprobs(self) -> int | None:
         """How many likeliest tokens are reported beside each one; None: no log-probabilities at all."""
         raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the tokens of the prompt, whichever field asks; None: they are not scored."""
+        asked = [self.prompt_logprobs, self.num_logprobs if self.echoes else None]
+        return max((number for number in asked if number is not None), default=None)
 
     @property
     def echoes(self) -> bool:

@@ -51,7 +51,7 @@ class ResponseFormat(RequestModel):
         return self
 
     def to_grammar(self) -> Grammar | None:
-        """The same in the engine's terms; None: anything."""
+        """The format as a grammar of the engine; None if any text will do."""
         schema = self.bare_schema if self.json_schema is None else self.json_schema.json_schema
         if schema is not None:
             return Grammar(kind="json_schema", text=_dump("response_format", schema))
@@ -77,7 +77,7 @@ class StructuredOutputs(RequestModel):
         return self
 
     def to_grammar(self) -> Grammar:
-        """The same in the engine's terms."""
+        """The wanted structure as a grammar of the engine."""
         if self.regex is not None:
             return Grammar(kind="regex", text=self.regex)
         if self.choice is not None:
