@@ -21,7 +21,7 @@ class WeightReading(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of a pass, the time that reading its weights alone would take."""
+        """The share of a pass that reading its weights alone would take."""
         return self.weight_bytes / self.bytes_per_second / self.pass_seconds
 
     def __str__(self) -> str:

@@ -13,10 +13,11 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 
 from model.engine import Engine
+from model.passes.native.backend import NativeBackend
 from model.passes.torch.backend import TorchBackend
 from model.protocol import GenerationRequest
 
-MATRIX = ("linear", "matmul", "mm", "addmm", "_linear_pointwise", "qlinear_pointwise")
+MATRIX = ("linear", "matmul", "mm", "addmm")
 ATTENTION = ("scaled_dot_product_attention", "_scaled_dot_product")
 TENSOR_WORK = ("angles", "enter", "loop", "finish", "head")  # of the model
 
@@ -47,9 +48,31 @@ class Breakdown(NamedTuple):
         return f"a pass takes {self.pass_us:.0f} us: {parts}\nscheduler, wave and bookkeeping: {own}"
 
 
-def break_down(engine: Engine, requests: list[GenerationRequest]) -> Breakdown:
-    """Runs the requests twice and says where the passes went."""
-    pass_us, own_python_us = _timed(engine, requests)
+class LibraryBreakdown(NamedTuple):
+    """Microseconds a pass of the native library: in all, and outside of the library."""
+
+    pass_us: float
+    own_python_us: float
+
+    @property
+    def own_python_share(self) -> float:
+        """Scheduler, wave and bookkeeping as a share of a pass."""
+        return self.own_python_us / self.pass_us
+
+    def __str__(self) -> str:
+        own = f"{self.own_python_us:.0f} us, {self.own_python_share:.1%}"
+        return f"a pass takes {self.pass_us:.0f} us\nscheduler, wave and bookkeeping: {own}"
+
+
+def break_down(engine: Engine, requests: list[GenerationRequest]) -> Breakdown | LibraryBreakdown:
+    """Runs the requests, those of torch twice, and says where the passes went."""
+    if isinstance(engine.backend, NativeBackend):
+        backend = engine.backend
+        wrapped: list[tuple[object, str]] = [(backend.passes, name) for name in ("run", "choose", "score")]
+        return LibraryBreakdown(*_timed(engine, requests, wrapped))
+    assert isinstance(engine.backend, TorchBackend)
+    tensor_work = [(engine.model, name) for name in TENSOR_WORK]
+    pass_us, own_python_us = _timed(engine, requests, [*tensor_work, (engine.backend.sampler, "sample")])
     return Breakdown(pass_us, own_python_us, *_profiled(engine, requests))
 
 
@@ -69,13 +92,13 @@ class _Stopwatch:
         return timed
 
 
-def _timed(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, float]:
-    assert isinstance(engine.backend, TorchBackend)
-    model, sampler, watch = engine.model, engine.backend.sampler, _Stopwatch()
-    wrapped = {name: watch.around(getattr(model, name)) for name in TENSOR_WORK}
-    vars(model).update(wrapped)  # found before the class's methods and nn.Module's children
-    vars(sampler)["sample"] = watch.around(sampler.sample)
-    passes = 0
+def _timed(
+    engine: Engine, requests: list[GenerationRequest], methods: list[tuple[object, str]]
+) -> tuple[float, float]:
+    """Microseconds a pass, and those of them outside of the methods."""
+    watch, passes = _Stopwatch(), 0
+    for owner, name in methods:  # found before the class's methods and nn.Module's children
+        vars(owner)[name] = watch.around(getattr(owner, name))
     try:
         for request in requests:
             engine.add(request)
@@ -85,9 +108,8 @@ def _timed(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, fl
             passes += 1
         wall = time.perf_counter() - started
     finally:
-        for name in wrapped:
-            del vars(model)[name]
-        del vars(sampler)["sample"]
+        for owner, name in methods:
+            del vars(owner)[name]
     return wall / passes * 1e6, (wall - watch.seconds) / passes * 1e6
 
 

@@ -1,9 +1,9 @@
 """`python -m bench.determinism`: thousands of requests, each alone and in a batch, with and without drafts.
 
-Deterministic mode promises that all ways give one text; `--no-deterministic` says how many do without it.
+The native library promises that all ways give one text; `--backend torch` says how many do without it.
 The reference is plain decoding, one request at a time. A long run: finished groups are kept in a state
 file, so it can be stopped at any time and goes on where it was (`--max-minutes` stops it by itself).
-The last line printed is one JSON object; exit status 1 if a text differs in deterministic mode.
+The last line printed is one JSON object; exit status 1 if a text differs that the backend promised.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 from tqdm import tqdm
 
 from bench.exactness import texts
@@ -20,7 +21,7 @@ from bench.latency import DEFAULT_MODEL
 from bench.options import count, positive, reporting
 from bench.prompts import prompts_for
 from model.engine import Engine
-from model.options import EngineOptions, WorkerOptions
+from model.options import DEFAULT_ROW_BUDGET, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams
 from model.worker.build import build_engine
 
@@ -37,7 +38,7 @@ ALWAYS, SUBSET = "speculative in a batch", 8
 
 
 class Engines(NamedTuple):
-    """One model; single requests and batches get prompt chunks of different size."""
+    """One model twice; single requests and batches get prompt chunks of different size."""
 
     alone: Engine
     together: Engine
@@ -46,13 +47,16 @@ class Engines(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
+    parser.add_argument("--quantization", default="none", choices=("none", "int8"))
+    parser.add_argument("--backend", default="native", choices=("native", "torch"))
     parser.add_argument("--num-requests", type=positive, default=10_000)
     parser.add_argument("--threads", type=count, default=0, help="CPU threads (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-minutes", type=float, default=None, help="stop after so long")
-    parser.add_argument("--state", type=Path, default=None, help="file of what is done (default: by dtype)")
+    parser.add_argument(
+        "--state", type=Path, default=None, help="file of what is done (default: by the kind)"
+    )
 
 
 def request_of(index: int, prompts: list[list[int]], seed: int, speculation: bool) -> GenerationRequest:
@@ -117,24 +121,25 @@ def table(records: list[dict[str, object]]) -> dict[str, dict[str, int]]:
 
 
 def build_engines(args: argparse.Namespace) -> Engines:
-    """The model once, with one engine for single requests and one for batches."""
+    """One engine for single requests and one for batches."""
     options = WorkerOptions(
         model_path=args.model,
         device="cpu",
         dtype=args.dtype,
+        quantization=args.quantization,
+        backend=args.backend,
         threads=args.threads,
-        deterministic=args.deterministic,
     )
-    alone = build_engine(options)
-    small = EngineOptions(max_num_seqs=AT_ONCE, prefill_chunk_size=24, prefill_rows=96)
-    return Engines(alone, Engine(alone.model, small))
+    small = msgspec.structs.replace(
+        options, max_num_seqs=AT_ONCE, prefill_chunk_size=24, prefill_rows=96, row_budget=DEFAULT_ROW_BUDGET
+    )
+    return Engines(build_engine(options), build_engine(small))
 
 
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
     """Compares what is not in the state file yet; the records of all that is done."""
-    mode = "on" if args.deterministic else "off"
-    path = args.state or Path(f"determinism-{args.dtype}-{mode}.jsonl")
-    header = {"dtype": args.dtype, "deterministic": args.deterministic, "seed": args.seed}
+    path = args.state or Path(f"determinism-{args.dtype}-{args.quantization}-{args.backend}.jsonl")
+    header = {**_kind(args), "seed": args.seed}
     records = read_state(path, header)
     deadline = None if args.max_minutes is None else time.monotonic() + args.max_minutes * 60
     first = len(records)
@@ -156,21 +161,25 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
     return records
 
 
+def _kind(args: argparse.Namespace) -> dict[str, object]:
+    return {"dtype": args.dtype, "quantization": args.quantization, "backend": args.backend}
+
+
 @reporting("python -m bench.determinism")
 def main() -> int:
-    """Runs the comparison; 1 if a text differs in deterministic mode."""
+    """Runs the comparison; 1 if a text of the native library differs."""
     parser = argparse.ArgumentParser(prog="python -m bench.determinism", description=__doc__)
     add_arguments(parser)
     args = parser.parse_args()
     records = run(args)
     rows = table(records)
     different = [r["index"] for r in records if any(r.get(way) is False for way in WAYS)]
-    mode = "deterministic" if args.deterministic else "not deterministic"
-    print(f"{args.dtype}, {mode}: {len(records)} requests, {len(different)} with a text that differs")
+    kind = ", ".join(map(str, _kind(args).values()))
+    print(f"{kind}: {len(records)} requests, {len(different)} with a text that differs")
     for name, row in rows.items():
         print(f"  {name}: {row['differ']} of {row['compared']} differ")
-    print(json.dumps({"dtype": args.dtype, "deterministic": args.deterministic, "rows": rows}))
-    return 1 if args.deterministic and different else 0
+    print(json.dumps({**_kind(args), "rows": rows}))
+    return 1 if args.backend == "native" and different else 0
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from bench.options import device, positive, reporting
 from bench.prompts import prompts_for
 from model.checkpoint.loader import DTYPES
 from model.engine import Engine
-from model.options import WorkerOptions
+from model.options import BACKENDS, DEFAULT_BACKEND, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams
-from model.worker.build import build_engine
+from model.worker.build import build_engine, choose
 
 SAMPLINGS = {"greedy": (0.0, 1.0), "sampled": (0.8, 0.95)}  # temperature, top_p
 WAYS = {
@@ -63,15 +63,26 @@ def main() -> int:
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--device", type=device, default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--quantization", default="auto", choices=["auto", "none", "int8"])
+    parser.add_argument("--backend", default=DEFAULT_BACKEND, choices=BACKENDS)
     parser.add_argument("--num-prompts", type=positive, default=200)
     parser.add_argument("--max-tokens", type=positive, default=64)
     args = parser.parse_args()
-    engine = build_engine(WorkerOptions(model_path=args.model, device=args.device, dtype=args.dtype))
+    options = WorkerOptions(
+        model_path=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        backend=args.backend,
+    )
+    engine = build_engine(options)
     prompts = prompts_for(args.model, engine.model.config.vocab_size, args.num_prompts, 48, seed=1)
     report: dict[str, object] = {
         "prompts": len(prompts),
         "tokens": args.max_tokens,
         "dtype": engine.info.dtype,
+        "quantization": choose(options).quantization,
+        "backend": engine.info.backend,
     }
     differing = 0
     for sampling, values in SAMPLINGS.items():

@@ -62,8 +62,11 @@ class Drill:
 
     server: ServerProcess
 
-    def __init__(self, model: Path, scratch: Path, log: Path, *, is_mounted: bool) -> None:
+    def __init__(
+        self, model: Path, scratch: Path, log: Path, server_flags: list[str], *, is_mounted: bool
+    ) -> None:
         """`scratch` becomes TMPDIR and the folder of caches; `is_mounted`: it is a small disk of its own."""
+        self.server_flags = server_flags
         self.model = model
         self.scratch = scratch
         self.log = log
@@ -77,12 +80,14 @@ class Drill:
     @property
     def worker(self) -> "psutil.Process":
         """The engine's process."""
-        return next(child for child in self.api.children() if "model.worker" in child.cmdline())
+        workers = [child for child in self.api.children() if "model.worker" in child.cmdline()]
+        return min(workers, key=lambda worker: worker.create_time())  # a later one stands by
 
     def start(self) -> None:
         """Starts a server and waits until it is ready."""
         environment = {"TMPDIR": str(self.scratch), "XDG_CACHE_HOME": str(self.scratch)}
         flags = [str(self.model), "--served-model-name", "default", "--max-model-len", str(CONTEXT)]
+        flags += self.server_flags
         with open(self.log, "ab") as log:
             self.server = ServerProcess(
                 *flags, "--shutdown-timeout", "60", environment=environment, stderr=log, own_group=True
@@ -185,6 +190,7 @@ class Tally:
     ends: Counter[str] = field(default_factory=Counter)  # whole, error, abort; cut and hung are wrong
     end_seconds: list[float] = field(default_factory=list)  # from the fault to the end of the last stream
     serving_seconds: list[float] = field(default_factory=list)  # from the fault to the next answer
+    worker_seconds: list[float] = field(default_factory=list)  # of CPU, of the new worker until then
 
     @property
     def is_good(self) -> bool:
@@ -245,6 +251,7 @@ async def run_round(drill: Drill, fault: Fault, tally: Tally) -> None:
             await asyncio.to_thread(drill.start)
         await asyncio.to_thread(answer, drill.server)
         tally.serving_seconds.append(time.monotonic() - struck)
+        tally.worker_seconds.append(sum(drill.worker.cpu_times()[:2]))
 
 
 def answer(server: ServerProcess) -> None:
@@ -282,7 +289,7 @@ def run_fault(name: str, args: argparse.Namespace, progress: "tqdm[None]") -> Ta
         prepare_model(model, args.model)
         with small_disk(scratch) as is_mounted:
             log = (scratch if name == "disk_full" else Path(place)) / "log"
-            drill = Drill(model, scratch, log, is_mounted=is_mounted)
+            drill = Drill(model, scratch, log, args.server_flags.split(), is_mounted=is_mounted)
             drill.start()
             try:
                 for _ in range(args.rounds):
@@ -303,16 +310,20 @@ def prepare_model(folder: Path, source: Path | None) -> None:
         )
 
 
-HEADINGS = ("fault", "rounds", "whole", "error", "abort", "cut", "hung", "ended", "serving", "longest")
+HEADINGS = ("fault", "rounds", "whole", "error", "abort", "cut", "hung", "ended", "serving", "longest", "cpu")
 
 
 def report(tallies: dict[str, Tally]) -> None:
-    """Prints a table; `ended`, `serving` (a median) and `longest` are seconds after the fault."""
+    """Prints a table; `ended`, `serving` (a median) and `longest` are seconds after the fault.
+
+    `cpu` is how much of that (a median) the new worker computed: on a busy machine the rest is waiting.
+    """
     print("".join(f"{heading:>9}" if i else f"{heading:<16}" for i, heading in enumerate(HEADINGS)))
     for name, tally in tallies.items():
         counts = [len(tally.end_seconds), *(tally.ends[end] for end in HEADINGS[2:7])]
         again = tally.serving_seconds
-        seconds = [max(tally.end_seconds), statistics.median(again), max(again)]
+        cpu = statistics.median(tally.worker_seconds)
+        seconds = [max(tally.end_seconds), statistics.median(again), max(again), cpu]
         row = [f"{count:>9}" for count in counts] + [f"{second:>9.1f}" for second in seconds]
         print(f"{name:<16}" + "".join(row) + ("" if tally.is_good else "  WRONG"))
 
@@ -329,6 +340,7 @@ def main() -> int:
     parser.add_argument(
         "--model", type=Path, help="folder of a checkpoint; default: a tiny one, made on the spot"
     )
+    parser.add_argument("--server-flags", default="", help="more options of the server, in one string")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     with tqdm(total=args.rounds * len(args.faults), unit="round") as progress:

@@ -9,15 +9,21 @@ one JSON object; exit status 1 if anything was wrong.
 """
 
 import argparse
-import asyncio
+import http.client
 import json
 import re
 import shutil
+import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 import torch
 from rich.console import Console
@@ -31,13 +37,13 @@ from bench.options import Extra, reporting
 from bench.server_process import ServerProcess
 
 if TYPE_CHECKING:
-    import httpx
     import psutil
 else:
-    httpx, psutil = Extra("httpx"), Extra("psutil")
+    psutil = Extra("psutil")
 
 
 REPORTS = 10  # readings of memory
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 FLAT_SHARE, FLAT_BYTES = 1.10, 64 * 2**20  # growth that still counts as none
 MAX_SHOWN = 300  # characters of an answer
 FLAGS = (
@@ -70,59 +76,84 @@ INSIDE = re.compile(r"function-|functools|0x[0-9a-f]{8}|Traceback|<class '|pydan
 
 
 class Fuzz:
-    """Sends requests and keeps the books."""
+    """Sends requests from several threads and keeps the books."""
 
     def __init__(self, server: ServerProcess, source: RequestSource, args: argparse.Namespace) -> None:
         self.statuses: Counter[tuple[str, int]] = Counter()
         self.faults: Counter[str] = Counter()
+        self.memory: list[dict[str, int]] = []  # bytes of each process, at each tenth of the way
         self.slowest = 0.0
         self.num_sent = 0
         self._server = server
         self._source = source
         self._time_limit: float = args.time_limit
         self._console = Console(stderr=True)
+        self._lock = threading.Lock()
 
-    async def send_all(self, numbers: range, num_clients: int) -> list[dict[str, int]]:
-        """All requests of these numbers; the bytes of each process at each tenth of the way."""
+    @property
+    def cpu_seconds(self) -> dict[str, float]:
+        """What each process has computed; checks of grammars are processes of their own."""
+        api = psutil.Process(self._server.process.pid)
+        times = api.cpu_times()
+        engine = max((sum(child.cpu_times()[:2]) for child in api.children()), default=0.0)
+        spent = {
+            "client": time.process_time(),
+            "api": times.user + times.system,
+            "engine": engine,
+            "checks": times.children_user + times.children_system,
+        }
+        return {name: round(seconds, 1) for name, seconds in spent.items()}
+
+    def send_all(self, numbers: range, num_clients: int) -> None:
+        """All requests of these numbers, a bounded number at a time."""
+        self.memory = [self._memory()]
         left = iter(numbers)
-        memory = [self._memory()]
-        limits = httpx.Limits(max_connections=num_clients, max_keepalive_connections=num_clients)
-        url = f"http://127.0.0.1:{self._server.port}"
-        with tqdm(total=len(numbers), unit="request", disable=None) as bar:
-            async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None) as client:
+        # A log that is followed gets a line of progress now and then, a terminal a bar.
+        interval = 0.1 if sys.stderr.isatty() else LINE_SECONDS
+        with tqdm(total=len(numbers), unit="request", mininterval=interval, maxinterval=interval) as bar:
 
-                async def work() -> None:
-                    for number in left:
-                        await self._send(client, number)
-                        bar.update()
-                        self.num_sent += 1
-                        if self.num_sent * REPORTS // len(numbers) >= len(memory):
-                            memory.append(self._memory())
+            def work(_: int) -> None:
+                with closing(Client(self._server.port, self._time_limit)) as client:
+                    while (number := self._next(left)) is not None:
+                        self._send(client, number)
+                        self._count(len(numbers), bar)
 
-                await asyncio.gather(*(work() for _ in range(num_clients)))
-        return memory
+            with ThreadPoolExecutor(num_clients) as threads:
+                list(threads.map(work, range(num_clients)))
 
-    async def _send(self, client: "httpx.AsyncClient", number: int) -> None:
+    def _next(self, left: Iterator[int]) -> int | None:
+        with self._lock:
+            return next(left, None)
+
+    def _count(self, total: int, bar: "tqdm[None]") -> None:
+        with self._lock:
+            bar.update()
+            self.num_sent += 1
+            if self.num_sent * REPORTS // total >= len(self.memory):
+                self.memory.append(self._memory())
+
+    def _send(self, client: "Client", number: int) -> None:
         request = self._source.request(number)
         started = time.monotonic()
         try:
-            async with asyncio.timeout(self._time_limit):
-                response = await _answer(client, request)
+            answer = client.answer(request)
         except TimeoutError:
             self._fault("hung", number, request, f"no answer in {self._time_limit} s")
             return
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+        except (http.client.HTTPException, OSError) as error:
             self._fault("broken", number, request, repr(error))
             return
-        self.slowest = max(self.slowest, time.monotonic() - started)
-        self.statuses[request.kind, response.status_code] += 1
-        if fault := fault_of(request, response):
-            self._fault(fault, number, request, f"{response.status_code} {response.text[:MAX_SHOWN]}")
+        with self._lock:
+            self.slowest = max(self.slowest, time.monotonic() - started)
+            self.statuses[request.kind, answer.status] += 1
+        if fault := fault_of(request, answer):
+            self._fault(fault, number, request, f"{answer.status} {answer.text[:MAX_SHOWN]}")
 
     def _fault(self, fault: str, number: int, request: FuzzRequest, answer: str) -> None:
-        self.faults[fault] += 1
         line = {"fault": fault, "number": number, "answer": answer, **request.as_json()}
-        tqdm.write(json.dumps(line))
+        with self._lock:
+            self.faults[fault] += 1
+            tqdm.write(json.dumps(line))
 
     def _memory(self) -> dict[str, int]:
         api = psutil.Process(self._server.process.pid)
@@ -140,22 +171,69 @@ class Fuzz:
         self._console.print(table)
 
 
-async def _answer(client: "httpx.AsyncClient", request: FuzzRequest) -> "httpx.Response":
-    """The whole answer; a stream is read to its end."""
-    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in request.headers]
-    return await client.request(request.method, request.path, headers=headers, content=request.body)
+class Answer(NamedTuple):
+    """A whole answer; a stream is read to its end."""
+
+    status: int
+    text: str
 
 
-def fault_of(request: FuzzRequest, response: "httpx.Response") -> str | None:
+class Client:
+    """One connection that is kept, and opened again where the server has closed it."""
+
+    def __init__(self, port: int, time_limit: float) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port)
+        self._time_limit = time_limit
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._connection.close()
+
+    def answer(self, request: FuzzRequest) -> Answer:
+        """Sends a request; raises TimeoutError, HTTPException or OSError if no whole answer comes."""
+        connection = self._connection
+        is_new = connection.sock is None
+        try:
+            return self._exchange(request)
+        except (http.client.RemoteDisconnected, ConnectionError):
+            connection.close()
+            if is_new:
+                raise
+        except BaseException:
+            connection.close()
+            raise
+        return self.answer(request)  # the server may close an idle connection at any time
+
+    def _exchange(self, request: FuzzRequest) -> Answer:
+        deadline = time.monotonic() + self._time_limit
+        connection = self._connection
+        connection.timeout = self._time_limit
+        connection.putrequest(request.method, quote(request.path, safe="/%?="), skip_accept_encoding=True)
+        for name, value in request.headers:
+            connection.putheader(name, value.encode("latin-1"))
+        connection.putheader("Content-Length", str(len(request.body)))
+        connection.endheaders(request.body)
+        assert connection.sock is not None
+        sock = connection.sock
+        sock.settimeout(self._time_limit)
+        response, parts = connection.getresponse(), []
+        while part := response.read1(2**16):
+            parts.append(part)
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+        response.close()
+        return Answer(response.status, b"".join(parts).decode(errors="replace"))
+
+
+def fault_of(request: FuzzRequest, answer: Answer) -> str | None:
     """What is wrong with an answer, in a word."""
-    if response.status_code >= 500:
+    if answer.status >= 500:
         return "status"
-    if BLAME.search(response.text):
+    if BLAME.search(answer.text):
         return "error frame"
-    if response.status_code < 400 or request.method == "HEAD":
+    if answer.status < 400 or request.method == "HEAD":
         return None
     try:
-        message = response.json()["error"]["message"]
+        message = json.loads(answer.text)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return "no error body"
     return "inside" if INSIDE.search(message) else None
@@ -175,7 +253,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16, help="requests at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="send the request of this number alone, and print it")
-    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for one answer")
+    parser.add_argument("--time-limit", type=float, default=180.0, help="seconds for one answer")
     parser.add_argument("--model", help="what the server serves (default: tiny random weights)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
@@ -187,9 +265,11 @@ def main() -> int:
                 print(json.dumps(source.request(args.only).as_json()))
             numbers = range(args.requests) if args.only is None else range(args.only, args.only + 1)
             fuzz = Fuzz(server, source, args)
-            memory = asyncio.run(fuzz.send_all(numbers, args.clients))
-            restarts = server.gauge("engine_restarts_total")
-    return _finish(fuzz, memory, restarts, args)
+            started = time.monotonic()
+            fuzz.send_all(numbers, args.clients)
+            figures = {"seconds": round(time.monotonic() - started), "cpu_seconds": fuzz.cpu_seconds}
+            restarts = server.total("engine_restarts_total")
+    return _finish(fuzz, figures, restarts, args)
 
 
 def write_tiny_model(folder: Path) -> str:
@@ -200,18 +280,24 @@ def write_tiny_model(folder: Path) -> str:
     return str(folder)
 
 
-def _finish(fuzz: Fuzz, memory: list[dict[str, int]], restarts: float, args: argparse.Namespace) -> int:
-    fuzz.faults.update({f"{name} grew": 1 for name in fat(memory)})
+def _finish(fuzz: Fuzz, more: dict[str, Any], restarts: float, args: argparse.Namespace) -> int:
+    fuzz.faults.update({f"{name} grew": 1 for name in fat(fuzz.memory)})
     if restarts:
         fuzz.faults["engine restarted"] = int(restarts)
     fuzz.report()
+    memory = fuzz.memory
+    readings = {"start": memory[0], "middle": memory[len(memory) // 2], "end": memory[-1]}
     figures: dict[str, Any] = {
         "requests": fuzz.num_sent,
         "seed": args.seed,
         "statuses": dict(sum((Counter({str(s): n}) for (_, s), n in fuzz.statuses.items()), Counter())),
         "faults": dict(fuzz.faults),
         "slowest_s": round(fuzz.slowest, 2),
-        "memory_mb": [{name: round(size / 2**20) for name, size in reading.items()} for reading in memory],
+        "memory_mb": {
+            when: {name: round(size / 2**20) for name, size in reading.items()}
+            for when, reading in readings.items()
+        },
+        **more,
     }
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")

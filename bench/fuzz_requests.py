@@ -9,6 +9,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
@@ -16,6 +17,10 @@ GETS = ("/v1/models", "/v1/models/x", "/health", "/ready", "/metrics", "/version
 METHODS = ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE")
 MAX_TOKENS = 6  # of nearly every answer: the fuzzer is after bad requests, not long ones
 MAX_CHOICES = 3
+GRAMMAR_FIELDS = (
+    *("response_format", "structured_outputs"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+)
 MAX_DEPTH = 5
 SOUND_TEXTS = (
     *("", "a", "hello world", "The capital of France is", " ", "\n", "\x00", "\x7f", "\u2028", "\ufeff", "é"),
@@ -169,7 +174,7 @@ class RequestSource:
             "grammar": self._grammar,
             "damaged_request": self._damaged_request,
         }
-        kind = rng.choices(list(kinds), [30, 25, 30, 7, 8])[0]
+        kind = rng.choices(list(kinds), [32, 27, 31, 2, 8])[0]
         return kinds[kind](rng)._replace(kind=kind)
 
     def _valid(self, rng: random.Random) -> FuzzRequest:
@@ -281,10 +286,13 @@ class RequestSource:
 
 
 def damage_json(value: dict[str, Any], rng: random.Random) -> None:
-    """Changes one thing inside of a JSON object, in place: a value, a name, or an entry too many."""
+    """Changes one thing inside of a JSON object, in place: a value, a name, or an entry too many.
+
+    What it puts there is a copy: the next damage may lie inside of it.
+    """
     places = list(_places(value))
     if not places or rng.random() < 0.1:
-        value[rng.choice(TEXTS)] = rng.choice(SCALARS)
+        value[rng.choice(TEXTS)] = deepcopy(rng.choice(SCALARS))
         return
     holder, key = rng.choice(places)
     if isinstance(holder, dict) and rng.random() < 0.15:
@@ -292,7 +300,7 @@ def damage_json(value: dict[str, Any], rng: random.Random) -> None:
     elif rng.random() < 0.1:
         holder[key] = [holder[key]] * rng.choice((1, 2, 300))
     else:
-        holder[key] = rng.choice(SCALARS)
+        holder[key] = deepcopy(rng.choice(SCALARS))
 
 
 def damage_bytes(body: bytes, rng: random.Random) -> bytes:
@@ -335,6 +343,9 @@ def _tidy(path: str, body: dict[str, Any], rng: random.Random) -> None:
             body.pop(name, None)
     if not body.get("stream"):
         body.pop("stream_options", None)
+    if rng.random() < 0.8:  # each new grammar is a process; there are requests that are about grammars
+        for name in GRAMMAR_FIELDS:
+            body.pop(name, None)
     wanted = body.get("structured_outputs")
     if isinstance(wanted, dict):
         body["structured_outputs"] = dict([_any_grammar(rng)])

@@ -20,12 +20,12 @@ from bench.breakdown import break_down
 from bench.options import count, device, numbers, positive, reporting
 from bench.prompts import prompts_for, question_prompts
 from model.checkpoint.hub import model_folder
-from model.checkpoint.loader import DTYPES, load_skeleton
+from model.checkpoint.loader import DTYPES, load_model, load_skeleton
 from model.engine import Engine
 from model.network.looped import LoopedTransformer
-from model.options import BACKENDS, ENGINE_DEFAULTS, POLICIES, WORKER_DEFAULTS, WorkerOptions
+from model.options import BACKENDS, DEFAULT_BACKEND, ENGINE_DEFAULTS, POLICIES, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams, SequenceStats
-from model.worker.build import build_engine, resolve_device, resolve_quantization
+from model.worker.build import build_engine, choose, resolve_device
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "model" / "weights" / "default"
 
@@ -58,8 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-depths", type=numbers, default=None, help="comma-separated (default: the model's)"
     )
-    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, help="default: as serving")
-    parser.add_argument("--backend", default=WORKER_DEFAULTS.backend, choices=BACKENDS)
+    parser.add_argument("--backend", default=DEFAULT_BACKEND, choices=BACKENDS)
     parser.add_argument("--draft-policy", default=ENGINE_DEFAULTS.draft_policy, choices=POLICIES)
     parser.add_argument(
         "--row-budget", type=positive, default=32, help="rows of a pass; a fixed one: passes repeat exactly"
@@ -85,9 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs `speed bench latency`; the last line printed is one JSON object."""
     folder = model_folder(args.model)
-    args.quantization = resolve_quantization(args.quantization, folder, resolve_device(args.device))
+    options = _options(args, folder)
+    args.quantization = choose(options).quantization
     started = time.perf_counter()
-    engine = _load(args, folder)
+    engine = build_engine(options)
     load_seconds, peak = time.perf_counter() - started, peak_memory()
     print(f"loaded in {load_seconds:.1f} s; peak memory {peak / 1e9:.2f} GB")
     vocab_size = engine.model.config.vocab_size
@@ -96,13 +96,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         prompts = prompts_for(str(folder), vocab_size, args.num_prompts, args.prompt_tokens, args.seed)
     info = engine.info
-    print(f"{args.model}: {info.family}, {info.num_loops} loops, {info.dtype} on {info.device}")
+    held = "int8 weights" if args.quantization == "int8" else info.dtype
+    print(f"{args.model}: {info.family}, {info.num_loops} loops, {held}, {info.backend} on {info.device}")
     report: dict[str, object] = {
         "draft_policy": info.draft_policy,
         "draft_depths": info.draft_depths,
         "dtype": info.dtype,
         "device": info.device,
         "quantization": args.quantization,
+        "backend": info.backend,
         "load_seconds": load_seconds,
         "peak_memory_bytes": peak,
     }
@@ -120,29 +122,31 @@ def run(args: argparse.Namespace) -> int:
     reading = _weight_reading(args, folder, engine, middle.pass_us)
     print(reading)
     report["weights"] = {**reading._asdict(), "share_of_pass": reading.share}
-    report["agreement_per_depth"] = agreement(engine.model, prompts, modes["greedy"].speculative)
+    report["agreement_per_depth"] = agreement(_reference(args, folder), prompts, modes["greedy"].speculative)
     print(f"agreement with the last loop on the greedy texts, loop by loop: {report['agreement_per_depth']}")
     print(json.dumps(report))
     return 0
 
 
-def _load(args: argparse.Namespace, folder: Path) -> Engine:
-    depths = None if args.draft_depths is None else tuple(args.draft_depths)
-    return build_engine(
-        WorkerOptions(
-            model_path=str(folder),
-            device=args.device,
-            dtype=args.dtype,
-            quantization=args.quantization,
-            threads=args.threads,
-            draft_depths=depths,
-            deterministic=args.deterministic,
-            draft_policy=args.draft_policy,
-            backend=args.backend,
-            row_budget=args.row_budget,
-            prefix_caching=False,  # the same prompts run again and again
-        )
+def _options(args: argparse.Namespace, folder: Path) -> WorkerOptions:
+    return WorkerOptions(
+        model_path=str(folder),
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        threads=args.threads,
+        draft_depths=None if args.draft_depths is None else tuple(args.draft_depths),
+        draft_policy=args.draft_policy,
+        backend=args.backend,
+        row_budget=args.row_budget,
+        prefix_caching=False,  # the same prompts run again and again
     )
+
+
+def _reference(args: argparse.Namespace, folder: Path) -> LoopedTransformer:
+    """The model as torch computes it: an engine may have given its own weights away."""
+    int8 = args.quantization == "int8"
+    return load_model(folder, resolve_device(args.device), args.dtype, int8=int8).model
 
 
 def _weight_reading(args: argparse.Namespace, folder: Path, engine: Engine, pass_us: float) -> WeightReading:

@@ -86,7 +86,7 @@ class Extra:
 
 
 def reporting(prog: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
-    """The same command, with what a user can mend told in one line on stderr and exit status 2."""
+    """Wraps a command so that what a user can mend is one line on stderr and exit status 2."""
 
     def decorate(command: Callable[P, int]) -> Callable[P, int]:
         @wraps(command)

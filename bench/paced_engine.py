@@ -6,8 +6,9 @@ pays for more than it does beside a real worker.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from time import perf_counter
+from types import MappingProxyType
 
 import msgspec
 
@@ -16,6 +17,7 @@ from model.protocol import (
     EngineInfo,
     EngineStats,
     GenerationRequest,
+    RestartReason,
     SequenceStats,
     TokenEvent,
     TokenLogprobs,
@@ -29,7 +31,7 @@ class PacedEngine:
     What it says is made of `text_ids`.
     """
 
-    num_restarts = 0
+    restarts: Mapping[RestartReason, int] = MappingProxyType({})
 
     def __init__(self, text_ids: Sequence[int], tokens_per_second: float, passes_per_second: float) -> None:
         self._text_ids = text_ids
@@ -44,7 +46,7 @@ class PacedEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """See protocol.Engine."""
+        """Facts of the loaded model; raises EngineUnavailableError while it loads."""
         return EngineInfo(
             family="paced",
             vocab_size=max(self._text_ids) + 1,
@@ -59,33 +61,33 @@ class PacedEngine:
         )
 
     def health(self) -> EngineHealth:
-        """See protocol.Engine."""
+        """The present state; never blocks."""
         return EngineHealth(state="ready")
 
     def stats(self) -> EngineStats:
-        """See protocol.Engine."""
+        """The latest counts; zeros while the model loads."""
         return EngineStats(num_requests_running=len(self._running))
 
     def submit(self, request: GenerationRequest) -> None:
-        """See protocol.Engine."""
+        """Queues a request without waiting; raises EngineUnavailableError unless the engine is ready."""
         self._running[request.request_id] = (request, 0)
         self._turns.append(request.request_id)
 
     def abort(self, request_id: str) -> None:
-        """See protocol.Engine."""
+        """Ends a request early; unknown or finished ids are ignored."""
         if self._running.pop(request_id, None):
             event = TokenEvent(request_id=request_id, finish_reason="abort", stats=SequenceStats())
             self._ended.append(event)
 
     async def start(self) -> None:
-        """See protocol.Engine."""
+        """Begins loading, and returns at once."""
 
     async def close(self) -> None:
-        """See protocol.Engine."""
+        """Ends the engine; requests in flight get an "abort" event first."""
         self._closed.set()
 
     async def events(self) -> AsyncIterator[list[TokenEvent]]:
-        """See protocol.Engine."""
+        """Batches of events, in order, until the engine is closed."""
         due, next_pass = 0.0, perf_counter()
         while not self._closed.is_set():
             next_pass = max(next_pass + self._period, perf_counter() - 1)  # late passes are made up for

@@ -61,6 +61,12 @@ class ServerProcess:
         assert found is not None, name
         return float(found[1])
 
+    def total(self, name: str) -> float:
+        """All samples of a metric together, whatever their labels."""
+        found = re.findall(rf"^speed:{name}\{{.*\}} (.*)$", self.get("/metrics"), re.MULTILINE)
+        assert found, name
+        return sum(map(float, found))
+
     @property
     def is_idle(self) -> bool:
         """Whether no request runs or waits, and none of its pages are held."""

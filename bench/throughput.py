@@ -38,7 +38,7 @@ class Block(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all requests together, prompt reading included."""
+        """Tokens/s of all requests together, prompt reading included."""
         return self.tokens / self.seconds
 
 
