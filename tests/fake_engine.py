@@ -10,6 +10,7 @@ from model.protocol import (
     EngineStats,
     EngineUnavailableError,
     GenerationRequest,
+    RestartReason,
     SequenceStats,
     TokenEvent,
     TokenLogprobs,
@@ -53,7 +54,7 @@ class FakeEngine:
         self.delay = delay
         self._info = info
         self.state: EngineState = "ready"
-        self.num_restarts = 0
+        self.restarts: dict[RestartReason, int] = {}
         self.counts = EngineStats()
         self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []

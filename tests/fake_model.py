@@ -59,7 +59,7 @@ class FakeBackend:
         self.error_rate = error_rate
         self.error_depths = error_depths  # the depths whose readouts may be wrong, below the last
         self.memory = memory
-        self.cache: dict[tuple[int, int], list[int]] = {}  # (token slot, loop) -> the text up to there
+        self.cache: dict[tuple[int, int], list[int]] = {}  # (cell, loop) -> the text up to there
         self.pass_rows: list[int] = []
         self.pass_readouts: list[int] = []
         self.faults: dict[EngineSequence, str] = {}
@@ -106,7 +106,7 @@ class FakeBackend:
 
     def _entry(self, item: ScheduledRun, position: int) -> tuple[int, int]:
         assert item.sequence.table is not None
-        return item.sequence.table.slot(position), item.loop
+        return item.sequence.table.cell(position), item.loop
 
     def _prefix(self, item: ScheduledRun, position: int) -> list[int]:
         return item.sequence.wave.tokens[: position + 1]

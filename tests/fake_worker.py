@@ -38,7 +38,7 @@ def num_starts(file: Path) -> int:
     return len(starts.read_text()) if starts.exists() else 0
 
 
-def load(channel: worker.Channel, word: str) -> None:
+def load(channel: worker.Channel, word: str, prices: bytes) -> None:
     if word == "linger":  # says no more, but stays
         channel._socket.close()
         time.sleep(1000)
@@ -50,7 +50,7 @@ def load(channel: worker.Channel, word: str) -> None:
         os._exit(worker.LOAD_FAILURE_EXIT)
     if word == "hang":
         time.sleep(1000)
-    channel.send(Ready(INFO))
+    channel.send(Ready(INFO, prices + b"+"))
     if word == "die_when_ready":
         os._exit(3)
 
@@ -82,7 +82,7 @@ def main() -> None:
     channel = worker.Channel(int(sys.argv[1]))
     options = next(channel.receive(None))
     assert isinstance(options, WorkerOptions)
-    load(channel, fate(Path(options.model_path)))
+    load(channel, fate(Path(options.model_path)), options.prices)
     while True:
         for message in channel.receive(0.05):
             if isinstance(message, Submit):

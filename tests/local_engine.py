@@ -1,16 +1,17 @@
-"""A real engine in the process and the event loop of the test: `protocol.Engine` without a worker."""
+"""A real engine in the process and the event loop of the test: `protocol.EngineClient` without a worker."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType
 
 from model.engine import Engine
-from model.protocol import EngineHealth, EngineInfo, EngineStats, GenerationRequest, TokenEvent
+from model.protocol import EngineHealth, EngineInfo, EngineStats, GenerationRequest, RestartReason, TokenEvent
 
 
 class LocalEngine:
     """Steps the engine whenever events are read; requests that came meanwhile join at the next pass."""
 
-    num_restarts = 0
+    restarts: Mapping[RestartReason, int] = MappingProxyType({})
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

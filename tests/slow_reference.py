@@ -5,9 +5,12 @@ with the package. Weights are a dict of the names on disk, configs are the conte
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tests.loose import Json
 
 Array = NDArray[np.float64]
 Weights = dict[str, Array]
@@ -29,11 +32,13 @@ def random_weights(shapes: Shapes, seed: int) -> Weights:
 
 
 def rms(x: Array, weight: Array, eps: float) -> Array:
-    return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    normed: Array = weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return normed
 
 
 def silu(x: Array) -> Array:
-    return x / (1 + np.exp(-x))
+    gated: Array = x / (1 + np.exp(-x))
+    return gated
 
 
 def rotate(x: Array, frequencies: Array, scale: float, interleaved: bool) -> Array:
@@ -64,7 +69,7 @@ def attend(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
 class Stack:
     """Llama's projections under one layer's name, with whatever the family does around them."""
 
-    def __init__(self, raw: dict, weights: Weights, rope: tuple[Array, float]) -> None:
+    def __init__(self, raw: dict[str, Json], weights: Weights, rope: tuple[Array, float]) -> None:
         self.raw, self.w = raw, weights
         self.frequencies, self.scale = rope
         self.eps = raw["rms_norm_eps"]
@@ -79,8 +84,8 @@ class Stack:
     def qkv(self, x: Array, layer: int) -> tuple[Array, Array, Array]:
         parts = [self.linear(x, f"model.layers.{layer}.self_attn.{p}_proj") for p in "qkv"]
         q, k, v = (part.reshape(len(x), -1, self.head_dim) for part in parts)
-        turn = lambda y: rotate(y, self.frequencies, self.scale, interleaved=False)  # noqa: E731
-        return turn(q), turn(k), v
+        q, k = (rotate(y, self.frequencies, self.scale, interleaved=False) for y in (q, k))
+        return q, k, v
 
     def out(self, mixed: Array, layer: int) -> Array:
         return self.linear(mixed.reshape(len(mixed), -1), f"model.layers.{layer}.self_attn.o_proj")
@@ -100,7 +105,9 @@ class Stack:
         return h + self.mlp(self.norm(h, f"{name}.post_attention_layernorm"), layer)
 
 
-def ouro(raw: dict, weights: Weights, rope: tuple[Array, float], ids: list[int]) -> tuple[list[Array], Array]:
+def ouro(
+    raw: dict[str, Json], weights: Weights, rope: tuple[Array, float], ids: list[int]
+) -> tuple[list[Array], Array]:
     """Logits after every loop, and the exit gate before its sigmoid (loops, tokens)."""
     s = Stack(raw, weights, rope)
     h = weights["model.embed_tokens.weight"][ids]
@@ -119,20 +126,26 @@ def ouro(raw: dict, weights: Weights, rope: tuple[Array, float], ids: list[int])
     return logits, np.stack(gates)
 
 
-def nanbeige(raw: dict, weights: Weights, rope: tuple[Array, float], ids: list[int]) -> list[Array]:
+def nanbeige(
+    raw: dict[str, Json], weights: Weights, rope: tuple[Array, float], ids: list[int]
+) -> list[Array]:
     s = Stack(raw, weights, rope)
     h = weights["model.embed_tokens.weight"][ids]
     logits = []
+
+    def attention(x: Array, layer: int) -> Array:
+        return s.out(attend(*s.qkv(x, layer)), layer)
+
     for _ in range(raw["num_loops"]):
         for layer in range(raw["num_hidden_layers"]):
-            h = s.pre_norm_layer(h, layer, lambda x, at=layer: s.out(attend(*s.qkv(x, at)), at))
+            h = s.pre_norm_layer(h, layer, partial(attention, layer=layer))
         normed = s.norm(h, "model.norm")
         logits.append(s.head(normed))
         h = h if raw["skip_loop_final_norm"] else normed
     return logits
 
 
-def iquest(raw: dict, weights: Weights, rope: tuple[Array, float], ids: list[int]) -> list[Array]:
+def iquest(raw: dict[str, Json], weights: Weights, rope: tuple[Array, float], ids: list[int]) -> list[Array]:
     s = Stack(raw, weights, rope)
     h = weights["model.embed_tokens.weight"][ids]
     logits: list[Array] = []
@@ -153,7 +166,7 @@ def iquest(raw: dict, weights: Weights, rope: tuple[Array, float], ids: list[int
 
     for loop in range(raw["loop_num"]):
         for layer in range(raw["num_hidden_layers"]):
-            h = s.pre_norm_layer(h, layer, lambda x, at=layer, r=loop: attention(x, at, r))
+            h = s.pre_norm_layer(h, layer, partial(attention, layer=layer, loop=loop))
         logits.append(s.head(s.norm(h, "model.norm")))
     return logits
 
@@ -161,7 +174,7 @@ def iquest(raw: dict, weights: Weights, rope: tuple[Array, float], ids: list[int
 class Raven:
     """Prelude, core and coda of Huginn (`kind` huginn) and the retrofits (llama, olmo)."""
 
-    def __init__(self, raw: dict, weights: Weights, kind: str, rope: tuple[Array, float]) -> None:
+    def __init__(self, raw: dict[str, Json], weights: Weights, kind: str, rope: tuple[Array, float]) -> None:
         self.raw, self.w, self.kind = raw, weights, kind
         self.frequencies, self.scale = rope
         self.heads = raw["n_heads"]
@@ -171,7 +184,7 @@ class Raven:
         return rms(x, self.w[f"{name}.weight"], self.raw["norm_eps"])
 
     def attention(self, x: Array, name: str) -> Array:
-        dim = self.raw["n_embd"] // self.heads
+        dim = raven_head_dim(self.raw, self.kind)
         qkv = x @ self.w[f"{name}.attn.Wqkv.weight"].T
         q, k, v = np.split(qkv, [self.heads * dim, (self.heads + self.groups) * dim], axis=-1)
         if self.kind == "olmo":
@@ -188,7 +201,7 @@ class Raven:
         return (silu(gate) * up) @ self.w[f"{name}.mlp.proj.weight"].T
 
     def block(self, x: Array, name: str) -> Array:
-        norms = [lambda y, n=n: self.norm(y, f"{name}.norm_{n}") for n in (1, 2, 3, 4)]
+        norms = [partial(self.norm, name=f"{name}.norm_{n}") for n in (1, 2, 3, 4)]
         if self.kind == "huginn":
             x = norms[1](x + self.attention(norms[0](x), name))
             return norms[3](x + self.mlp(norms[2](x), name))
@@ -224,7 +237,151 @@ class Raven:
         return x @ self.w["transformer.wte.weight" if self.raw["tie_embeddings"] else "lm_head.weight"].T
 
 
-def llama_shapes(raw: dict, norms: tuple[str, ...]) -> Shapes:
+def unit(x: Array) -> Array:
+    scaled: Array = x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+    return scaled
+
+
+class Dory:
+    """Layers are (kind of attention, theta); `raw` gives sizes, counts of layers and the scales' factors."""
+
+    def __init__(self, raw: dict[str, Json], weights: Weights, layers: list[tuple[str, float]]) -> None:
+        self.raw, self.w, self.layers = raw, weights, layers
+        self.init, self.dim, self.width = raw["init"], raw["head_dim"], raw["hidden_size"]
+
+    def attention(self, h: Array, layer: int) -> Array:
+        kind, theta = self.layers[layer]
+        name = f"backbone.layers.{2 * layer}.mixer"
+        q, k, v, g = (h @ self.w[f"{name}.{p}_proj.weight"].T for p in "qkvg")
+        q, k, v = (x.reshape(len(h), -1, self.dim) for x in (q, k, v))
+        inverse = theta ** -(np.arange(0, self.dim, 2) / self.dim)
+        q, k = (unit(rotate(x, inverse, 1.0, interleaved=False)) for x in (q, k))
+        scale = self.w[f"{name}.sqk"] * np.sqrt(self.dim) / self.init
+        q = q * scale.reshape(-1, self.dim) ** 2
+        window = self.raw["window"] if kind == "sliding_attention" else None
+        mixed = attend(q, k, v, window).reshape(len(h), -1)
+        gate = g * (self.w[f"{name}.s_gate"] * np.sqrt(self.raw["gate_init"]) / self.init) ** 2
+        return unit(mixed / (1 + np.exp(-gate))) @ self.w[f"{name}.o_proj.weight"].T
+
+    def mlp(self, h: Array, layer: int) -> Array:
+        name = f"backbone.layers.{2 * layer + 1}.mixer"
+        gate = h @ self.w[f"{name}.gate_proj.weight"].T * self.w[f"{name}.suv_gate"] * np.sqrt(self.width)
+        up = h @ self.w[f"{name}.up_proj.weight"].T * self.w[f"{name}.suv_up"] * np.sqrt(self.width)
+        return unit(silu(gate) * up) @ self.w[f"{name}.down_proj.weight"].T
+
+    def step(self, h: Array, f: Callable[[Array], Array], alpha: Array) -> Array:
+        h = unit(h)
+        stepped: Array = h + np.abs(alpha * self.raw["alpha_init"] / self.init) * (unit(f(h)) - h)
+        return stepped
+
+    def run(self, h: Array, layers: range) -> Array:
+        for layer in layers:
+            name = f"backbone.layers.{2 * layer}.attn_alpha"
+            h = self.step(h, partial(self.attention, layer=layer), self.w[name])
+            name = f"backbone.layers.{2 * layer + 1}.mlp_alpha"
+            h = self.step(h, partial(self.mlp, layer=layer), self.w[name])
+        return h
+
+    def logits(self, ids: list[int], loops: int) -> list[Array]:
+        prelude, core, _ = self.raw["counts"]
+        entered = unit(self.run(self.w["backbone.embeddings.weight"][ids], range(prelude)))
+        state, found = entered, []
+        for _ in range(loops):
+            state = unit(self.run(unit(state) + entered, range(prelude, prelude + core)))
+            h = unit(self.run(state, range(prelude + core, len(self.layers))))
+            head = self.w.get("lm_head.weight", self.w["backbone.embeddings.weight"])
+            found.append(h @ head.T * self.w["lm_head.logit_scale"] / self.init)
+        return found
+
+
+def dory_shapes(raw: dict[str, Json]) -> Shapes:
+    width, inner, vocab = raw["hidden_size"], raw["intermediate_size"], raw["vocab_size"]
+    q, kv = raw["num_attention_heads"] * raw["head_dim"], raw["num_key_value_heads"] * raw["head_dim"]
+    shapes: Shapes = {"backbone.embeddings.weight": (vocab, width), "lm_head.logit_scale": (vocab,)}
+    if not raw["tied"]:
+        shapes["lm_head.weight"] = (vocab, width)
+    attention = {"q": (q, width), "k": (kv, width), "v": (kv, width), "g": (q, width), "o": (width, q)}
+    mlp = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+    for layer in range(sum(raw["counts"])):
+        even, odd = f"backbone.layers.{2 * layer}", f"backbone.layers.{2 * layer + 1}"
+        shapes |= {f"{even}.mixer.{name}_proj.weight": shape for name, shape in attention.items()}
+        shapes |= {f"{even}.mixer.sqk": (q,), f"{even}.mixer.s_gate": (q,), f"{even}.attn_alpha": (width,)}
+        shapes |= {f"{odd}.mixer.{name}_proj.weight": shape for name, shape in mlp.items()}
+        shapes |= {f"{odd}.mixer.suv_gate": (inner,), f"{odd}.mixer.suv_up": (inner,)}
+        shapes[f"{odd}.mlp_alpha"] = (width,)
+    return shapes
+
+
+class Hrm:
+    """Two stacks in turn; the first `prefix` tokens see one another both ways."""
+
+    def __init__(
+        self, raw: dict[str, Json], weights: Weights, layers: int, frequencies: tuple[Array, float]
+    ) -> None:
+        self.raw, self.w, self.layers = raw, weights, layers
+        self.frequencies, self.scale = frequencies
+
+    def norm(self, x: Array) -> Array:
+        return rms(x, np.ones(1), self.raw["rms_norm_eps"])
+
+    def attention(self, x: Array, name: str, prefix: int) -> Array:
+        dim = self.raw["head_dim"]
+        parts = np.split(x @ self.w[f"{name}.gqkv_proj.weight"].T, 4, axis=-1)
+        gate = parts[0]
+        q, k, v = (part.reshape(len(x), -1, dim) for part in parts[1:])
+        q, k = (rotate(y, self.frequencies, self.scale, interleaved=False) for y in (q, k))
+        out = np.zeros_like(q)
+        for token in range(len(x)):
+            end = max(token + 1, prefix)
+            for head in range(q.shape[1]):
+                scores = k[:end, head] @ q[token, head] / np.sqrt(dim)
+                weights = np.exp(scores - scores.max())
+                out[token, head] = weights @ v[:end, head] / weights.sum()
+        gated: Array = out.reshape(len(x), -1) / (1 + np.exp(-gate))
+        return gated @ self.w[f"{name}.o_proj.weight"].T
+
+    def stack(self, x: Array, which: str, prefix: int) -> Array:
+        for layer in range(self.layers):
+            name = f"model.{which}_module.layers.{layer}"
+            x = x + self.attention(self.norm(x), f"{name}.attn", prefix)
+            gate, up = np.split(self.norm(x) @ self.w[f"{name}.mlp.gate_up_proj.weight"].T, 2, axis=-1)
+            x = x + (silu(gate) * up) @ self.w[f"{name}.mlp.down_proj.weight"].T
+        return self.norm(x)
+
+    def logits(self, ids: list[int], prefix: int) -> list[Array]:
+        raw = self.raw
+        high = self.w["model.embed_tokens.weight"][ids] * (
+            raw["embedding_scale"] or 1 / raw["initializer_range"]
+        )
+        low = np.broadcast_to(self.w["model.z_L_init"], high.shape)
+        found = []
+        for _ in range(raw["H_cycles"]):
+            for _ in range(raw["L_cycles"]):
+                low = self.stack(low + high, "L", prefix)
+            high = self.stack(high + low, "H", prefix)
+            found.append(high @ self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"]).T)
+        return found
+
+
+def hrm_shapes(raw: dict[str, Json], layers: int) -> Shapes:
+    width, inner = raw["hidden_size"], raw["intermediate_size"]
+    heads = raw["num_attention_heads"] * raw["head_dim"]
+    layer: Shapes = {
+        "attn.gqkv_proj.weight": (4 * heads, width),
+        "attn.o_proj.weight": (width, heads),
+        "mlp.gate_up_proj.weight": (2 * inner, width),
+        "mlp.down_proj.weight": (width, inner),
+    }
+    shapes: Shapes = {"model.embed_tokens.weight": (raw["vocab_size"], width), "model.z_L_init": (width,)}
+    if not raw["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (raw["vocab_size"], width)
+    for stack in "LH":
+        for index in range(layers):
+            shapes |= {f"model.{stack}_module.layers.{index}.{n}": shape for n, shape in layer.items()}
+    return shapes
+
+
+def llama_shapes(raw: dict[str, Json], norms: tuple[str, ...]) -> Shapes:
     """Names and shapes on disk of a model with Llama's layers; `norms` are those of one layer."""
     hidden, inner, vocab = raw["hidden_size"], raw["intermediate_size"], raw["vocab_size"]
     dim = raw.get("head_dim") or hidden // raw["num_attention_heads"]
@@ -244,18 +401,25 @@ def llama_shapes(raw: dict, norms: tuple[str, ...]) -> Shapes:
     return shapes
 
 
-def raven_shapes(raw: dict, kind: str) -> Shapes:
+def raven_head_dim(raw: dict[str, Json], kind: str) -> int:
+    """OLMo's block alone reads the key; the others divide."""
+    dim: int = (raw.get("head_dim") if kind == "olmo" else None) or raw["n_embd"] // raw["n_heads"]
+    return dim
+
+
+def raven_shapes(raw: dict[str, Json], kind: str) -> Shapes:
     hidden, inner, vocab = raw["n_embd"], raw["intermediate_size"], raw["vocab_size"]
-    dim, groups = hidden // raw["n_heads"], raw.get("num_key_value_heads", raw["n_heads"])
+    dim = raven_head_dim(raw, kind)
+    groups: int = raw.get("num_key_value_heads", raw["n_heads"])
     layer: Shapes = {
         "attn.Wqkv.weight": ((raw["n_heads"] + 2 * groups) * dim, hidden),
-        "attn.proj.weight": (hidden, hidden),
+        "attn.proj.weight": (hidden, raw["n_heads"] * dim),
         "mlp.fc.weight": (2 * inner, hidden),
         "mlp.proj.weight": (hidden, inner),
     }
     layer |= {f"norm_{n}.weight": (hidden,) for n in ((1, 2, 3, 4) if kind == "huginn" else (1, 2))}
     if kind == "olmo":
-        layer |= {"attn.q_norm.weight": (hidden,), "attn.k_norm.weight": (groups * dim,)}
+        layer |= {"attn.q_norm.weight": (raw["n_heads"] * dim,), "attn.k_norm.weight": (groups * dim,)}
     if raw["qk_bias"]:
         layer["attn.qk_bias"] = (2, 1, raw["n_heads"], dim)
     shapes: Shapes = {

@@ -3,13 +3,21 @@
 import torch
 from torch import nn
 
-from model.network.config import InitialState, LoopedConfig, NormPlacement
+from model.network.config import (
+    InitialState,
+    LoopedConfig,
+    NormKind,
+    NormPlacement,
+    RopeConfig,
+    UnitScales,
+)
 from model.network.looped import LoopedTransformer
+from tests.loose import Field
 
 
-def tiny_config(**changes: object) -> LoopedConfig:
+def tiny_config(**changes: Field) -> LoopedConfig:
     """A looped model of a few thousand parameters; `changes` replace fields."""
-    fields: dict[str, object] = {
+    fields: dict[str, Field] = {
         "family": "nanbeige",
         "vocab_size": 61,
         "hidden_size": 32,
@@ -21,10 +29,10 @@ def tiny_config(**changes: object) -> LoopedConfig:
         "num_loops": 3,
         "max_positions": 128,
     }
-    return LoopedConfig(**{**fields, **changes})  # type: ignore[arg-type]
+    return LoopedConfig(**{**fields, **changes})
 
 
-def tiny_model(seed: int = 0, **changes: object) -> LoopedTransformer:
+def tiny_model(seed: int = 0, **changes: Field) -> LoopedTransformer:
     """A model of `tiny_config`, deterministic in `seed`."""
     generator = torch.Generator().manual_seed(seed)
     model = LoopedTransformer(tiny_config(**changes)).eval().requires_grad_(False)
@@ -34,9 +42,10 @@ def tiny_model(seed: int = 0, **changes: object) -> LoopedTransformer:
     return model
 
 
-SHAPES: dict[str, dict[str, object]] = {
+SHAPES: dict[str, dict[str, Field]] = {
     "pre_norm": {},
     "norm_after_loop": {"norm_after_loop": True},
+    "coda_behind_a_closing_norm": {"norm_after_loop": True, "num_coda_layers": 1},
     "one_loop": {"num_loops": 1},
     "multi_head": {"num_kv_heads": 4, "tie_embeddings": True},
     "one_kv_head": {"num_kv_heads": 1, "num_loops": 5},
@@ -67,4 +76,34 @@ SHAPES: dict[str, dict[str, object]] = {
     "started_from_the_input": {"input_injection": True, "initial_state": InitialState.INPUT},
     "without_coda": {"num_prelude_layers": 1, "input_injection": True, "tie_embeddings": True},
     "output_norm": {"norm_placement": NormPlacement.OUTPUT, "num_prelude_layers": 1, "num_coda_layers": 1},
+    "unit_vectors": {
+        "num_prelude_layers": 1,
+        "num_coda_layers": 2,
+        "num_loops": 4,
+        "norm_kind": NormKind.UNIT,
+        "norm_placement": NormPlacement.INTERPOLATION,
+        "norm_after_loop": True,
+        "norm_after_prelude": True,
+        "input_addition": True,
+        "output_gate": True,
+        "unit_scales": UnitScales(query=2.0, gate=1.5, mlp=5.0, rate=0.4, logit=20.0),
+        "sliding_window": 6,
+        "sliding_layers": (0, 2, 3),
+        "second_rope": RopeConfig(theta=300.0),
+        "second_rope_layers": (1, 4),
+    },
 }
+
+# Those that torch alone runs.
+TORCH_SHAPES: dict[str, dict[str, Field]] = {
+    "two_stacks": {
+        "norm_kind": NormKind.PLAIN,
+        "norm_after_loop": True,
+        "low_cycles": 2,
+        "output_gate": True,
+        "num_kv_heads": 4,
+        "num_block_layers": 4,
+    },
+}
+TORCH_SHAPES["two_stacks_both_ways"] = {**TORCH_SHAPES["two_stacks"], "prefix_lm": True, "num_loops": 2}
+ALL_SHAPES = {**SHAPES, **TORCH_SHAPES}

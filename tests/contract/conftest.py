@@ -4,10 +4,10 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from starlette.types import Message
 
 from server.app import create_app
@@ -16,6 +16,7 @@ from server.defaults import NO_DEFAULTS, SamplingDefaults
 from server.settings import Settings
 from server.tokenizer import TextCodec
 from tests.fake_engine import FakeEngine
+from tests.loose import Field, Json
 from tests.text_tools import byte_codec, ids_of
 
 TEXT = "Grüße, 世界! 🙂 The end.\nAnd more."
@@ -37,18 +38,18 @@ class Served:
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=10)
 
-    async def post(self, path: str = "/v1/completions", **fields: Any) -> httpx.Response:
+    async def post(self, path: str = "/v1/completions", **fields: Json) -> httpx.Response:
         """A field that is `...` is left out."""
         body = {"model": "default", "prompt": "hi", "max_tokens": 100} | fields
         # json.dumps, not httpx's json=: the tests send NaN.
         content = json.dumps({name: value for name, value in body.items() if value is not ...})
         return await self.client.post(path, content=content, headers={"content-type": "application/json"})
 
-    async def chunks(self, **fields: Any) -> list[Any]:
+    async def chunks(self, **fields: Json) -> list[Json]:
         """The frames of a streamed completion."""
         return self.frames(await self.post(stream=True, **fields))
 
-    def frames(self, response: httpx.Response) -> list[Any]:
+    def frames(self, response: httpx.Response) -> list[Json]:
         """The frames of a stream, checked for their form and parsed; without [DONE]."""
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -58,7 +59,7 @@ class Served:
         assert frames[-1] == "data: [DONE]"
         return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-1]]
 
-    def asgi_call(self, **fields: Any) -> "AsgiCall":
+    def asgi_call(self, **fields: Json) -> "AsgiCall":
         body = {"model": "default", "prompt": "hi", "max_tokens": 100} | fields
         return AsgiCall(self.app, json.dumps(body).encode())
 
@@ -66,7 +67,7 @@ class Served:
 class AsgiCall:
     """One POST /v1/completions at the level of receive and send."""
 
-    def __init__(self, app: Any, body: bytes) -> None:
+    def __init__(self, app: FastAPI, body: bytes) -> None:
         self.sent: list[Message] = []
         self.arrived = asyncio.Event()
         self.blocked = False  # a client that reads nothing
@@ -130,7 +131,7 @@ async def serving(
     chat_template: ChatTemplate | None = None,
     codec: TextCodec | None = None,
     defaults: SamplingDefaults = NO_DEFAULTS,
-    **options: Any,
+    **options: Field,
 ) -> AsyncIterator[Served]:
     engine = engine or FakeEngine(lambda _: ids_of(TEXT))
     served = Served(engine, Settings(**options), chat_template, codec, defaults)

@@ -2,10 +2,11 @@
 
 import base64
 import hmac
+from pathlib import Path
 
 import pytest
+from starlette.types import Message
 
-import server.auth
 from server.settings import Settings, SettingsError
 from tests.contract.conftest import Served, serving
 from tests.contract.test_errors import error_of
@@ -22,7 +23,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", GUARDED)
-async def test_without_a_key_everything_is_401(path):
+async def test_without_a_key_everything_is_401(path: str) -> None:
     async with serving(api_keys=KEYS) as served:
         response = await served.client.get(path)
         error = error_of(response, 401)
@@ -38,7 +39,7 @@ async def test_without_a_key_everything_is_401(path):
         *("first-key", "Basic first-key", "Basic !", "Digest first-key"),
     ],
 )
-async def test_a_wrong_key_does_not_reach_the_engine_and_a_right_one_does(authorization):
+async def test_a_wrong_key_does_not_reach_the_engine_and_a_right_one_does(authorization: str) -> None:
     async with serving(api_keys=KEYS) as served:
         served.client.headers["authorization"] = authorization
         error_of(await served.post(), 401)
@@ -49,15 +50,15 @@ async def test_a_wrong_key_does_not_reach_the_engine_and_a_right_one_does(author
             assert (await served.post()).status_code == 200
 
 
-async def test_every_key_is_compared_in_constant_time(monkeypatch):
-    compared = []
+async def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[bytes] = []
     original = hmac.compare_digest
 
-    def compare(one, other):
+    def compare(one: bytes, other: bytes) -> bool:
         compared.append(other)
         return original(one, other)
 
-    monkeypatch.setattr(server.auth.hmac, "compare_digest", compare)
+    monkeypatch.setattr("server.auth.hmac.compare_digest", compare)
     async with serving(api_keys="a,b,c") as served:
         for key in ("a", "c", "d"):
             compared.clear()
@@ -65,13 +66,13 @@ async def test_every_key_is_compared_in_constant_time(monkeypatch):
             assert len(compared) == 3
 
 
-async def test_a_body_is_not_read_without_a_key():
-    async def receive():
+async def test_a_body_is_not_read_without_a_key() -> None:
+    async def receive() -> Message:
         raise AssertionError("the body was read")
 
-    sent = []
+    sent: list[Message] = []
 
-    async def send(message):
+    async def send(message: Message) -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
@@ -81,19 +82,19 @@ async def test_a_body_is_not_read_without_a_key():
 
 
 @pytest.mark.parametrize("path", OPEN)
-async def test_probes_need_no_key(path):
+async def test_probes_need_no_key(path: str) -> None:
     async with serving(api_keys=KEYS) as served:
         assert (await served.client.get(path)).status_code == 200
 
 
-async def test_metrics_may_be_guarded():
+async def test_metrics_may_be_guarded() -> None:
     async with serving(api_keys=KEYS, protect_metrics=True) as served:
         error_of(await served.client.get("/metrics"), 401)
         assert (await served.client.get("/metrics", headers=bearer("first-key"))).status_code == 200
         assert (await served.client.get("/health")).status_code == 200
 
 
-async def test_a_browser_is_asked_for_the_key_and_sends_it_as_a_password():
+async def test_a_browser_is_asked_for_the_key_and_sends_it_as_a_password() -> None:
     async with serving(api_keys=KEYS) as served:
         response = await served.client.get("/docs", headers={"accept": "text/html,*/*"})
         assert error_of(response, 401)["code"] == "invalid_api_key"
@@ -104,11 +105,13 @@ async def test_a_browser_is_asked_for_the_key_and_sends_it_as_a_password():
             assert response.status_code == 200
 
 
-async def test_no_key_is_asked_for_unless_there_are_some(served):
+async def test_no_key_is_asked_for_unless_there_are_some(served: Served) -> None:
     assert (await served.post()).status_code == 200
 
 
-async def test_keys_of_a_file_and_of_the_environment_add_up(tmp_path, monkeypatch):
+async def test_keys_of_a_file_and_of_the_environment_add_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "keys"
     file.write_text("# staff\n\nfrom-file\n  indented  \n")
     monkeypatch.setenv("SPEED_API_KEYS", "from-environment")
@@ -121,7 +124,7 @@ async def test_keys_of_a_file_and_of_the_environment_add_up(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "content", [b"", b"# none\n", b"two words\n", b"\xff\xfe\n", "schl\u00fcssel\n".encode()]
 )
-def test_a_useless_file_of_keys_does_not_open_the_server(tmp_path, content):
+def test_a_useless_file_of_keys_does_not_open_the_server(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "keys"
     file.write_bytes(content)
     with pytest.raises(SettingsError, match="--api-key-file"):
@@ -138,7 +141,7 @@ def preflight(origin: str, method: str = "POST") -> dict[str, str]:
     }
 
 
-async def test_pages_of_other_origins_may_not_call_unless_they_are_named():
+async def test_pages_of_other_origins_may_not_call_unless_they_are_named() -> None:
     async with serving() as served:
         response = await served.client.options("/v1/completions", headers=preflight("https://a.example"))
         assert error_of(response, 405)["code"] == "method_not_allowed"
@@ -159,7 +162,7 @@ async def test_pages_of_other_origins_may_not_call_unless_they_are_named():
 @pytest.mark.parametrize(
     "headers", [preflight("https://evil.example"), preflight("https://a.example", "PUT")]
 )
-async def test_a_foreign_page_is_403(headers):
+async def test_a_foreign_page_is_403(headers: dict[str, str]) -> None:
     async with serving(cors_origins="https://a.example") as served:
         response = await served.client.options("/v1/completions", headers=headers)
         assert error_of(response, 403)["code"] == "forbidden_origin"
@@ -168,7 +171,7 @@ async def test_a_foreign_page_is_403(headers):
 
 
 @pytest.mark.parametrize("prefix", ["", "/llm"])
-async def test_a_root_path_may_be_cut_off_by_the_proxy_or_not(prefix):
+async def test_a_root_path_may_be_cut_off_by_the_proxy_or_not(prefix: str) -> None:
     async with serving(root_path="/llm", api_keys=KEYS) as served:
         assert (await served.client.get(f"{prefix}/health")).status_code == 200
         error_of(await served.client.get(f"{prefix}/version"), 401)
@@ -177,7 +180,7 @@ async def test_a_root_path_may_be_cut_off_by_the_proxy_or_not(prefix):
         assert "/llm/openapi.json" in docs.text
 
 
-async def test_a_path_that_only_begins_like_the_root_path_is_guarded():
+async def test_a_path_that_only_begins_like_the_root_path_is_guarded() -> None:
     async with serving(root_path="/llm", api_keys=KEYS) as served:
         for path in ("/llmx/health", "/health/", "//health", "/health%2f", "/llm/llm/health", "/v1/health"):
             assert (await served.client.get(path)).status_code == 401, path

@@ -7,17 +7,21 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from pydantic import BaseModel
 
-from bench.attack_bodies import ATTACKS
+from bench.attack_bodies import ATTACKS, Attack
 from server import answers, intake
 from server.chat_template import ChatTemplate
 from server.intake import SMALL_BODY
+from server.json_parts import json_bytes
 from server.lanes import Lane
 from server.limits import BODY_FLOOR, ID_BYTES, TEXT_FLOOR
+from server.schemas.base import RequestModel
 from server.tokenizer import TextCodec
 from tests.contract.conftest import Served, serving
 from tests.contract.test_errors import error_of, works
 from tests.fake_engine import INFO
+from tests.loose import Json
 from tests.text_tools import byte_codec, word_tokenizer
 
 TEMPLATE = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}")
@@ -28,7 +32,7 @@ JSON = {"content-type": "application/json"}
 
 
 @pytest.mark.parametrize("attack", [a for a in ATTACKS if a.name not in FAIR], ids=lambda a: a.name)
-async def test_bodies_that_stopped_servers_are_refused(attack):
+async def test_bodies_that_stopped_servers_are_refused(attack: Attack) -> None:
     async with serving(chat_template=TEMPLATE) as served:
         for size, status in ((SIZE, 400), (2 * CHAT_LIMIT, 413)):
             response = await served.client.post(attack.path, content=attack.make(size), headers=JSON)
@@ -38,7 +42,9 @@ async def test_bodies_that_stopped_servers_are_refused(attack):
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize", "/detokenize"])
 @pytest.mark.parametrize("announced", [True, False])
-async def test_the_limit_of_a_body_follows_from_the_context(served, path, announced):
+async def test_the_limit_of_a_body_follows_from_the_context(
+    served: Served, path: str, announced: bool
+) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield b" " * 10**6
         yield b" " * (CHAT_LIMIT - 10**6)
@@ -52,12 +58,14 @@ async def test_the_limit_of_a_body_follows_from_the_context(served, path, announ
     assert error_of(many, 400), "a list of prompts needs more room than one"
 
 
-async def test_large_bodies_are_parsed_in_a_thread_and_small_ones_at_once(served, monkeypatch):
+async def test_large_bodies_are_parsed_in_a_thread_and_small_ones_at_once(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads = []
 
-    def parse(*args, **kwargs):
+    def parse(content: bytes, kind: type[RequestModel], **options: bool) -> RequestModel:
         threads.append(threading.current_thread())
-        return original(*args, **kwargs)
+        return original(content, kind, **options)
 
     original = intake.parse_body
     monkeypatch.setattr(intake, "parse_body", parse)
@@ -79,10 +87,17 @@ def busy(lane: Lane, num_threads: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("work", ["parse", "tokenise"])
-async def test_work_of_a_client_that_left_is_not_started(served, monkeypatch, work):
+async def test_work_of_a_client_that_left_is_not_started(
+    served: Served, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
     """Forty megabytes of conversations went on for 157 seconds after their clients had gone."""
-    done = []
-    monkeypatch.setattr(TextCodec, "encode", lambda *a, **k: done.append("tokenise") or [1])
+    done: list[str] = []
+
+    def encode(self: TextCodec, text: str, **options: bool) -> list[int]:
+        done.append(text)
+        return [1]
+
+    monkeypatch.setattr(TextCodec, "encode", encode)
     state = served.app.state.server
     if work == "parse":
         lane, num_threads, fields = state.lanes.bodies, 1, {"prompt": "a" * 2 * SMALL_BODY}
@@ -100,7 +115,7 @@ async def test_work_of_a_client_that_left_is_not_started(served, monkeypatch, wo
     assert [m["status"] for m in call.sent if "status" in m] == [499]
 
 
-async def test_a_conversation_that_waits_does_not_hold_up_completions():
+async def test_a_conversation_that_waits_does_not_hold_up_completions() -> None:
     async with serving(chat_template=TEMPLATE) as served:
         with busy(served.app.state.server.lanes.templates, 1):
             chat = asyncio.create_task(chat_of(served))
@@ -109,13 +124,15 @@ async def test_a_conversation_that_waits_does_not_hold_up_completions():
         assert (await chat).status_code == 200
 
 
-async def chat_of(served: Served):
+async def chat_of(served: Served) -> httpx.Response:
     fields = {"prompt": ..., "max_tokens": 1, "messages": [{"role": "user", "content": "a"}]}
     return await served.post("/v1/chat/completions", **fields)
 
 
 @pytest.mark.parametrize("fields", [{}, {"truncate_prompt_tokens": 5}], ids=str)
-async def test_a_text_that_cannot_fit_is_not_tokenised(served, monkeypatch, fields):
+async def test_a_text_that_cannot_fit_is_not_tokenised(
+    served: Served, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Json]
+) -> None:
     texts = watch_tokenising(monkeypatch)
     error = error_of(await served.post(prompt="x" * (TEXT_FLOOR + 1), **fields), 400)
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
@@ -124,7 +141,9 @@ async def test_a_text_that_cannot_fit_is_not_tokenised(served, monkeypatch, fiel
     assert texts == []
 
 
-async def test_of_a_text_that_hardly_fits_only_the_beginning_is_tokenised(monkeypatch):
+async def test_of_a_text_that_hardly_fits_only_the_beginning_is_tokenised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With one very long token in the vocabulary most of that length are still far too many tokens."""
     async with serving(codec=TextCodec(word_tokenizer(["long" * 100]))) as served:
         texts = watch_tokenising(monkeypatch)
@@ -136,28 +155,30 @@ async def test_of_a_text_that_hardly_fits_only_the_beginning_is_tokenised(monkey
         assert texts == [TEXT_FLOOR, TEXT_FLOOR]
 
 
-def watch_tokenising(monkeypatch) -> list[int]:
+def watch_tokenising(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the texts that are tokenised from now on."""
-    lengths = []
+    lengths: list[int] = []
     original = TextCodec.encode
 
-    def encode(self, text, **kwargs):
+    def encode(self: TextCodec, text: str, **options: bool) -> list[int]:
         lengths.append(len(text))
-        return original(self, text, **kwargs)
+        return original(self, text, **options)
 
     monkeypatch.setattr(TextCodec, "encode", encode)
     return lengths
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_long_answers_are_written_in_a_thread_and_say_the_same(served, monkeypatch, stream):
+async def test_long_answers_are_written_in_a_thread_and_say_the_same(
+    served: Served, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     """An echo of long prompts with 20 log-probabilities took seconds in the event loop."""
     fields = {"prompt": ["hello", "world"], "echo": True, "logprobs": 3, "seed": 1, "stream": stream}
     at_once = await served.post(**fields)
     threads = []
-    original = answers.json_bytes
+    original = json_bytes
 
-    def write(model):
+    def write(model: BaseModel) -> bytes:
         threads.append(threading.current_thread().name)
         return original(model)
 
@@ -180,10 +201,10 @@ def told(served: Served, response: httpx.Response, *, stream: bool) -> dict[tupl
 
 
 @pytest.mark.parametrize(("headers", "part"), [({"content-encoding": "gzip"}, b"no gzip"), ({}, b"x" * 9000)])
-async def test_a_body_that_no_route_wants_breaks_no_answer_off(headers, part) -> None:
+async def test_a_body_that_no_route_wants_breaks_no_answer_off(headers: dict[str, str], part: bytes) -> None:
     """The page came without its 1,931 bytes: who listened for a disconnect met the fault of the body."""
 
-    async def parts():
+    async def parts() -> AsyncIterator[bytes]:
         yield part
 
     async with serving(body_limit=1000) as served:

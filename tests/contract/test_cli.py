@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ def settings_of(*argv: str) -> Settings:
     return read_settings(build_parser(command).parse_args(command))
 
 
-def test_flag_over_environment_over_default(monkeypatch):
+def test_flag_over_environment_over_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings_of().port == 8000
     monkeypatch.setenv("SPEED_PORT", "81")
     monkeypatch.setenv("SPEED_DRAFT_DEPTHS", "1, 2")
@@ -30,7 +31,7 @@ def test_flag_over_environment_over_default(monkeypatch):
     assert settings_of("--allow-unknown-fields").allow_unknown_fields is True
 
 
-def test_names_of_the_model():
+def test_names_of_the_model() -> None:
     assert settings_of().model_names == ["default"]
     assert settings_of("--model", "/models/raven").model_names == ["raven"]
     assert settings_of("--model", "ByteDance/Ouro-1.4B").model_names == ["ByteDance/Ouro-1.4B"]
@@ -54,30 +55,34 @@ def test_names_of_the_model():
         (["--model", ".", "--revision", "v1"], ["revision", "v1"]),
     ],
 )
-def test_mistake_is_one_line_and_status_2(capsys, argv, parts):
+def test_mistake_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str], parts: list[str]
+) -> None:
     assert main(["serve", *argv]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert all(part in error for part in parts), error
 
 
-def test_mistake_in_the_environment_names_the_variable(capsys, monkeypatch):
+def test_mistake_in_the_environment_names_the_variable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SPEED_PORT", "-1")
     assert main(["serve"]) == 2
     assert "SPEED_PORT" in capsys.readouterr().err
 
 
-def test_folder_without_a_model(capsys, tmp_path):
+def test_folder_without_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["serve", "--model", str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
 
 
-def test_chat_template_that_is_not_there(capsys):
+def test_chat_template_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--port", "0", "--chat-template", "/no/such/file"]) == 2
     assert "/no/such/file" in capsys.readouterr().err
 
 
-def test_help_names_every_option_and_imports_no_framework():
+def test_help_names_every_option_and_imports_no_framework() -> None:
     code = (
         "import sys, cli.main\n"
         "try: cli.main.main(['serve', '--help'])\n"
@@ -93,7 +98,7 @@ def test_help_names_every_option_and_imports_no_framework():
         assert f"SPEED_{name.upper()}" in result.stdout
 
 
-def test_a_hub_id_is_served_from_the_cache_under_its_own_name(tmp_path):
+def test_a_hub_id_is_served_from_the_cache_under_its_own_name(tmp_path: Path) -> None:
     """The layout of huggingface_hub's cache, without a network; in a process of its own for its variables."""
     snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -127,7 +132,7 @@ def test_sizes_and_budgets_are_numbers_with_units_or_words() -> None:
 
 
 @pytest.mark.parametrize("link", ["tcp://10.96.12.7:8000", "udp://10.96.12.7:8000"])
-def test_a_service_of_kubernetes_changes_no_option(monkeypatch, link):
+def test_a_service_of_kubernetes_changes_no_option(monkeypatch: pytest.MonkeyPatch, link: str) -> None:
     """A Service named "speed" gives every pod beside it SPEED_PORT and more."""
     monkeypatch.setenv("SPEED_PORT", link)
     for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_80_TCP", "PORT_80_TCP_ADDR"):
@@ -141,13 +146,17 @@ def test_a_service_of_kubernetes_changes_no_option(monkeypatch, link):
 
 @pytest.mark.parametrize("name", ["SPEED_API_KEYS", "SPEED_API_KEY_FILE"])
 @pytest.mark.parametrize("value", ["", " ", ",", "a,,b"])
-def test_an_empty_key_is_an_error_and_not_no_key(monkeypatch, name, value):
+def test_an_empty_key_is_an_error_and_not_no_key(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises((UsageError, SettingsError), match="--api-key"):
         load_api_keys(settings_of())
 
 
-def test_a_variable_that_is_nearly_that_of_the_keys_does_not_open_the_server(monkeypatch):
+def test_a_variable_that_is_nearly_that_of_the_keys_does_not_open_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SPEED_API_KEY", "secret")
     with pytest.raises(SettingsError, match="SPEED_API_KEYS") as caught:
         check_variables()
@@ -157,20 +166,20 @@ def test_a_variable_that_is_nearly_that_of_the_keys_does_not_open_the_server(mon
 
 
 @pytest.mark.parametrize("command", [["cli.main"], ["server"]])
-def test_the_version(command):
+def test_the_version(command: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *command, "--version"], check=True, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.startswith("speed ")
 
 
-def test_the_module_takes_the_options_of_the_command(capsys):
+def test_the_module_takes_the_options_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert server.command.main(["--port", "http"]) == 2
     assert "--port http" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_knows_every_option(shell, capsys):
+def test_completion_knows_every_option(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--print-completion", shell])
     assert not ended.value.code
@@ -179,7 +188,9 @@ def test_completion_knows_every_option(shell, capsys):
         assert flag in script
 
 
-def test_ctrl_c_before_anything_is_served_has_no_traceback(monkeypatch, capsys):
+def test_ctrl_c_before_anything_is_served_has_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 

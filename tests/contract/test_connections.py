@@ -98,7 +98,7 @@ def error_of(answer: tuple[int, dict[str, list[str]], bytes]) -> tuple[int, str]
     ids=["bytes", "count", "one line", "blank lines"],
 )
 @pytest.mark.parametrize("piece", [100, 2**20])
-async def test_a_head_beyond_the_limit_is_431_however_it_is_cut(head, piece):
+async def test_a_head_beyond_the_limit_is_431_however_it_is_cut(head: bytes, piece: int) -> None:
     """Headers of 300 MiB took 325 MB of memory without a key."""
     async with served(max_header_bytes=8000, max_header_count=32) as (connect, _):
         client = await connect()
@@ -109,7 +109,7 @@ async def test_a_head_beyond_the_limit_is_431_however_it_is_cut(head, piece):
         assert error_of(await client.answer()) == (431, "headers_too_large")
 
 
-async def test_a_head_at_the_limits_passes_and_neither_bodies_nor_further_requests_count():
+async def test_a_head_at_the_limits_passes_and_neither_bodies_nor_further_requests_count() -> None:
     async with served(max_header_bytes=1024, max_header_count=16) as (connect, _):
         client = await connect()
         fields = b"".join(b"X-%d: 1\r\n" % number for number in range(15))
@@ -119,7 +119,7 @@ async def test_a_head_at_the_limits_passes_and_neither_bodies_nor_further_reques
             assert (await client.answer())[0] == 200
 
 
-async def test_trailers_count_as_headers():
+async def test_trailers_count_as_headers() -> None:
     async with served(max_header_bytes=1024) as (connect, _):
         client = await connect()
         start = b"POST /v1/completions HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
@@ -130,7 +130,7 @@ async def test_trailers_count_as_headers():
 
 
 @pytest.mark.parametrize("sent", [b"GET /hea", b"GET /health HTTP/1.1\r\nX: ", post(BODY)[:-1]])
-async def test_a_request_that_is_not_whole_in_time_is_408(sent):
+async def test_a_request_that_is_not_whole_in_time_is_408(sent: bytes) -> None:
     engine = FakeEngine(lambda _: ids_of(TEXT))
     async with served(engine, request_timeout=0.2) as (connect, server):
         client = await connect()
@@ -140,12 +140,12 @@ async def test_a_request_that_is_not_whole_in_time_is_408(sent):
         assert engine.requests == []
 
 
-async def test_a_connection_without_a_request_is_closed_without_a_word():
+async def test_a_connection_without_a_request_is_closed_without_a_word() -> None:
     async with served(request_timeout=0.1) as (connect, _):
         await (await connect()).is_closed()
 
 
-async def test_the_time_is_that_of_the_request_and_not_of_its_answer():
+async def test_the_time_is_that_of_the_request_and_not_of_its_answer() -> None:
     engine = FakeEngine(lambda _: ids_of(TEXT), delay=0.2)
     async with served(engine, request_timeout=0.1) as (connect, _):
         client = await connect()
@@ -154,7 +154,7 @@ async def test_the_time_is_that_of_the_request_and_not_of_its_answer():
             assert (await client.answer())[0] == 200
 
 
-async def test_a_full_server_gives_up_who_waits_longest_for_a_new_client():
+async def test_a_full_server_gives_up_who_waits_longest_for_a_new_client() -> None:
     """400 half-sent requests stayed open for ever; with all descriptors used up nobody got in."""
     async with served(max_connections=4) as (connect, _):
         halves = [await connect() for _ in range(4)]
@@ -168,7 +168,7 @@ async def test_a_full_server_gives_up_who_waits_longest_for_a_new_client():
         assert (await halves[1].answer())[0] == 200
 
 
-async def test_a_server_full_of_running_requests_says_so():
+async def test_a_server_full_of_running_requests_says_so() -> None:
     engine = FakeEngine(lambda _: ids_of(TEXT), delay=1000)
     async with served(engine, max_connections=2) as (connect, _):
         for _ in range(2):
@@ -180,7 +180,7 @@ async def test_a_server_full_of_running_requests_says_so():
         assert engine.aborted == []
 
 
-async def test_many_requests_sent_ahead_end_the_connection():
+async def test_many_requests_sent_ahead_end_the_connection() -> None:
     async with served(FakeEngine(lambda _: ids_of(TEXT), delay=1000)) as (connect, _):
         client = await connect()
         await client.send(post(BODY) + HEALTH * (MAX_PIPELINED + 1))
@@ -189,7 +189,7 @@ async def test_many_requests_sent_ahead_end_the_connection():
 
 @pytest.mark.parametrize("cut", [0, 1, 60, 300])
 @pytest.mark.parametrize("body", [BODY, STREAM])
-async def test_an_offer_of_http_2_is_answered_over_http_1_with_the_body_intact(body, cut):
+async def test_an_offer_of_http_2_is_answered_over_http_1_with_the_body_intact(body: bytes, cut: int) -> None:
     """The body was lost, so that every request of a Java client was 400."""
     async with served() as (connect, _):
         client = await connect()
@@ -206,7 +206,7 @@ async def test_an_offer_of_http_2_is_answered_over_http_1_with_the_body_intact(b
             assert (await client.answer())[0] == 200
 
 
-async def test_chunked_bodies_behind_an_offer_and_requests_behind_that():
+async def test_chunked_bodies_behind_an_offer_and_requests_behind_that() -> None:
     async with served() as (connect, _):
         client = await connect()
         chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
@@ -216,7 +216,7 @@ async def test_chunked_bodies_behind_an_offer_and_requests_behind_that():
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM])
-async def test_http_1_0_gets_no_chunks_and_one_connection_header(body):
+async def test_http_1_0_gets_no_chunks_and_one_connection_header(body: bytes) -> None:
     async with served() as (connect, _):
         client = await connect()
         await client.send(post(body, version=b"1.0"))
@@ -232,7 +232,7 @@ async def test_http_1_0_gets_no_chunks_and_one_connection_header(body):
 @pytest.mark.parametrize(
     "sent", [b"nonsense\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", b"\x16\x03\x01"]
 )
-async def test_what_is_no_request_is_400_in_the_shape_of_all_errors(sent):
+async def test_what_is_no_request_is_400_in_the_shape_of_all_errors(sent: bytes) -> None:
     async with served() as (connect, _):
         client = await connect()
         await client.send(sent)

@@ -2,14 +2,19 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 
+import httpx
 import pytest
+from starlette.types import Message
 
-from tests.contract.conftest import TEXT, serving, until
+from model.protocol import EngineState, GenerationRequest
+from tests.contract.conftest import TEXT, Served, serving, until
 from tests.fake_engine import INFO, FakeEngine
+from tests.loose import Json
 from tests.text_tools import ids_of
 
-FORMAT_ERRORS = [
+FORMAT_ERRORS: list[tuple[dict[str, Json], str]] = [
     ({"response_format": "json"}, "response_format"),
     ({"response_format": {}}, "response_format"),
     ({"response_format": {"type": "xml"}}, "response_format"),
@@ -73,6 +78,8 @@ BAD_FIELDS = [
     ({"stop": ["a"] * 17}, "stop"),
     ({"stop": 3}, "stop"),
     ({"stop_token_ids": 3}, "stop_token_ids"),
+    ({"stop_token_ids": [1] * 257}, "stop_token_ids"),
+    ({"stop_token_ids": [1] * 5000}, "stop_token_ids"),
     ({"stop_token_ids": [257]}, "stop_token_ids"),
     ({"stop_token_ids": [-1]}, "stop_token_ids"),
     ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
@@ -144,28 +151,28 @@ BAD_FIELDS = [
 ]
 
 
-def error_of(response, status: int) -> dict:
+def error_of(response: httpx.Response, status: int) -> dict[str, Json]:
     """The error of an answer, checked for its shape."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"]
     body = response.json()
     assert set(body) == {"error"}
-    error = body["error"]
+    error: dict[str, Json] = body["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
     assert error["code"] is None or isinstance(error["code"], str)
     return error
 
 
-async def works(served) -> None:
+async def works(served: Served) -> None:
     response = await served.post()
     assert response.status_code == 200
     assert response.json()["choices"][0]["text"] == TEXT
 
 
 @pytest.mark.parametrize(("fields", "param"), BAD_FIELDS, ids=lambda value: str(value)[:60])
-async def test_bad_field(served, fields, param):
+async def test_bad_field(served: Served, fields: dict[str, Json], param: str) -> None:
     error = error_of(await served.post(**fields), 400)
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
@@ -188,12 +195,12 @@ async def test_bad_field(served, fields, param):
     ],
     ids=str,
 )
-async def test_neutral_values_are_accepted(served, fields):
+async def test_neutral_values_are_accepted(served: Served, fields: dict[str, Json]) -> None:
     assert (await served.post(**fields)).status_code == 200
 
 
 @pytest.mark.parametrize("value", [1, None])
-async def test_unknown_field(served, value):
+async def test_unknown_field(served: Served, value: int | None) -> None:
     error = error_of(await served.post(temprature=value), 400)
     assert (error["param"], error["code"]) == ("temprature", "unknown_field")
     options = {"include_usagee": value}
@@ -201,23 +208,23 @@ async def test_unknown_field(served, value):
     await works(served)
 
 
-async def test_unsupported_option_of_a_stream(served):
+async def test_unsupported_option_of_a_stream(served: Served) -> None:
     for value in (True, 0):
         options = {"include_obfuscation": value}
         error = error_of(await served.post(stream=True, stream_options=options), 400)
         assert error["code"] == "unsupported_field"
 
 
-async def test_unknown_field_with_a_name_that_is_no_utf8(served):
+async def test_unknown_field_with_a_name_that_is_no_utf8(served: Served) -> None:
     error_of(await served.post(**{"\ud800": 1}), 400)
 
 
-async def test_unknown_fields_may_be_allowed():
+async def test_unknown_fields_may_be_allowed() -> None:
     async with serving(allow_unknown_fields=True) as served:
         assert (await served.post(temprature=1)).status_code == 200
 
 
-async def test_unknown_model(served):
+async def test_unknown_model(served: Served) -> None:
     error = error_of(await served.post(model="gpt-7"), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     error = error_of(await served.client.get("/v1/models/gpt-7"), 404)
@@ -225,7 +232,7 @@ async def test_unknown_model(served):
     await works(served)
 
 
-async def test_context_length_names_both_numbers(served):
+async def test_context_length_names_both_numbers(served: Served) -> None:
     error = error_of(await served.post(prompt="x" * 150, max_tokens=51), 400)
     assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
     assert "150 in the prompt and 51 in max_tokens" in error["message"]
@@ -234,7 +241,7 @@ async def test_context_length_names_both_numbers(served):
     assert (await served.post(prompt="x" * 150, max_tokens=50)).status_code == 200
 
 
-async def test_messages_quote_little_of_the_input(served):
+async def test_messages_quote_little_of_the_input(served: Served) -> None:
     for fields in (
         {"temperature": "h" * 10**5},
         {"temperature": {"h": "h" * 10**5}},
@@ -248,7 +255,7 @@ async def test_messages_quote_little_of_the_input(served):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"a"', b"null", b"\xff", b"[" * 10**5, b"1" * 10**4])
-async def test_body_that_is_no_json_object(served, body):
+async def test_body_that_is_no_json_object(served: Served, body: bytes) -> None:
     response = await served.client.post(
         "/v1/completions", content=body, headers={"content-type": "application/json"}
     )
@@ -257,7 +264,7 @@ async def test_body_that_is_no_json_object(served, body):
 
 
 @pytest.mark.parametrize("depth", [100, 450, 900, 5000])
-async def test_deeply_nested_schema(served, depth):
+async def test_deeply_nested_schema(served: Served, depth: int) -> None:
     """However deep: the parser, the encoder or the grammar says no, and none of them by an overflow."""
     schema = '{"items":' * depth + "{}" + "}" * depth
     body = '{"model": "default", "prompt": "a", "structured_outputs": {"json": ' + schema + "}}"
@@ -272,7 +279,7 @@ async def test_deeply_nested_schema(served, depth):
 @pytest.mark.parametrize(
     "fields", [{"prompt": "a\ud800"}, {"stop": ["\udc00"]}, {"logit_bias": {"\ud800": 1}}]
 )
-async def test_half_a_character_is_no_json(served, fields):
+async def test_half_a_character_is_no_json(served: Served, fields: dict[str, Json]) -> None:
     """UTF-8 could not carry it back; the message says at which character of the body it stands."""
     error = error_of(await served.post(**fields), 400)
     assert "surrogate" in error["message"]
@@ -281,7 +288,7 @@ async def test_half_a_character_is_no_json(served, fields):
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
-async def test_wrong_content_type(served, content_type):
+async def test_wrong_content_type(served: Served, content_type: str) -> None:
     response = await served.client.post(
         "/v1/completions", content=b"{}", headers={"content-type": content_type}
     )
@@ -289,18 +296,18 @@ async def test_wrong_content_type(served, content_type):
     await works(served)
 
 
-async def test_unknown_route_and_method(served):
+async def test_unknown_route_and_method(served: Served) -> None:
     assert error_of(await served.client.get("/v1/nothing"), 404)["code"] == "not_found"
     response = await served.client.get("/v1/completions")
     assert error_of(response, 405)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"
 
 
-async def test_body_limit():
+async def test_body_limit() -> None:
     async with serving(body_limit=1000) as served:
         assert error_of(await served.post(prompt="x" * 1000), 413)["code"] == "request_entity_too_large"
 
-        async def chunked():
+        async def chunked() -> AsyncIterator[bytes]:
             yield json.dumps({"model": "default", "prompt": "x" * 1000}).encode()
 
         response = await served.client.post(
@@ -310,13 +317,13 @@ async def test_body_limit():
         await works(served)
 
 
-async def test_announced_length_is_refused_before_the_body_is_read():
-    async def receive():
+async def test_announced_length_is_refused_before_the_body_is_read() -> None:
+    async def receive() -> Message:
         raise AssertionError("the body was read")
 
-    sent = []
+    sent: list[Message] = []
 
-    async def send(message):
+    async def send(message: Message) -> None:
         sent.append(message)
 
     headers = [(b"content-type", b"application/json"), (b"content-length", b"100000000")]
@@ -327,7 +334,7 @@ async def test_announced_length_is_refused_before_the_body_is_read():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_queue_full(stream):
+async def test_queue_full(stream: bool) -> None:
     engine = FakeEngine(lambda r: ids_of(TEXT), delay=1000)
     async with serving(engine, max_queued_requests=2) as served:
         first = asyncio.create_task(served.post(n=2))
@@ -344,7 +351,7 @@ async def test_queue_full(stream):
 
 @pytest.mark.parametrize(("state", "code"), [("loading", "engine_loading"), ("dead", "engine_unavailable")])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_engine_that_is_not_ready(served, state, code, stream):
+async def test_engine_that_is_not_ready(served: Served, state: EngineState, code: str, stream: bool) -> None:
     served.engine.state = state
     for response in (await served.post(stream=stream), await served.client.get("/ready")):
         assert error_of(response, 503)["code"] == code
@@ -355,11 +362,11 @@ async def test_engine_that_is_not_ready(served, state, code, stream):
     await works(served)
 
 
-async def test_bug_leaks_nothing(served):
-    def broken(request):
+async def test_bug_leaks_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(request: GenerationRequest) -> None:
         raise ValueError("/secret/path")
 
-    served.engine.submit = broken
+    monkeypatch.setattr(served.engine, "submit", broken)
     response = await served.post()
     assert error_of(response, 500)["code"] == "internal_error"
     assert "secret" not in response.text

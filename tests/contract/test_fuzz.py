@@ -6,7 +6,6 @@ The suite makes a few hundred; SPEED_FUZZ_REQUESTS=20000 makes more, and -s show
 import json
 import os
 import random
-from typing import Any
 
 import pytest
 
@@ -19,6 +18,7 @@ from server.tokenizer import TokenIdCodec
 from tests.contract.conftest import Served, serving
 from tests.contract.test_clients import LOOPS, padded_codec
 from tests.fake_engine import EOS, INFO, FakeEngine
+from tests.loose import Json
 from tests.text_tools import byte_codec
 from tests.unit.test_text import sentencepiece_codec
 
@@ -27,18 +27,18 @@ PLAIN = (
     "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
     "{{ extra }}{% if flag %}{{ flag.text }}{% endif %}"
 )
-CODECS: dict[str, Any] = {
+CODECS: dict[str, Json] = {
     "bytes": byte_codec,
     "padded": padded_codec,
     "sentencepiece": sentencepiece_codec,
     "none": TokenIdCodec,
 }
-TEMPLATES: dict[str, Any] = {
+TEMPLATES: dict[str, Json] = {
     "plain": lambda: ChatTemplate(PLAIN, {"eos_token": "<eos>"}),
     "loops": lambda: ChatTemplate(LOOPS),
     "none": lambda: None,
 }
-NASTY: list[Any] = [
+NASTY: list[Json] = [
     *[None, True, False, 0, -1, 1, 2, 0.0, -0.0, 0.5, 1.5, 16.0, 257, 10**6, -(2**63), 2**63, 10**400],
     *[1e308, float("inf"), float("-inf"), float("nan")],
     *[
@@ -75,7 +75,7 @@ NASTY: list[Any] = [
 MODELS = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 FIELDS = sorted({"tools", "store", "unknown", *(name for model in MODELS for name in model.model_fields)})
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
-BASES: dict[str, dict[str, Any]] = {
+BASES: dict[str, dict[str, Json]] = {
     "/v1/completions": {"model": "default", "prompt": "hi", "max_tokens": 5},
     "/v1/chat/completions": {"model": "default", "messages": [{"role": "user", "content": "hi"}]},
     "/tokenize": {"prompt": "hi"},
@@ -83,7 +83,7 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 
-def made_up(rng: random.Random, depth: int = 2) -> Any:
+def made_up(rng: random.Random, depth: int = 2) -> Json:
     """A nasty value, or a list or an object of such."""
     kind = rng.random()
     if depth and kind < 0.15:
@@ -93,7 +93,7 @@ def made_up(rng: random.Random, depth: int = 2) -> Any:
     return rng.choice(NASTY)
 
 
-def mutated(rng: random.Random, value: Any) -> Any:
+def mutated(rng: random.Random, value: Json) -> Json:
     """A valid value with a part exchanged."""
     if isinstance(value, dict) and value and rng.random() < 0.8:
         name = rng.choice(sorted(value))
@@ -134,7 +134,7 @@ async def send(served: Served, path: str, content: bytes) -> int:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("template", TEMPLATES)
-async def test_no_body_gives_a_5xx(codec, template):
+async def test_no_body_gives_a_5xx(codec: str, template: str) -> None:
     engine = FakeEngine(tokens, tokens_per_event=3)
     rng = random.Random(f"{codec} {template}")
     statuses: dict[int, int] = {}

@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests.contract.conftest import serving
+from tests.contract.conftest import Served, serving
 from tests.contract.test_errors import error_of
+from tests.loose import Field
 
 LOCAL = [
     "localhost",
@@ -25,12 +26,12 @@ FOREIGN += ["192.168.0.7:8000", "0.0.0.0", "[::2]", "[::1", ":8000"]
 
 
 @pytest.mark.parametrize("host", LOCAL)
-async def test_local_names_are_served(served, host):
+async def test_local_names_are_served(served: Served, host: str) -> None:
     assert (await served.client.get("/v1/models", headers={"host": host})).status_code == 200
 
 
 @pytest.mark.parametrize("host", FOREIGN)
-async def test_names_of_others_are_403_where_nobody_else_guards(served, host):
+async def test_names_of_others_are_403_where_nobody_else_guards(served: Served, host: str) -> None:
     """DNS rebinding: a page of evil.example may have 127.0.0.1 for its own address."""
     for path in ("/v1/models", "/health", "/"):
         error = error_of(await served.client.get(path, headers={"host": host}), 403)
@@ -39,13 +40,15 @@ async def test_names_of_others_are_403_where_nobody_else_guards(served, host):
 
 
 @pytest.mark.parametrize("options", [{"api_keys": "k"}, {"host": "0.0.0.0"}, {"allowed_hosts": "*"}])
-async def test_any_name_is_served_where_a_key_is_asked_for_or_others_are_meant_to_come(options):
+async def test_any_name_is_served_where_a_key_is_asked_for_or_others_are_meant_to_come(
+    options: dict[str, Field],
+) -> None:
     async with serving(**options) as served:
         headers = {"host": "evil.example", "authorization": "Bearer k"}
         assert (await served.client.get("/v1/models", headers=headers)).status_code == 200
 
 
-async def test_further_names_may_be_allowed_and_then_hold_everywhere():
+async def test_further_names_may_be_allowed_and_then_hold_everywhere() -> None:
     for host in ("127.0.0.1", "0.0.0.0"):
         async with serving(host=host, allowed_hosts="Llm.example,*.lan") as served:
             for name, status in (
@@ -56,7 +59,7 @@ async def test_further_names_may_be_allowed_and_then_hold_everywhere():
                 assert response.status_code == status, name
 
 
-async def test_a_request_without_a_name_passes(served):
+async def test_a_request_without_a_name_passes(served: Served) -> None:
     """HTTP/1.0 has none; a browser always sends it."""
     call = served.asgi_call()
     await call.finished()

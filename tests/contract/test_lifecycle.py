@@ -4,18 +4,21 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 
 import pytest
 from sse_starlette.sse import SendTimeoutError
+from starlette.types import Message
 
 from server import sse
 from server.sse import StreamResponse
 from tests.contract.conftest import TEXT, serving, until
 from tests.fake_engine import FakeEngine
+from tests.loose import Field
 from tests.text_tools import ids_of
 
 
-def slow_engine(**options) -> FakeEngine:
+def slow_engine(**options: Field) -> FakeEngine:
     return FakeEngine(lambda _: ids_of(TEXT), delay=0.01, **options)
 
 
@@ -27,7 +30,7 @@ def ids(engine: FakeEngine) -> list[str]:
     return sorted(request.request_id for request in engine.requests)
 
 
-async def test_disconnect_during_a_stream_aborts_every_sequence():
+async def test_disconnect_during_a_stream_aborts_every_sequence() -> None:
     async with serving(slow_engine()) as served:
         call = served.asgi_call(stream=True, n=3)
         await call.first_frame()
@@ -39,7 +42,7 @@ async def test_disconnect_during_a_stream_aborts_every_sequence():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_disconnect_before_the_first_token_aborts(stream):
+async def test_disconnect_before_the_first_token_aborts(stream: bool) -> None:
     async with serving(silent_engine()) as served:
         call = served.asgi_call(stream=stream, n=2)
         await until(lambda: len(served.engine.requests) == 2)
@@ -49,7 +52,7 @@ async def test_disconnect_before_the_first_token_aborts(stream):
         assert served.app.state.server.batcher.num_in_flight == 0
 
 
-async def test_disconnect_of_one_client_leaves_others_alone():
+async def test_disconnect_of_one_client_leaves_others_alone() -> None:
     async with serving(slow_engine()) as served:
         call = served.asgi_call(stream=True)
         await call.first_frame()
@@ -60,7 +63,7 @@ async def test_disconnect_of_one_client_leaves_others_alone():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_dying_engine_before_the_first_token_is_a_500(stream):
+async def test_dying_engine_before_the_first_token_is_a_500(stream: bool) -> None:
     async with serving(silent_engine()) as served:
         task = asyncio.create_task(served.post(stream=stream, n=2))
         await until(lambda: len(served.engine.requests) == 2)
@@ -73,7 +76,7 @@ async def test_dying_engine_before_the_first_token_is_a_500(stream):
         assert (await served.client.get("/health")).status_code == 200
 
 
-async def test_dying_engine_during_a_stream_is_an_error_frame():
+async def test_dying_engine_during_a_stream_is_an_error_frame() -> None:
     async with serving(slow_engine()) as served:
         call = served.asgi_call(stream=True)
         await call.first_frame()
@@ -87,7 +90,9 @@ async def test_dying_engine_during_a_stream_is_an_error_frame():
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("error", [None, RuntimeError("pipe")])
-async def test_engine_that_falls_silent_leaves_nobody_waiting(stream, error):
+async def test_engine_that_falls_silent_leaves_nobody_waiting(
+    stream: bool, error: RuntimeError | None
+) -> None:
     async with serving(silent_engine()) as served:
         task = asyncio.create_task(served.post(stream=stream))
         await until(lambda: served.engine.requests)
@@ -97,7 +102,7 @@ async def test_engine_that_falls_silent_leaves_nobody_waiting(stream, error):
         assert (ready.status_code, ready.json()["error"]["code"]) == (503, "engine_unavailable")
 
 
-async def test_slow_reader_gets_everything_in_few_chunks_and_blocks_nobody():
+async def test_slow_reader_gets_everything_in_few_chunks_and_blocks_nobody() -> None:
     engine = FakeEngine(lambda _: ids_of("x" * 90), delay=0.001)
     async with serving(engine) as served:
         call = served.asgi_call(stream=True)
@@ -117,14 +122,20 @@ def _first() -> asyncio.Future[str]:
     return future
 
 
-async def test_client_that_takes_nothing_is_dropped(monkeypatch):
-    closed = []
+async def test_client_that_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
     first = _first()
     response = StreamResponse(
-        first, _never(), lambda: closed.append(1), lambda: "", shutdown_grace_period=1, send_timeout=0.01
+        first,
+        _never(),
+        lambda: closed.append(1),
+        lambda: "",
+        shutdown_grace_period=1,
+        ping_seconds=15,
+        send_timeout=0.01,
     )
 
-    async def send(message):
+    async def send(message: Message) -> None:
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
@@ -135,14 +146,14 @@ async def test_client_that_takes_nothing_is_dropped(monkeypatch):
     assert closed == [1]
 
 
-async def test_stream_that_never_starts_frees_its_resources():
+async def test_stream_that_never_starts_frees_its_resources() -> None:
     """The generator's own finally does not run then."""
-    closed = []
+    closed: list[int] = []
     response = StreamResponse(
-        _first(), _never(), lambda: closed.append(1), lambda: "", shutdown_grace_period=1
+        _first(), _never(), lambda: closed.append(1), lambda: "", shutdown_grace_period=1, ping_seconds=15
     )
 
-    async def send(message):
+    async def send(message: Message) -> None:
         raise ConnectionError
 
     with pytest.raises(ConnectionError):
@@ -150,19 +161,19 @@ async def test_stream_that_never_starts_frees_its_resources():
     assert closed == [1]
 
 
-async def _never():
+async def _never() -> AsyncIterator[str]:
     await asyncio.Event().wait()
     yield ""
 
 
-async def _wait():
+async def _wait() -> Message:
     await asyncio.Event().wait()
+    raise AssertionError("nobody sets it")
 
 
-async def test_comments_while_nothing_comes(monkeypatch):
-    monkeypatch.setattr("server.sse.PING_SECONDS", 0.01)
+async def test_comments_while_nothing_comes() -> None:
     engine = FakeEngine(lambda _: ids_of("abc"), delay=0.05)
-    async with serving(engine) as served:
+    async with serving(engine, ping_interval=0.01) as served:
         response = await served.post(stream=True)
     assert sse.COMMENT.decode() in response.text
     assert sse.COMMENT.decode() + "\n" not in response.text  # openai-go read an event without data there
@@ -170,7 +181,7 @@ async def test_comments_while_nothing_comes(monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_shutdown_ends_running_requests_with_abort(stream):
+async def test_shutdown_ends_running_requests_with_abort(stream: bool) -> None:
     async with serving(silent_engine()) as served:
         batcher = served.app.state.server.batcher
         task = asyncio.create_task(served.post(stream=stream))
@@ -185,7 +196,7 @@ async def test_shutdown_ends_running_requests_with_abort(stream):
 
 
 @pytest.mark.parametrize("module", ["server.app", "cli.main", "server.serve"])
-def test_torch_is_never_imported(module):
+def test_torch_is_never_imported(module: str) -> None:
     """The API process starts in a second and stays small."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

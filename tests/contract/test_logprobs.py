@@ -2,20 +2,21 @@
 
 import pytest
 
-from model.protocol import GenerationRequest
-from tests.contract.conftest import TEXT, serving
+from model.protocol import GenerationRequest, TokenLogprobs
+from tests.contract.conftest import TEXT, Served, serving
 from tests.contract.test_completions import joined
 from tests.fake_engine import EOS, FakeEngine, logprobs_of
+from tests.loose import Json
 from tests.text_tools import ids_of
 
 
-async def choice_of(served, **fields) -> dict:
+async def choice_of(served: Served, **fields: Json) -> dict[str, Json]:
     response = await served.post(**fields)
     assert response.status_code == 200, response.text
     return response.json()["choices"][0]
 
 
-def check_shape(choice: dict) -> None:
+def check_shape(choice: dict[str, Json]) -> None:
     """Four lists of one length; each token's text is where its offset says."""
     logprobs = choice["logprobs"]
     tokens, offsets = logprobs["tokens"], logprobs["text_offset"]
@@ -27,7 +28,7 @@ def check_shape(choice: dict) -> None:
             assert choice["text"][offset:].startswith(token)
 
 
-async def test_tokens_their_logprobs_and_where_they_begin():
+async def test_tokens_their_logprobs_and_where_they_begin() -> None:
     async with serving(FakeEngine(lambda _: ids_of("aé"))) as served:
         choice = await choice_of(served, logprobs=1)
     check_shape(choice)
@@ -41,7 +42,7 @@ async def test_tokens_their_logprobs_and_where_they_begin():
     assert tops[0]["b"] == expected[0].top[0][1] > tops[0]["a"] == expected[0].logprob
 
 
-async def test_zero_gives_the_chosen_token_only(served):
+async def test_zero_gives_the_chosen_token_only(served: Served) -> None:
     choice = await choice_of(served, logprobs=0)
     check_shape(choice)
     logprobs = choice["logprobs"]
@@ -51,7 +52,7 @@ async def test_zero_gives_the_chosen_token_only(served):
         assert top == {token: logprob}
 
 
-async def test_no_logprobs_unless_asked(served):
+async def test_no_logprobs_unless_asked(served: Served) -> None:
     assert (await choice_of(served))["logprobs"] is None
     assert served.engine.requests[0].logprobs is None
     assert (await choice_of(served, echo=True))["logprobs"] is None
@@ -59,7 +60,9 @@ async def test_no_logprobs_unless_asked(served):
 
 
 @pytest.mark.parametrize("prompt", ["né", [110, 0xC3, 0xA9]], ids=str)
-async def test_echo_gives_the_prompts_logprobs_and_null_for_the_first(served, prompt):
+async def test_echo_gives_the_prompts_logprobs_and_null_for_the_first(
+    served: Served, prompt: list[int] | str
+) -> None:
     choice = await choice_of(served, prompt=prompt, echo=True, logprobs=2)
     check_shape(choice)
     logprobs = choice["logprobs"]
@@ -72,7 +75,7 @@ async def test_echo_gives_the_prompts_logprobs_and_null_for_the_first(served, pr
     assert None not in logprobs["token_logprobs"][1:]
 
 
-async def test_scoring_a_prompt_generates_nothing(served):
+async def test_scoring_a_prompt_generates_nothing(served: Served) -> None:
     """What lm-eval does: no token of completion, every token of the prompt."""
     choice = await choice_of(served, prompt=[[104, 105, 33]], echo=True, logprobs=1, max_tokens=0)
     assert (choice["text"], choice["finish_reason"]) == ("hi!", "length")
@@ -85,13 +88,13 @@ async def test_scoring_a_prompt_generates_nothing(served):
     assert (request.max_tokens, request.prompt_logprobs) == (0, 1)
 
 
-async def test_echo_of_nothing_needs_no_engine(served):
+async def test_echo_of_nothing_needs_no_engine(served: Served) -> None:
     assert (await choice_of(served, echo=True, max_tokens=0))["text"] == "hi"
     assert served.engine.requests == []
 
 
-async def test_minus_infinity_is_clamped(served, monkeypatch):
-    def impossible(token_id, position, num_top):
+async def test_minus_infinity_is_clamped(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impossible(token_id: int, position: int, num_top: int) -> TokenLogprobs:
         entry = logprobs_of(token_id, position, num_top)
         return type(entry)(token_id=token_id, logprob=float("-inf"), rank=257, top=entry.top)
 
@@ -100,7 +103,7 @@ async def test_minus_infinity_is_clamped(served, monkeypatch):
     assert set(choice["logprobs"]["token_logprobs"]) == {-9999.0}
 
 
-async def test_the_ending_token_has_its_logprob():
+async def test_the_ending_token_has_its_logprob() -> None:
     async with serving(FakeEngine(lambda _: [97, EOS])) as served:
         choice = await choice_of(served, logprobs=0)
     assert choice["text"] == "a"
@@ -108,7 +111,7 @@ async def test_the_ending_token_has_its_logprob():
     assert choice["logprobs"]["text_offset"] == [0, 1]
 
 
-async def test_held_back_tokens_come_with_the_text_that_they_belong_to():
+async def test_held_back_tokens_come_with_the_text_that_they_belong_to() -> None:
     """A chunk never shows a token whose text is held back for a stop string or an incomplete character."""
     async with serving(FakeEngine(lambda _: ids_of("abcé世stXop"))) as served:
         chunks = await served.chunks(logprobs=0, stop=["cé!", "stop"], return_token_ids=True)
@@ -124,7 +127,7 @@ async def test_held_back_tokens_come_with_the_text_that_they_belong_to():
     assert [chunk["choices"][0]["text"] for chunk in chunks][:3] == ["a", "b", "cé世"]
 
 
-async def test_tokens_of_a_stop_string_come_last_as_in_the_whole_answer():
+async def test_tokens_of_a_stop_string_come_last_as_in_the_whole_answer() -> None:
     async with serving(FakeEngine(lambda _: ids_of("one two"))) as served:
         choice = await choice_of(served, logprobs=0, stop="tw")
         streamed = joined(await served.chunks(logprobs=0, stop="tw"))[0]
@@ -138,15 +141,15 @@ def ranked_script(request: GenerationRequest) -> list[int]:
     return ids_of("abcdefghij"[: 2 + (request.sampling.seed * 7) % 5])
 
 
-async def test_best_of_returns_the_likeliest_in_order():
+async def test_best_of_returns_the_likeliest_in_order() -> None:
     async with serving(FakeEngine(ranked_script)) as served:
-        fields = {"prompt": ["p", "qq"], "seed": 1, "max_tokens": 50}
+        fields: dict[str, Json] = {"prompt": ["p", "qq"], "seed": 1, "max_tokens": 50}
         every = (await served.post(n=6, logprobs=0, **fields)).json()["choices"]
         best = (await served.post(n=2, best_of=6, **fields)).json()
         with_logprobs = (await served.post(n=2, best_of=6, logprobs=1, **fields)).json()["choices"]
 
-    def mean(choice: dict) -> float:
-        values = choice["logprobs"]["token_logprobs"]
+    def mean(choice: dict[str, Json]) -> float:
+        values: list[float] = choice["logprobs"]["token_logprobs"]
         return sum(values) / len(values)
 
     expected = [
@@ -163,6 +166,6 @@ async def test_best_of_returns_the_likeliest_in_order():
     assert best["usage"]["completion_tokens"] == sum(len(choice["text"]) for choice in every)
 
 
-async def test_best_of_equal_to_n_ranks_nothing(served):
+async def test_best_of_equal_to_n_ranks_nothing(served: Served) -> None:
     assert (await served.post(best_of=2, n=2, stream=True)).status_code == 200
     assert {request.logprobs for request in served.engine.requests} == {None}

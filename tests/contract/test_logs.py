@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,12 +16,12 @@ SECRET = "swordfish"
 
 
 @pytest.fixture
-def lines(monkeypatch):
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The messages of the access log."""
-    found = []
+    found: list[str] = []
 
     class Collector(logging.Handler):
-        def emit(self, record):
+        def emit(self, record: logging.LogRecord) -> None:
             found.append(record.getMessage())
 
     monkeypatch.setattr(access_logger, "handlers", [Collector()])
@@ -30,7 +31,7 @@ def lines(monkeypatch):
     access_logger.setLevel(level)
 
 
-async def test_json_line_of_an_answer(lines):
+async def test_json_line_of_an_answer(lines: list[str]) -> None:
     async with serving(access_log="json") as served:
         response = await served.client.post(
             "/v1/completions?q=swordfish",
@@ -52,7 +53,7 @@ async def test_json_line_of_an_answer(lines):
     assert TEXT[:5] not in line
 
 
-async def test_a_stream_that_was_left_is_logged_as_cut_off(lines):
+async def test_a_stream_that_was_left_is_logged_as_cut_off(lines: list[str]) -> None:
     async with serving(FakeEngine(lambda _: ids_of(TEXT), delay=0.01), access_log="json") as served:
         call = served.asgi_call(stream=True)
         await call.first_frame()
@@ -62,17 +63,19 @@ async def test_a_stream_that_was_left_is_logged_as_cut_off(lines):
     assert (record["status"], record["completed"]) == (200, False)
 
 
-async def test_refusals_and_bugs_are_logged_with_their_status(lines):
+async def test_refusals_and_bugs_are_logged_with_their_status(
+    lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with serving(access_log="json", api_keys="k") as served:
         await served.client.get("/v1/models")
         served.client.headers["authorization"] = "Bearer k"
         await served.client.get("/nothing")
-        served.engine.submit = None  # a bug
+        monkeypatch.setattr(served.engine, "submit", None)  # a bug
         await served.post()
     assert [json.loads(line)["status"] for line in lines] == [401, 404, 500]
 
 
-async def test_a_path_cannot_forge_a_line(lines):
+async def test_a_path_cannot_forge_a_line(lines: list[str]) -> None:
     async with serving(access_log="plain") as served:
         await served.client.get('/a%0a200 OK"' + "x" * 1000)
     (line,) = lines
@@ -80,7 +83,7 @@ async def test_a_path_cannot_forge_a_line(lines):
     assert len(line) < 400
 
 
-async def test_probes_have_their_lines_at_level_debug_only(lines):
+async def test_probes_have_their_lines_at_level_debug_only(lines: list[str]) -> None:
     """26,000 lines a day in compose."""
     for level, num_lines in ((logging.INFO, 1), (logging.DEBUG, 5)):
         lines.clear()
@@ -91,13 +94,13 @@ async def test_probes_have_their_lines_at_level_debug_only(lines):
         assert len(lines) == num_lines
 
 
-async def test_no_line_if_none_is_wanted(lines):
+async def test_no_line_if_none_is_wanted(lines: list[str]) -> None:
     async with serving(access_log="off") as served:
         await served.post()
     assert lines == []
 
 
-def test_libraries_may_not_log_what_they_send():
+def test_libraries_may_not_log_what_they_send() -> None:
     root = logging.getLogger()
     level = root.level
     try:

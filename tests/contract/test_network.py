@@ -11,6 +11,7 @@ from server.serve import check_certificate
 from server.settings import Settings, SettingsError
 from tests.contract.test_shutdown import running
 from tests.fake_engine import FakeEngine
+from tests.loose import Field
 from tests.text_tools import ids_of
 
 
@@ -29,7 +30,9 @@ def files(authority: trustme.CA, tmp_path: Path) -> dict[str, Path]:
     return {"ssl_certfile": chain, "ssl_keyfile": key}
 
 
-async def test_a_client_that_trusts_the_certificate_is_served_and_plain_http_is_not(authority, files):
+async def test_a_client_that_trusts_the_certificate_is_served_and_plain_http_is_not(
+    authority: trustme.CA, files: dict[str, Field]
+) -> None:
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     async with running(FakeEngine(lambda _: ids_of("abc")), 1, **files) as (_, url):
@@ -45,7 +48,9 @@ async def test_a_client_that_trusts_the_certificate_is_served_and_plain_http_is_
 
 
 @pytest.mark.parametrize("wrong", ["absent", "not a certificate", "key of another", "key alone"])
-def test_files_that_cannot_work_are_refused_before_anything_is_loaded(files, tmp_path, wrong):
+def test_files_that_cannot_work_are_refused_before_anything_is_loaded(
+    files: dict[str, Field], tmp_path: Path, wrong: str
+) -> None:
     if wrong == "absent":
         files["ssl_certfile"] = tmp_path / "absent.pem"
     elif wrong == "not a certificate":
@@ -58,6 +63,6 @@ def test_files_that_cannot_work_are_refused_before_anything_is_loaded(files, tmp
         check_certificate(Settings(**files))
 
 
-def test_files_that_work_are_taken(files):
+def test_files_that_work_are_taken(files: dict[str, Field]) -> None:
     check_certificate(Settings(**files))
     check_certificate(Settings())

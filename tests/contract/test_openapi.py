@@ -15,14 +15,16 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.generation import GenerationMode
+from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi import checks
 
 from server.app import create_app
 from server.chat_template import ChatTemplate
 from server.serve import DrainingServer, uvicorn_config
 from server.settings import Settings
-from tests.contract.conftest import TEXT, serving
+from tests.contract.conftest import TEXT, Served, serving
 from tests.fake_engine import FakeEngine
+from tests.loose import Json
 from tests.text_tools import byte_codec, ids_of
 
 NUM_REQUESTS = int(os.environ.get("SPEED_FUZZ_REQUESTS", "200"))
@@ -62,7 +64,7 @@ def fuzz(url: str, path: str, mode: GenerationMode, num_requests: int) -> None:
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    def run(case: schemathesis.Case) -> None:
+    def run(case: schemathesis.Case[APIOperation[Json, Json, Json, Json]]) -> None:
         response = case.call(base_url=url)
         statuses[path, response.status_code] += 1
         # A body that is too large is refused too, but by a status that schemathesis doesn't expect.
@@ -74,7 +76,7 @@ def fuzz(url: str, path: str, mode: GenerationMode, num_requests: int) -> None:
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("path", POSTS)
-def test_made_up_bodies_get_only_documented_answers(url, path, mode):
+def test_made_up_bodies_get_only_documented_answers(url: str, path: str, mode: GenerationMode) -> None:
     before = sum(statuses.values())
     fuzz(url, path, mode, num_requests=NUM_REQUESTS // 8)
     assert sum(statuses.values()) - before >= NUM_REQUESTS // 8
@@ -82,18 +84,18 @@ def test_made_up_bodies_get_only_documented_answers(url, path, mode):
 
 
 @pytest.mark.parametrize("path", GETS)
-def test_what_can_be_read_is_as_documented(url, path):
+def test_what_can_be_read_is_as_documented(url: str, path: str) -> None:
     fuzz(url, path, GenerationMode.POSITIVE, num_requests=3)
 
 
-def test_the_made_up_bodies_include_good_ones(url):
+def test_the_made_up_bodies_include_good_ones(url: str) -> None:
     """Else the tests above, which must have run, show little."""
     if not statuses:
         pytest.skip("no requests were made")
     assert sum(statuses[path, 200] for path in POSTS) >= 5, statuses
 
 
-async def test_every_route_is_documented_and_422_is_not(served):
+async def test_every_route_is_documented_and_422_is_not(served: Served) -> None:
     document = (await served.client.get("/openapi.json")).json()
     assert set(document["paths"]) == {*POSTS, *GETS}
     for path, item in document["paths"].items():
@@ -108,7 +110,7 @@ async def test_every_route_is_documented_and_422_is_not(served):
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
-async def test_bodies_are_closed_typed_and_say_what_may_be_null(served):
+async def test_bodies_are_closed_typed_and_say_what_may_be_null(served: Served) -> None:
     document = (await served.client.get("/openapi.json")).json()
     body = document["components"]["schemas"]["CompletionRequest"]
     assert body["additionalProperties"] is False
@@ -123,7 +125,7 @@ async def test_bodies_are_closed_typed_and_say_what_may_be_null(served):
         assert document["components"]["schemas"]["CompletionRequest"]["additionalProperties"] is True
 
 
-async def test_keys_are_documented_where_they_are_asked_for():
+async def test_keys_are_documented_where_they_are_asked_for() -> None:
     async with serving(api_keys="k") as served:
         served.client.headers["authorization"] = "Bearer k"
         paths = (await served.client.get("/openapi.json")).json()["paths"]

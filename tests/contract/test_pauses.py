@@ -9,14 +9,10 @@ from openai._streaming import SSEDecoder
 from server.chat_template import ChatTemplate
 from tests.contract.conftest import serving, until
 from tests.fake_engine import FakeEngine
+from tests.loose import Json
 from tests.text_tools import ids_of
 
 PAUSE = 0.05
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.sse.PING_SECONDS", PAUSE)
 
 
 def by_the_standard(data: bytes) -> Iterator[str]:
@@ -55,22 +51,24 @@ def by_openai(data: bytes) -> Iterator[str]:
         yield event.data
 
 
-READERS = [by_the_standard, by_every_blank_line, by_blocks, by_openai]
+READERS: list[Callable[[bytes], Iterator[str]]] = [by_the_standard, by_every_blank_line, by_blocks, by_openai]
 
 
-def chat_text(chunk: dict[str, object]) -> str:
+def chat_text(chunk: dict[str, Json]) -> str:
     return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
 
 
-def text(chunk: dict[str, object]) -> str:
+def text(chunk: dict[str, Json]) -> str:
     return "".join(choice["text"] for choice in chunk["choices"])
 
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("gap", [3 * PAUSE, 0.0])
-async def test_every_client_reads_a_stream_with_pauses(read: Callable[[bytes], Iterator[str]], gap: float):
+async def test_every_client_reads_a_stream_with_pauses(
+    read: Callable[[bytes], Iterator[str]], gap: float
+) -> None:
     engine = FakeEngine(lambda _: ids_of("abc"), delay=gap)
-    async with serving(engine) as served:
+    async with serving(engine, ping_interval=PAUSE) as served:
         options = {"include_usage": True}
         response = await served.post(stream=True, stream_options=options, return_token_ids=True)
     assert not gap or b": ping\n" in response.content
@@ -84,9 +82,11 @@ async def test_every_client_reads_a_stream_with_pauses(read: Callable[[bytes], I
 
 
 @pytest.mark.parametrize("read", READERS)
-async def test_every_client_reads_a_chat_with_pauses(read: Callable[[bytes], Iterator[str]]):
+async def test_every_client_reads_a_chat_with_pauses(read: Callable[[bytes], Iterator[str]]) -> None:
     engine = FakeEngine(lambda _: ids_of("abc"), delay=3 * PAUSE)
-    async with serving(engine, chat_template=ChatTemplate("{{ messages[0].content }}")) as served:
+    async with serving(
+        engine, chat_template=ChatTemplate("{{ messages[0].content }}"), ping_interval=PAUSE
+    ) as served:
         fields = {"messages": [{"role": "user", "content": "hi"}], "prompt": ..., "return_token_ids": True}
         response = await served.post("/v1/chat/completions", stream=True, **fields)
     *chunks, done = map(str, read(response.content))
@@ -98,10 +98,10 @@ async def test_every_client_reads_a_chat_with_pauses(read: Callable[[bytes], Ite
     assert sum("prompt_token_ids" in chunk for chunk in parsed) == 1
 
 
-async def test_headers_and_comments_come_while_a_prompt_is_read():
+async def test_headers_and_comments_come_while_a_prompt_is_read() -> None:
     """No byte came for 44 s: clients and proxies gave up."""
     engine = FakeEngine(lambda _: ids_of("abc"), delay=1000)
-    async with serving(engine) as served:
+    async with serving(engine, ping_interval=PAUSE) as served:
         call = served.asgi_call(stream=True)
         await until(lambda: call.data.count(": ping\n") >= 2)
         assert call.sent[0]["status"] == 200
@@ -111,9 +111,9 @@ async def test_headers_and_comments_come_while_a_prompt_is_read():
         assert served.engine.aborted
 
 
-async def test_a_failure_after_the_first_comment_is_an_error_frame():
+async def test_a_failure_after_the_first_comment_is_an_error_frame() -> None:
     engine = FakeEngine(lambda _: ids_of("abc"), delay=1000)
-    async with serving(engine) as served:
+    async with serving(engine, ping_interval=PAUSE) as served:
         call = served.asgi_call(stream=True)
         await until(lambda: ": ping\n" in call.data)
         engine.fail()
@@ -125,19 +125,19 @@ async def test_a_failure_after_the_first_comment_is_an_error_frame():
     assert done == "[DONE]"
 
 
-async def test_a_stream_that_is_busy_has_no_comments():
+async def test_a_stream_that_is_busy_has_no_comments() -> None:
     """The library's own came every so often, however busy the stream."""
     engine = FakeEngine(lambda _: ids_of("x" * 60), delay=PAUSE / 10)
-    async with serving(engine) as served:
+    async with serving(engine, ping_interval=PAUSE) as served:
         response = await served.post(stream=True)
     assert response.text.count(": ping") <= 2  # a busy machine may pause
     assert response.text.count("data: ") > 20
 
 
-async def test_separators_of_lines_in_a_text_do_not_cut_a_frame():
+async def test_separators_of_lines_in_a_text_do_not_cut_a_frame() -> None:
     """Python's splitlines, and clients made of it, end a line at each of these."""
     said = "a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1e 世界"
-    async with serving(FakeEngine(lambda _: ids_of(said))) as served:
+    async with serving(FakeEngine(lambda _: ids_of(said)), ping_interval=PAUSE) as served:
         response = await served.post(stream=True)
     assert [line for line in response.text.splitlines() if line and not line.startswith("data: ")] == []
     assert "世" in response.text

@@ -9,13 +9,15 @@ from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.models import ModelCard
 from server.schemas.usage import CompletionTokensDetails
-from tests.contract.conftest import serving
+from tests.contract.conftest import Served, serving
 
 FILES = {"/": "text/html", "/playground/app.js": "text/javascript", "/playground/style.css": "text/css"}
 
 
 @pytest.mark.parametrize(("path", "media_type"), FILES.items())
-async def test_files_are_served_and_refer_to_nothing_outside(served, path, media_type):
+async def test_files_are_served_and_refer_to_nothing_outside(
+    served: Served, path: str, media_type: str
+) -> None:
     response = await served.client.get(path)
     assert response.status_code == 200
     assert response.headers["content-type"].startswith(media_type)
@@ -25,7 +27,7 @@ async def test_files_are_served_and_refer_to_nothing_outside(served, path, media
         assert not re.search(r"<script(?![^>]*\ssrc=)|<style|\sstyle=|\son[a-z]+=", response.text)
 
 
-async def test_addresses_are_relative_and_exist_under_a_root_path():
+async def test_addresses_are_relative_and_exist_under_a_root_path() -> None:
     async with serving(root_path="/llm") as served:
         page = (await served.client.get("/llm/")).text
         script = (await served.client.get("/llm/playground/app.js")).text
@@ -40,7 +42,7 @@ async def test_addresses_are_relative_and_exist_under_a_root_path():
         assert without_slash.headers["location"].endswith("/llm/")
 
 
-def test_the_page_uses_fields_and_ids_that_exist():
+def test_the_page_uses_fields_and_ids_that_exist() -> None:
     script, page = (FOLDER / "app.js").read_text(), (FOLDER / "index.html").read_text()
     ids = set(re.findall(r'field\("(\w+)"\)', script))
     assert ids == set(re.findall(r'\sid="(\w+)"', page))

@@ -3,7 +3,10 @@
 import asyncio
 import logging
 
-from model.protocol import TokenEvent
+import pytest
+
+from model.grammar.check import CheckUnavailableError
+from model.protocol import GenerationRequest, Grammar, TokenEvent
 from server import lanes, planning
 from tests.contract.conftest import serving
 from tests.fake_engine import STATS, FakeEngine
@@ -15,7 +18,7 @@ REASON = "the grammar is too complex to go on behind this text (lexer error: too
 class RefusingEngine(FakeEngine):
     """Gives two tokens, and refuses to go on."""
 
-    async def _run(self, request) -> None:
+    async def _run(self, request: GenerationRequest) -> None:
         event = TokenEvent(request_id=request.request_id, token_ids=ids_of("{ "))
         self._events.put_nowait(event)
         await asyncio.sleep(0)
@@ -34,7 +37,7 @@ def refusing() -> RefusingEngine:
     return RefusingEngine(lambda _: [])
 
 
-async def test_what_the_engine_refuses_is_a_400_with_its_reason(caplog) -> None:
+async def test_what_the_engine_refuses_is_a_400_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     """A grammar whose lexer exploded was a 500, and an error of the server in its log."""
     async with serving(refusing()) as served:
         response = await served.post(structured_outputs={"regex": "a+"})
@@ -53,11 +56,13 @@ async def test_a_stream_that_is_refused_ends_with_a_frame_that_says_why() -> Non
     assert REASON in frames[-1]["error"]["message"]
 
 
-async def test_a_grammar_that_cannot_be_checked_is_a_503_to_try_again(monkeypatch) -> None:
+async def test_a_grammar_that_cannot_be_checked_is_a_503_to_try_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The machine had no process left for it: that is nobody's fault, and no verdict."""
 
-    def fails(grammar) -> None:
-        raise planning.CheckUnavailableError("no more processes")
+    def fails(grammar: Grammar) -> None:
+        raise CheckUnavailableError("no more processes")
 
     async with serving(refusing()) as served:
         monkeypatch.setattr(planning, "check_grammar", fails)
@@ -69,7 +74,9 @@ async def test_a_grammar_that_cannot_be_checked_is_a_503_to_try_again(monkeypatc
     assert int(response.headers["retry-after"]) > 0
 
 
-async def test_only_so_many_grammars_are_checked_at_a_time_and_prompts_do_not_wait(monkeypatch) -> None:
+async def test_only_so_many_grammars_are_checked_at_a_time_and_prompts_do_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each takes a process: forty at a time held every thread that prompts are encoded in."""
     running, most = 0, 0
     release = asyncio.Event()

@@ -39,7 +39,7 @@ async def running(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_running_requests_finish_and_new_ones_get_503(stream):
+async def test_running_requests_finish_and_new_ones_get_503(stream: bool) -> None:
     engine = FakeEngine(lambda _: ids_of(TEXT), delay=0.02)
     async with running(engine, 10) as (server, url), httpx.AsyncClient(base_url=url) as client:
         task = asyncio.create_task(client.post("/v1/completions", json=BODY | {"stream": stream}))
@@ -55,7 +55,7 @@ async def test_running_requests_finish_and_new_ones_get_503(stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_requests_that_take_too_long_end_with_abort(stream):
+async def test_requests_that_take_too_long_end_with_abort(stream: bool) -> None:
     engine = FakeEngine(lambda _: ids_of(TEXT), delay=1000)
     async with running(engine, 0.2) as (server, url), httpx.AsyncClient(base_url=url) as client:
         task = asyncio.create_task(client.post("/v1/completions", json=BODY | {"stream": stream}))
@@ -66,7 +66,7 @@ async def test_requests_that_take_too_long_end_with_abort(stream):
         assert '"finish_reason":"abort"' in response.text
 
 
-async def test_client_that_closes_its_connection_is_noticed():
+async def test_client_that_closes_its_connection_is_noticed() -> None:
     engine = FakeEngine(lambda _: ids_of(TEXT), delay=0.02)
     async with running(engine, 10) as (_, url), httpx.AsyncClient(base_url=url) as client:
         async with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as response:
@@ -74,7 +74,9 @@ async def test_client_that_closes_its_connection_is_noticed():
         await until(lambda: engine.aborted)
 
 
-async def test_an_engine_that_cannot_be_started_ends_the_server_with_a_status_of_its_own(capsys):
+async def test_an_engine_that_cannot_be_started_ends_the_server_with_a_status_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """It said "loading" for ever, and exit status 0 when somebody lost patience."""
     engine = EngineProcess(WorkerOptions(model_path="x"), Patience(first_pauses=(1000,)), ["/no/program"])
     settings = Settings(port=0, log_level="critical")

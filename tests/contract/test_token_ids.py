@@ -1,11 +1,14 @@
 """A model without a tokenizer is served by token ids; whatever means text is a 400 that says why."""
 
+from collections.abc import AsyncIterator
+from pathlib import Path
+
 import pytest
 
 from server.chat_template import ChatTemplate
 from server.settings import SettingsError
 from server.tokenizer import TextCodec, TokenIdCodec, load_codec
-from tests.contract.conftest import serving
+from tests.contract.conftest import Served, serving
 from tests.fake_engine import FakeEngine
 from tests.text_tools import byte_tokenizer
 
@@ -14,14 +17,14 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type":
 
 
 @pytest.fixture
-async def served():
+async def served() -> AsyncIterator[Served]:
     template = ChatTemplate("{{ messages[0].content }}")
     engine = FakeEngine(lambda _: IDS)
     async with serving(engine, codec=TokenIdCodec(), chat_template=template) as one:
         yield one
 
 
-async def test_ids_go_in_and_ids_come_out(served):
+async def test_ids_go_in_and_ids_come_out(served: Served) -> None:
     answer = (await served.post(prompt=[[1, 2], [3]], return_token_ids=True)).json()
     assert [choice["token_ids"] for choice in answer["choices"]] == [IDS, IDS]
     assert [choice["prompt_token_ids"] for choice in answer["choices"]] == [[1, 2], [3]]
@@ -29,7 +32,7 @@ async def test_ids_go_in_and_ids_come_out(served):
     assert answer["usage"]["prompt_tokens"] == 3
 
 
-async def test_a_stream_says_the_same(served):
+async def test_a_stream_says_the_same(served: Served) -> None:
     frames = await served.chunks(prompt=[1, 2], return_token_ids=True)
     choices = [choice for frame in frames for choice in frame["choices"]]
     assert [i for choice in choices for i in choice["token_ids"]] == IDS
@@ -37,7 +40,7 @@ async def test_a_stream_says_the_same(served):
     assert choices[-1]["finish_reason"] == "length"
 
 
-async def test_an_id_to_stop_at_and_log_probabilities_need_no_text(served):
+async def test_an_id_to_stop_at_and_log_probabilities_need_no_text(served: Served) -> None:
     answer = (await served.post(prompt=[1], stop_token_ids=[7], logprobs=2, return_token_ids=True)).json()
     (choice,) = answer["choices"]
     assert (choice["token_ids"], choice["finish_reason"], choice["stop_reason"]) == ([5, 6, 7], "stop", 7)
@@ -65,7 +68,9 @@ async def test_an_id_to_stop_at_and_log_probabilities_need_no_text(served):
         ("/detokenize", "tokens", {"prompt": ..., "tokens": [1], "max_tokens": ...}),
     ],
 )
-async def test_text_is_refused_and_the_answer_says_why(served, path, field, fields):
+async def test_text_is_refused_and_the_answer_says_why(
+    served: Served, path: str, field: str, fields: dict[str, object]
+) -> None:
     response = await served.post(path, **{"prompt": [1, 2], **fields})
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, "no_tokenizer", field)
@@ -73,11 +78,11 @@ async def test_text_is_refused_and_the_answer_says_why(served, path, field, fiel
     assert not served.engine.requests
 
 
-async def test_a_format_of_plain_text_asks_for_nothing(served):
+async def test_a_format_of_plain_text_asks_for_nothing(served: Served) -> None:
     assert (await served.post(prompt=[1], response_format={"type": "text"})).status_code == 200
 
 
-def test_the_codec_is_what_the_folder_has(tmp_path):
+def test_the_codec_is_what_the_folder_has(tmp_path: Path) -> None:
     assert isinstance(load_codec(tmp_path), TokenIdCodec)
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     assert type(load_codec(tmp_path)) is TextCodec

@@ -1,21 +1,23 @@
 """POST /tokenize and /detokenize."""
 
+import httpx
 import pytest
 
 from server.chat_template import ChatTemplate
-from tests.contract.conftest import serving
+from tests.contract.conftest import Served, serving
 from tests.contract.test_errors import error_of, works
 from tests.fake_engine import EOS, INFO
+from tests.loose import Json
 from tests.text_tools import ids_of
 
 USER = [{"role": "user", "content": "hi"}]
 
 
-async def post(served, path: str, **body):
+async def post(served: Served, path: str, **body: Json) -> httpx.Response:
     return await served.client.post(path, json=body)
 
 
-async def test_tokens_of_a_text(served):
+async def test_tokens_of_a_text(served: Served) -> None:
     body = (await post(served, "/tokenize", model="default", prompt="é<eos>", return_token_strs=True)).json()
     assert body == {
         "count": 3,
@@ -27,7 +29,7 @@ async def test_tokens_of_a_text(served):
     assert (await post(served, "/tokenize", prompt="a")).json()["token_strs"] is None
 
 
-async def test_tokens_of_a_conversation():
+async def test_tokens_of_a_conversation() -> None:
     template = ChatTemplate("{{ messages[0].content }}{% if add_generation_prompt %}!{% endif %}{{ more }}")
     async with serving(chat_template=template) as served:
         fields = {"chat_template_kwargs": {"more": "?"}}
@@ -36,7 +38,7 @@ async def test_tokens_of_a_conversation():
         assert body["tokens"] == ids_of("hi")
 
 
-async def test_text_of_tokens(served):
+async def test_text_of_tokens(served: Served) -> None:
     body = (await post(served, "/detokenize", model="default", tokens=[0xC3, 0xA9, EOS])).json()
     assert body == {"prompt": "é<eos>"}
     assert (await post(served, "/detokenize", tokens=[])).json() == {"prompt": ""}
@@ -63,14 +65,14 @@ async def test_text_of_tokens(served):
     ],
     ids=str,
 )
-async def test_bad_field(served, path, fields, param):
+async def test_bad_field(served: Served, path: str, fields: dict[str, object], param: str) -> None:
     absent = {"model": ..., "prompt": ..., "max_tokens": ...}
     assert error_of(await served.post(path, **absent | fields), 400)["param"] == param
     await works(served)
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
-async def test_unknown_model_wrong_type_and_engine_that_is_not_ready(served, path):
+async def test_unknown_model_wrong_type_and_engine_that_is_not_ready(served: Served, path: str) -> None:
     fields = {"prompt": "a"} if path == "/tokenize" else {"tokens": [1]}
     assert error_of(await post(served, path, model="x", **fields), 404)["code"] == "model_not_found"
     response = await served.client.post(path, content=b"{}", headers={"content-type": "text/plain"})

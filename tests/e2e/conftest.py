@@ -13,10 +13,13 @@ import httpx
 import psutil
 import pytest
 
+from tests.native import put_in_place
 from tests.small_checkpoint import write_small_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS, STOP_SECONDS = 120, 30
+put_in_place()  # servers started here run what users run
+
 GREEDY = {"temperature": 0, "repetition_penalty": 1}  # a model may have other defaults
 
 
@@ -92,18 +95,22 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def gauges(server: ServerProcess) -> dict[str, float]:
-    """Samples of /metrics without labels other than the model's."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("speed:")}
+    """Samples of /metrics by name, those of all labels added up."""
+    found: dict[str, float] = {}
+    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+        if line.startswith("speed:"):
+            name = line.split("{")[0]
+            found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
+    return found
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its folder's name is the one that it is served under."""
     return write_small_checkpoint(tmp_path_factory.mktemp("checkpoints") / "default")
 
 
 @pytest.fixture(scope="session")
-def server(checkpoint) -> Iterator[ServerProcess]:
+def server(checkpoint: Path) -> Iterator[ServerProcess]:
     with ServerProcess(str(checkpoint), "--served-model-name", "default,alias") as running:
         yield running

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from tests.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     save_checkpoint(tiny_model(), folder, torch.float32)
     return folder
 
 
 @torch.inference_mode()
-def test_a_folder_without_a_tokenizer_is_served_by_ids(folder):
+def test_a_folder_without_a_tokenizer_is_served_by_ids(folder: Path) -> None:
     model = load_model(folder).model
     ids = [3, 1, 4]
     for _ in range(12):
@@ -50,7 +51,7 @@ def unknown_architecture(folder: Path) -> str:
 
 
 class Bomb:
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, tuple[str]]:
         return exec, ("raise SystemExit('unpickled')",)
 
 
@@ -68,8 +69,8 @@ def no_template(folder: Path) -> str:
 DAMAGES = [missing_tensor, unknown_architecture, only_a_pickle, no_template]
 
 
-def test_a_wrong_checkpoint_is_one_error_and_exit_status_two(folder, tmp_path):
-    def outcome(damage) -> tuple[str, int, str]:
+def test_a_wrong_checkpoint_is_one_error_and_exit_status_two(folder: Path, tmp_path: Path) -> None:
+    def outcome(damage: Callable[[Path], str]) -> tuple[str, int, str]:
         broken = tmp_path / damage.__name__
         broken.mkdir()
         for file in folder.iterdir():

@@ -36,10 +36,14 @@ for command in json.load(sys.stdin):
     ends[command] = status, out.getvalue(), err.getvalue()
 json.dump(ends, sys.stdout)
 """
+PEERS = {"peer_llama", "peer_ours", "peer_transformers"}  # without options: `bench.peers` starts them
 BENCHMARKS = sorted(
-    path.stem for path in (ROOT / "bench").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")
+    path.stem
+    for path in (ROOT / "bench").glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8") and path.stem not in PEERS
 )
-SPEED = ("", "serve ", "inspect ", "train ", "train distill ", "bench latency ", "bench throughput ")
+BENCH = (f"bench {name} " for name in ("latency", "throughput", "serve"))
+SPEED = ("", "serve ", "inspect ", "train ", "train distill ", *BENCH)
 HELP = {
     **{f"bench.{name} --help": f"usage: python -m bench.{name}" for name in BENCHMARKS},
     **{f"cli.main {words}--help": f"usage: speed {words}".rstrip() for words in SPEED},
@@ -51,11 +55,10 @@ MISTAKES = {
     "bench.soak --kv-cache-tokens 100": "--kv-cache-tokens: '100' is not a whole number of at least 164",
     "bench.exactness --model nowhere": "'nowhere'",
     "bench.determinism --model nowhere": "'nowhere'",
-    "bench.determinism_cost --model nowhere": "'nowhere'",
     "bench.policies --model nowhere": "'nowhere'",
     "bench.policies --plot plot.svg": "matplotlib",
     "bench.rows --model nowhere": "'nowhere'",
-    "bench.rows --model nowhere --threads 0": "--threads: '0'",
+    "bench.rows --model nowhere --threads -1": "--threads: '-1'",
     "bench.clients --model nowhere": "exit status 2",
     "bench.clients --good none": "--good: 'none'",
     "bench.api_overhead --clients -1": "--clients: '-1'",
@@ -73,6 +76,10 @@ MISTAKES = {
     "cli.main bench throughput --concurrency 1,0": "--concurrency: '0'",
     "cli.main bench throughput --row-budget few": "--row-budget: 'few'",
     "cli.main bench throughput --plot plot.svg": "matplotlib",
+    "cli.main bench serve --goodput ttft": "'ttft' is not METRIC:MILLISECONDS",
+    "cli.main bench serve --request-rate 0": "'0' is not a number above 0, or inf",
+    "cli.main bench serve --prompts nowhere": "nowhere",
+    "cli.main bench serve --percentiles 101": "'101' is not a list of numbers from 0 to 100",
     "cli.main train --output run --recipe nowhere": "nowhere",
     "cli.main train --output run --corpus nowhere": "nowhere",
     "cli.main train --output /proc/run": "/proc/run",
@@ -81,6 +88,49 @@ MISTAKES = {
     "cli.main inspect --device tpu": "'tpu'",
     "cli.main inspect --text nowhere": "nowhere",
 }
+
+
+# Shown to readers, but not begun here: how such a command begins, and why not.
+NOT_RUN = {
+    "pip install": "downloads packages",
+    "git clone": "downloads the project",
+    "cd speed-serve": "is that download's folder",
+    "python3 -m venv": "makes a virtual environment, before anything of the project is there",
+    ". .venv/bin/activate": "changes the shell that it is typed into",
+    "docker ": "needs Docker; tests/contract/test_deployment.py reads what it would run",
+    "curl ": "needs a server; tests/e2e/test_server.py sends such requests",
+    "scripts/": "runs all tests, this one among them",
+    "python -m model.passes.native.build": "compiles for half a minute; tests of native passes need it done",
+    "python -m model.checkpoint.convert_tokenizer": "has no options; test_old_tokenizers.py converts",
+    "python -m model.worker": "is started by the server alone, as tests/unit/test_worker.py does",
+    "python -m server": "tests/contract/test_cli.py runs it",
+    "python scripts/arrows.py": "tests/unit/test_docs.py compares the graph that it prints",
+}
+PAGES = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "bench" / "results" / "README.md",
+)
+PROGRAMS = r"(?:speed|python3?|pip|git|docker|curl|scripts/\w+|\.)"
+
+
+def shown_commands() -> list[str]:
+    """The command lines of the pages: indented ones and quoted ones, each part of a chain by itself."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    lines = re.findall(rf"^ {{4}}({PROGRAMS} .+|scripts/\w+)$", text, re.MULTILINE)
+    lines += re.findall(rf"`((?!\.){PROGRAMS} [^`\n]+)`", text)
+    parts = (part.split(" # ")[0].strip(" &") for line in lines for part in line.split("&&"))
+    return sorted({part for part in parts if "..." not in part})
+
+
+def help_of(command: str) -> str | None:
+    """What of HELP begins as the command does, options and arguments left out; None for another program."""
+    words = re.match(r"(?:speed|python -m cli\.main)((?: [a-z]+)*)", command)
+    if words:
+        known = [name.strip() for name in SPEED if f"{words[1]} ".startswith(f" {name}")]
+        return f"cli.main {max(known, key=len)} --help".replace("  ", " ")
+    bench = re.match(r"python -m (bench\.\w+)", command)
+    return bench and f"{bench[1]} --help"
 
 
 class End(NamedTuple):
@@ -92,7 +142,7 @@ class End(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory):
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
     """The end of every command, by its words."""
     commands = [*HELP, *MISTAKES]
     done = subprocess.run(
@@ -108,7 +158,7 @@ def ends(tmp_path_factory):
     return {command: End(*end) for command, end in json.loads(done.stdout).items()}
 
 
-def test_the_docs_name_no_benchmark_that_is_not_there():
+def test_the_docs_name_no_benchmark_that_is_not_there() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     named = set(re.findall(r"python -m bench\.(\w+)", text))
@@ -116,15 +166,23 @@ def test_the_docs_name_no_benchmark_that_is_not_there():
     assert len(BENCHMARKS) > 8
 
 
+def test_every_command_that_is_shown_is_begun_here_or_has_a_reason_why_not() -> None:
+    commands = shown_commands()
+    assert {"speed serve", "python -m bench.soak"} <= set(commands)
+    others = [command for command in commands if help_of(command) not in HELP]
+    assert not [command for command in others if not command.startswith(tuple(NOT_RUN))]
+    assert not [start for start in NOT_RUN if not any(command.startswith(start) for command in others)]
+
+
 @pytest.mark.parametrize("command", HELP)
-def test_help_needs_nothing_optional(ends, command):
+def test_help_needs_nothing_optional(ends: dict[str, End], command: str) -> None:
     """bench.clients needed psutil, which only the tests bring."""
     assert ends[command].status == 0, ends[command].err
     assert ends[command].out.startswith(HELP[command])
 
 
 @pytest.mark.parametrize("command", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_status_2(ends, command):
+def test_a_mistake_is_one_line_and_exit_status_2(ends: dict[str, End], command: str) -> None:
     end = ends[command]
     assert end.status == 2, end.err
     assert "Traceback" not in end.err

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from server.chat_template import load_chat_template
 from server.settings import embedded_model
 from tests.e2e.conftest import ROOT, ServerProcess
+from tests.loose import Json
 from tests.small_checkpoint import CHAT_TEMPLATE
 
 README = (ROOT / "README.md").read_text()
@@ -18,7 +20,7 @@ ADDRESS = "http://127.0.0.1:8000"
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory) -> Iterator[ServerProcess]:
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """With a chat template of ours if it has none, and a short context: answers end where that is full."""
     template = tmp_path_factory.mktemp("template") / "chat_template.jinja"
     template.write_text(CHAT_TEMPLATE)
@@ -28,7 +30,7 @@ def embedded(tmp_path_factory) -> Iterator[ServerProcess]:
         yield running
 
 
-def test_the_curl_commands_of_the_readme_are_answered(embedded) -> None:
+def test_the_curl_commands_of_the_readme_are_answered(embedded: ServerProcess) -> None:
     commands = re.findall(rf"curl {ADDRESS}(\S+) .*?-d '(.*?)'", README, re.DOTALL)
     assert commands
     for path, body in commands:
@@ -37,7 +39,7 @@ def test_the_curl_commands_of_the_readme_are_answered(embedded) -> None:
         assert "choices" in answer.text
 
 
-def test_the_python_of_the_readme_runs(embedded, capsys) -> None:
+def test_the_python_of_the_readme_runs(embedded: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = [block for block in re.findall(r"\n((?: {4}.*\n)+)", README) if "from openai" in block]
     assert blocks
     for block in blocks:
@@ -46,7 +48,9 @@ def test_the_python_of_the_readme_runs(embedded, capsys) -> None:
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-def test_a_stream_joined_is_the_whole_answer_and_that_without_speculation(embedded, path) -> None:
+def test_a_stream_joined_is_the_whole_answer_and_that_without_speculation(
+    embedded: ServerProcess, path: str
+) -> None:
     """And a trained model's early loops predict some of what its last one says."""
     asked = {"prompt": "The capital of France is"} if path == "completions" else {"messages": MESSAGES}
     body = {"model": "default", "max_tokens": 32, "seed": 3, "min_tokens": 8, **asked}
@@ -62,18 +66,19 @@ def test_a_stream_joined_is_the_whole_answer_and_that_without_speculation(embedd
     assert whole["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 0
 
 
-MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-def text_of(choice: dict) -> str:
+def text_of(choice: dict[str, Json]) -> str:
     """Of a completion, a chat or a piece of its stream."""
     return str(
         choice.get("text") or (choice.get("message") or choice.get("delta") or {}).get("content") or ""
     )
 
 
-def test_the_openai_package_chats(embedded) -> None:
+def test_the_openai_package_chats(embedded: ServerProcess) -> None:
     with openai.OpenAI(base_url=f"{embedded.url}/v1", api_key="none") as client:
         answer = client.chat.completions.create(model="default", messages=MESSAGES, max_completion_tokens=16)
     assert answer.choices[0].message.role == "assistant"
+    assert answer.usage is not None
     assert 0 < answer.usage.completion_tokens <= 16

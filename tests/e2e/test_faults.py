@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import httpx
 import psutil
@@ -11,7 +12,7 @@ from tests.e2e.conftest import ServerProcess
 BODY = {"model": "default", "prompt": "The house has", "max_tokens": 400, "ignore_eos": True, "stream": True}
 
 
-def test_a_signal_to_the_whole_group_lets_running_requests_finish(checkpoint) -> None:
+def test_a_signal_to_the_whole_group_lets_running_requests_finish(checkpoint: Path) -> None:
     """As systemd, `timeout` and a shell send it. The worker died of it, and another was started meanwhile."""
     server = ServerProcess(str(checkpoint), "--shutdown-timeout", "60")
     try:
@@ -32,7 +33,7 @@ def test_a_signal_to_the_whole_group_lets_running_requests_finish(checkpoint) ->
         server.process.communicate()
 
 
-def test_a_worker_never_outlives_its_server(checkpoint) -> None:
+def test_a_worker_never_outlives_its_server(checkpoint: Path) -> None:
     """Whatever it is doing; it has nothing to leave behind."""
     server = ServerProcess(str(checkpoint))
     server.wait_ready()

@@ -5,7 +5,6 @@ fail below is all that the suite asks for and this server or a model of noise ca
 """
 
 from collections.abc import AsyncIterator
-from typing import Any
 
 import httpx
 import pytest
@@ -13,11 +12,14 @@ from langchain_core.language_models import BaseChatModel
 from langchain_openai import ChatOpenAI, OpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
+from tests.e2e.conftest import ServerProcess
+from tests.loose import Json
+
 pytestmark = pytest.mark.filterwarnings("default")  # the suite's own, and its libraries'
 
 
 @pytest.fixture
-async def connection(server) -> AsyncIterator[dict[str, Any]]:
+async def connection(server: ServerProcess) -> AsyncIterator[dict[str, Json]]:
     """How to reach the server; with clients of our own, since those of LangChain are never closed."""
     with httpx.Client() as client:
         async with httpx.AsyncClient() as async_client:
@@ -35,7 +37,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):
     """The standard suite; images, audio, PDF and tools are off because the server refuses them (400)."""
 
     @pytest.fixture(autouse=True)
-    def _connect(self, connection: dict[str, Any]) -> None:
+    def _connect(self, connection: dict[str, Json]) -> None:
         self.connection = connection
 
     @property
@@ -43,7 +45,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):
         return ChatOpenAI
 
     @property
-    def chat_model_params(self) -> dict[str, Any]:
+    def chat_model_params(self) -> dict[str, Json]:
         return {
             **self.connection,
             "temperature": 0,
@@ -61,7 +63,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):
         return True
 
     @property
-    def structured_output_kwargs(self) -> dict[str, Any]:
+    def structured_output_kwargs(self) -> dict[str, Json]:
         # Greedy decoding can write one string for ever; sampling comes upon its end.
         return {"method": "json_schema", "temperature": 1.0, "seed": 3, "max_tokens": 900}
 
@@ -82,7 +84,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):
         super().test_json_mode(model)
 
 
-def test_openai_llm(connection) -> None:
+def test_openai_llm(connection: dict[str, Json]) -> None:
     """Whole and streamed, several prompts and completions, stop strings."""
     llm = OpenAI(**connection, temperature=0, max_tokens=24)
     whole = llm.invoke("import os\nimport ")
@@ -91,12 +93,13 @@ def test_openai_llm(connection) -> None:
     assert llm.invoke("import os\nimport ", stop=["\n"]) == whole.split("\n")[0]
     result = llm.generate(["import os\nimport ", "def f("])
     assert result.generations[0][0].text == whole
+    assert result.llm_output is not None
     assert result.llm_output["token_usage"]["completion_tokens"] > 1
     several = OpenAI(**connection, n=2, best_of=3, seed=4, max_tokens=8)
     assert len(several.generate(["x = "]).generations[0]) == 2
 
 
-async def test_openai_llm_asynchronously(connection) -> None:
+async def test_openai_llm_asynchronously(connection: dict[str, Json]) -> None:
     llm = OpenAI(**connection, temperature=0, max_tokens=24)
     whole = await llm.ainvoke("class Queue:\n")
     assert "".join([part async for part in llm.astream("class Queue:\n")]) == whole

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import load_model
+from model import LoadedModel, load_model
 from server.tokenizer import TextCodec
 from tests.e2e.conftest import ServerProcess
+from tests.loose import Json
 
 TASK = Path(__file__).parent / "lm_eval_task"
 TOLERANCE = 1e-4  # nats, of the sum over a continuation, in fp32
@@ -24,7 +25,7 @@ TOLERANCE = 1e-4  # nats, of the sum over a continuation, in fp32
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval")
 
 
-def run_lm_eval(server: ServerProcess, checkpoint: Path, folder: Path) -> list[dict]:
+def run_lm_eval(server: ServerProcess, checkpoint: Path, folder: Path) -> list[dict[str, Json]]:
     """The samples that lm-eval logs, one a document."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(checkpoint / name, folder)
@@ -57,7 +58,7 @@ def run_lm_eval(server: ServerProcess, checkpoint: Path, folder: Path) -> list[d
     return [json.loads(line) for line in samples.read_text().splitlines()]
 
 
-def scored(codec: TextCodec, model, context: str, ending: str) -> tuple[float, bool]:
+def scored(codec: TextCodec, model: LoadedModel, context: str, ending: str) -> tuple[float, bool]:
     """Log-likelihood of `ending` behind `context`, and whether greedy decoding would write it."""
     before = codec.encode(context.rstrip())  # lm-eval's way to split tokens, blanks and merges included
     begin, ids = len(before), before + codec.encode(context + ending)[len(before) :]
@@ -67,7 +68,9 @@ def scored(codec: TextCodec, model, context: str, ending: str) -> tuple[float, b
     return sum(float(logprobs[row, ids[row + 1]]) for row in rows), greedy
 
 
-def test_log_likelihoods_are_those_of_the_model(server, checkpoint, tmp_path):
+def test_log_likelihoods_are_those_of_the_model(
+    server: ServerProcess, checkpoint: Path, tmp_path: Path
+) -> None:
     """Echo, log-probabilities and prompts of token ids, five to a request."""
     samples = run_lm_eval(server, checkpoint, tmp_path)
     codec, model = TextCodec.from_folder(checkpoint), load_model(checkpoint)

@@ -8,33 +8,46 @@ from typing import Annotated
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel, Field
+
+from tests.e2e.conftest import ServerProcess
+from tests.loose import Json
 
 PROMPT = "import os\nimport "
 GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1}}  # a model may have other defaults
-MESSAGES = [{"role": "user", "content": "Grüße, 世界 🙂"}]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Grüße, 世界 🙂"}]
 
 
 @pytest.fixture
-def client(server) -> Iterator[openai.OpenAI]:
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as one:
         yield one
 
 
-def complete(client: openai.OpenAI, **fields):
+def complete(client: openai.OpenAI, **fields: Json) -> Json:
+    """A completion, or with `stream` its chunks."""
     return client.completions.create(**{"model": "default", "prompt": PROMPT, "temperature": 0} | fields)
 
 
-def chat(client: openai.OpenAI, **fields):
-    defaults = {"model": "default", "messages": MESSAGES, "temperature": 0, "max_completion_tokens": 24}
+def chat(client: openai.OpenAI, **fields: Json) -> Json:
+    """A chat completion, or with `stream` its chunks."""
+    defaults: dict[str, Json] = {
+        "model": "default",
+        "messages": MESSAGES,
+        "temperature": 0,
+        "max_completion_tokens": 24,
+    }
     return client.chat.completions.create(**defaults | fields)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "sampled"])
-def test_completions_with_logprobs_whole_and_streamed(client, sampling) -> None:
+def test_completions_with_logprobs_whole_and_streamed(
+    client: openai.OpenAI, sampling: dict[str, Json]
+) -> None:
     fields = {"logprobs": 3, "echo": True, "max_tokens": 24, "n": 2, "stop": "\n\n", **sampling}
     whole = complete(client, **fields)
-    joined: dict[int, dict] = {}
+    joined: dict[int, dict[str, Json]] = {}
     for chunk in complete(client, stream=True, stream_options={"include_usage": True}, **fields):
         usage = chunk.usage
         for part in chunk.choices:
@@ -59,13 +72,13 @@ def test_completions_with_logprobs_whole_and_streamed(client, sampling) -> None:
             assert 3 <= len(top) <= 4
 
 
-def test_greedy_tokens_are_the_likeliest(client) -> None:
+def test_greedy_tokens_are_the_likeliest(client: openai.OpenAI) -> None:
     choice = complete(client, logprobs=1, max_tokens=16, **GREEDY).choices[0]
     for logprob, top in zip(choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True):
         assert max(top.values()) == logprob
 
 
-def test_best_of_is_the_likeliest_of_the_candidates(client) -> None:
+def test_best_of_is_the_likeliest_of_the_candidates(client: openai.OpenAI) -> None:
     fields = {"temperature": 1.0, "seed": 7, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
     every = complete(client, n=5, logprobs=0, **fields).choices
     means = [math.fsum(c.logprobs.token_logprobs) / len(c.logprobs.token_logprobs) for c in every]
@@ -74,7 +87,7 @@ def test_best_of_is_the_likeliest_of_the_candidates(client) -> None:
     assert [choice.text for choice in best.choices] == [every[i].text for i in order[:2]]
 
 
-def test_chat(client) -> None:
+def test_chat(client: openai.OpenAI) -> None:
     answer = chat(client, logprobs=True, top_logprobs=2)
     (choice,) = answer.choices
     assert (choice.message.role, choice.finish_reason) in {("assistant", "length"), ("assistant", "stop")}
@@ -85,7 +98,7 @@ def test_chat(client) -> None:
     assert all(len(token.top_logprobs) == 2 for token in content)
 
 
-def test_chat_streaming(client) -> None:
+def test_chat_streaming(client: openai.OpenAI) -> None:
     whole = chat(client)
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -97,9 +110,9 @@ def test_chat_streaming(client) -> None:
         assert getattr(chunks[-1].usage, name) == getattr(whole.usage, name)
 
 
-def test_chat_answers_until_the_context_is_full(client) -> None:
+def test_chat_answers_until_the_context_is_full(client: openai.OpenAI) -> None:
     """A long prompt, cut to leave little of the context to generate."""
-    context = client.models.retrieve("default").max_model_len
+    context = client.models.retrieve("default").model_dump()["max_model_len"]
     fields = {"ignore_eos": True, "truncate_prompt_tokens": context - 100}
     messages = [{"role": "user", "content": "river " * context}]
     answer = chat(client, messages=messages, max_completion_tokens=None, extra_body=fields)
@@ -128,7 +141,7 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_structured_output(client, temperature) -> None:
+def test_structured_output(client: openai.OpenAI, temperature: float) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "animal", "strict": True, "schema": SCHEMA}}
     fields = {"response_format": form, "max_completion_tokens": 200, "temperature": temperature, "seed": 1}
     with_drafts, without = (chat(client, extra_body={"speculation": on}, **fields) for on in (True, False))
@@ -141,7 +154,7 @@ def test_structured_output(client, temperature) -> None:
     assert set(value["tags"]) <= {"a", "b"}
 
 
-def test_parse_returns_the_class(client) -> None:
+def test_parse_returns_the_class(client: openai.OpenAI) -> None:
     answer = client.chat.completions.parse(
         model="default", messages=MESSAGES, response_format=Point, temperature=0, max_completion_tokens=100
     )
@@ -157,7 +170,7 @@ def test_parse_returns_the_class(client) -> None:
     ],
     ids=["regex", "choice", "grammar"],
 )
-def test_structured_completions(client, structured, pattern) -> None:
+def test_structured_completions(client: openai.OpenAI, structured: dict[str, Json], pattern: str) -> None:
     for stream in (False, True):
         answer = complete(client, max_tokens=40, stream=stream, extra_body={"structured_outputs": structured})
         chunks = answer if stream else [answer]
@@ -166,7 +179,9 @@ def test_structured_completions(client, structured, pattern) -> None:
         assert choices[-1].finish_reason == "stop"
 
 
-def test_a_bad_grammar_is_an_answer_and_the_engine_lives(client, server) -> None:
+def test_a_bad_grammar_is_an_answer_and_the_engine_lives(
+    client: openai.OpenAI, server: ServerProcess
+) -> None:
     worker = server.worker.pid
     for structured in ({"regex": "("}, {"grammar": "start: nobody"}, {"json": {"type": "cat"}}):
         with pytest.raises(openai.BadRequestError) as caught:
@@ -176,15 +191,15 @@ def test_a_bad_grammar_is_an_answer_and_the_engine_lives(client, server) -> None
     assert server.worker.pid == worker
 
 
-async def test_asynchronous_client(server) -> None:
+async def test_asynchronous_client(server: ServerProcess) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        fields = {"model": "default", "prompt": PROMPT, "temperature": 0, "max_tokens": 12}
+        fields: dict[str, Json] = {"model": "default", "prompt": PROMPT, "temperature": 0, "max_tokens": 12}
         whole = await client.completions.create(**fields)
         stream = await client.completions.create(stream=True, **fields)
         assert "".join([chunk.choices[0].text async for chunk in stream]) == whole.choices[0].text
 
 
-def test_tools_are_refused_in_words(client) -> None:
+def test_tools_are_refused_in_words(client: openai.OpenAI) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     with pytest.raises(openai.BadRequestError, match="not supported") as caught:
         chat(client, tools=[tool])

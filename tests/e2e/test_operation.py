@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import ServerProcess, gauges, wait_until
+from tests.loose import Field
 
 SECRET, ANSWER = "swordfish", "porcupine"
 # Tens of seconds of work: four passes a token.
@@ -27,7 +29,7 @@ ENDLESS = {
 BUSY = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 
 
-def test_a_second_signal_ends_everything_at_once(checkpoint) -> None:
+def test_a_second_signal_ends_everything_at_once(checkpoint: Path) -> None:
     server = ServerProcess(str(checkpoint), "--shutdown-timeout", "600")
     try:
         server.wait_ready()
@@ -49,7 +51,7 @@ def test_a_second_signal_ends_everything_at_once(checkpoint) -> None:
         server.process.communicate()
 
 
-def test_keys_logs_and_metrics_of_a_running_server(checkpoint, tmp_path) -> None:
+def test_keys_logs_and_metrics_of_a_running_server(checkpoint: Path, tmp_path: Path) -> None:
     """The answer is a word that nothing else writes, since only one is allowed."""
     keys = tmp_path / "keys"
     keys.write_text("right\n")
@@ -60,7 +62,12 @@ def test_keys_logs_and_metrics_of_a_running_server(checkpoint, tmp_path) -> None
         assert caught.value.code == "invalid_api_key"
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="right")
         only = {"structured_outputs": {"choice": [ANSWER]}}
-        fields = {"model": "default", "prompt": SECRET, "max_tokens": 20, "extra_body": only}
+        fields: dict[str, Field] = {
+            "model": "default",
+            "prompt": SECRET,
+            "max_tokens": 20,
+            "extra_body": only,
+        }
         assert client.completions.create(**fields).choices[0].text == ANSWER
         streamed = client.completions.create(**fields, stream=True)
         assert "".join(chunk.choices[0].text for chunk in streamed) == ANSWER
@@ -76,7 +83,7 @@ def test_keys_logs_and_metrics_of_a_running_server(checkpoint, tmp_path) -> None
     assert all(r["request_id"] and r["completed"] for r in records)
 
 
-def test_a_crowd_that_opens_streams_and_leaves_holds_nothing(server) -> None:
+def test_a_crowd_that_opens_streams_and_leaves_holds_nothing(server: ServerProcess) -> None:
     """How fast it is forgotten is measured by `python -m bench.clients`."""
     content = json.dumps(ENDLESS | {"n": 1})
     head = ["POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]

@@ -19,7 +19,7 @@ def distribution() -> metadata.Distribution:
 
 
 def test_the_wheel_holds_what_a_server_needs_and_nothing_else(
-    distribution,
+    distribution: metadata.Distribution,
 ) -> None:
     files = {str(path): path for path in distribution.files or []}
     embedded = {file.name for file in (ROOT / "model" / "weights" / "default").iterdir()}

@@ -1,6 +1,7 @@
 """Signals to the server alone: it ends cleanly, or goes on."""
 
 import signal
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,7 +12,9 @@ BODY = {"model": "default", "prompt": "The house has", "max_tokens": 200, "ignor
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_lets_a_stream_finish_and_ends_with_0(checkpoint, number: signal.Signals) -> None:
+def test_the_first_signal_lets_a_stream_finish_and_ends_with_0(
+    checkpoint: Path, number: signal.Signals
+) -> None:
     """It ended by the signal, with a traceback at Ctrl-C; SIGHUP cut streams."""
     server = ServerProcess(str(checkpoint), "--shutdown-timeout", "60", "--log-level", "info")
     try:
@@ -32,7 +35,7 @@ def test_the_first_signal_lets_a_stream_finish_and_ends_with_0(checkpoint, numbe
         server.process.communicate()
 
 
-def test_a_terminal_that_closes_ends_nothing(checkpoint) -> None:
+def test_a_terminal_that_closes_ends_nothing(checkpoint: Path) -> None:
     with ServerProcess(str(checkpoint)) as server:
         server.process.send_signal(signal.SIGHUP)
         assert server.complete(max_tokens=3, ignore_eos=True).json()["usage"]["completion_tokens"] == 3

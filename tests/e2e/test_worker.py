@@ -49,7 +49,7 @@ async def answer(engine: EngineProcess, count: int) -> dict[str, list[TokenEvent
     return events
 
 
-async def test_requests_are_answered_together_and_aborted_alone(checkpoint) -> None:
+async def test_requests_are_answered_together_and_aborted_alone(checkpoint: Path) -> None:
     async with running(checkpoint) as engine:
         assert engine.info.num_loops == LOOPS
         engine.submit(request("short"))
@@ -62,7 +62,7 @@ async def test_requests_are_answered_together_and_aborted_alone(checkpoint) -> N
         assert sum(len(e.token_ids) for e in events["long"]) < 900
 
 
-async def test_close_answers_what_is_in_flight_and_leaves_no_process(checkpoint) -> None:
+async def test_close_answers_what_is_in_flight_and_leaves_no_process(checkpoint: Path) -> None:
     async with running(checkpoint) as engine:
         assert engine.pid is not None
         worker = psutil.Process(engine.pid)
@@ -75,7 +75,7 @@ async def test_close_answers_what_is_in_flight_and_leaves_no_process(checkpoint)
             engine.submit(request("late"))
 
 
-async def test_a_model_that_cannot_be_loaded_is_said_so_and_not_tried_again(tmp_path) -> None:
+async def test_a_model_that_cannot_be_loaded_is_said_so_and_not_tried_again(tmp_path: Path) -> None:
     engine = EngineProcess(WorkerOptions(model_path=str(tmp_path / "nothing")))
     await engine.start()
     async with asyncio.timeout(60):

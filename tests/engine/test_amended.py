@@ -1,11 +1,14 @@
 """Tensors and config.json that do not quite agree: loaded as transformers loads them, or refused."""
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from model import load_model, save_checkpoint
 from model.checkpoint.files import CheckpointError
@@ -18,7 +21,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @pytest.fixture
-def llama(tmp_path):
+def llama(tmp_path: Path) -> Path:
     """A Llama with a head of its own, as transformers writes it."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -36,13 +39,13 @@ def llama(tmp_path):
     return tmp_path
 
 
-def reference(folder):
+def reference(folder: Path) -> Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(torch.tensor([IDS])).logits[0]
 
 
-def test_a_head_of_its_own_in_a_tied_model_is_used(llama, caplog):
+def test_a_head_of_its_own_in_a_tied_model_is_used(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit_config(llama, tie_word_embeddings=True)
     model = load_model(llama)
     assert not model.config.tie_embeddings
@@ -51,7 +54,7 @@ def test_a_head_of_its_own_in_a_tied_model_is_used(llama, caplog):
     assert load_skeleton(llama).config == model.config
 
 
-def test_a_head_that_is_the_embedding_stays_tied(llama, caplog):
+def test_a_head_that_is_the_embedding_stays_tied(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit_config(llama, tie_word_embeddings=True)
     edit_tensors(llama, **{HEAD: load_file(llama / "model.safetensors")[EMBEDDING].clone()})
     model = load_model(llama)
@@ -60,13 +63,15 @@ def test_a_head_that_is_the_embedding_stays_tied(llama, caplog):
     assert not caplog.records
 
 
-def test_a_tied_model_that_stores_the_head_alone(llama):
+def test_a_tied_model_that_stores_the_head_alone(llama: Path) -> None:
     edit_config(llama, tie_word_embeddings=True)
     edit_tensors(llama, **{EMBEDDING: None})
     torch.testing.assert_close(load_model(llama).logits(IDS), reference(llama), rtol=0, atol=1e-4)
 
 
-def test_no_head_and_a_config_that_says_nothing_is_a_tied_one(llama, caplog):
+def test_no_head_and_a_config_that_says_nothing_is_a_tied_one(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     edit_tensors(llama, **{HEAD: None})
     edit_config(llama, tie_word_embeddings=None)
     silent = load_model(llama).logits(IDS)
@@ -75,7 +80,7 @@ def test_no_head_and_a_config_that_says_nothing_is_a_tied_one(llama, caplog):
     assert torch.equal(load_model(llama).logits(IDS), silent)
 
 
-def test_no_head_in_a_model_that_is_not_tied_stays_an_error(llama):
+def test_no_head_in_a_model_that_is_not_tied_stays_an_error(llama: Path) -> None:
     """transformers makes one up: noise in, noise out."""
     edit_tensors(llama, **{HEAD: None})
     edit_config(llama, tie_word_embeddings=False)
@@ -83,7 +88,7 @@ def test_no_head_in_a_model_that_is_not_tied_stays_an_error(llama):
         load_model(llama)
 
 
-def test_neither_head_nor_embedding_is_an_error_whatever_the_config_says(llama):
+def test_neither_head_nor_embedding_is_an_error_whatever_the_config_says(llama: Path) -> None:
     edit_tensors(llama, **{HEAD: None, EMBEDDING: None})
     for tie in (True, False, None):
         edit_config(llama, tie_word_embeddings=tie)
@@ -106,7 +111,7 @@ GATE = "model.early_exit_gate"
 
 
 @pytest.fixture
-def ouro(tmp_path):
+def ouro(tmp_path: Path) -> Path:
     """Random weights under the names of an Ouro."""
     save_checkpoint(tiny_model(num_kv_heads=4), tmp_path, torch.float32)
     (tmp_path / "config.json").write_text("{}")
@@ -120,7 +125,7 @@ def ouro(tmp_path):
     return tmp_path
 
 
-def test_an_ouro_without_its_gate_says_the_same(ouro, caplog):
+def test_an_ouro_without_its_gate_says_the_same(ouro: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = load_model(ouro)
     assert len(whole.gate_logits(IDS)) == 3
     edit_tensors(ouro, **{f"{GATE}.weight": None, f"{GATE}.bias": None})
@@ -131,7 +136,7 @@ def test_an_ouro_without_its_gate_says_the_same(ouro, caplog):
         without.gate_logits(IDS)
 
 
-def test_half_a_gate_is_an_error(ouro):
+def test_half_a_gate_is_an_error(ouro: Path) -> None:
     edit_tensors(ouro, **{f"{GATE}.bias": None})
     with pytest.raises(CheckpointError, match=f"missing: {GATE}.bias"):
         load_model(ouro)
@@ -147,7 +152,7 @@ def test_half_a_gate_is_an_error(ouro):
     ],
 )
 @pytest.mark.parametrize("int8", [False, True])
-def test_names_of_a_wrapped_model(tmp_path, wrapped, int8):
+def test_names_of_a_wrapped_model(tmp_path: Path, wrapped: Callable[[str], str], int8: bool) -> None:
     save_checkpoint(tiny_model(), tmp_path, torch.float32, int8=int8)
     wanted = load_model(tmp_path).logits(IDS)
     file = tmp_path / "model.safetensors"
@@ -155,7 +160,7 @@ def test_names_of_a_wrapped_model(tmp_path, wrapped, int8):
     assert torch.equal(load_model(tmp_path).logits(IDS), wanted)
 
 
-def test_two_names_for_one_tensor_are_an_error(tmp_path):
+def test_two_names_for_one_tensor_are_an_error(tmp_path: Path) -> None:
     save_checkpoint(tiny_model(), tmp_path, torch.float32)
     edit_tensors(tmp_path, **{"_orig_mod.model.norm.weight": torch.ones(32)})
     with pytest.raises(CheckpointError, match=r"_orig_mod\.model\.norm\.weight"):
@@ -163,7 +168,7 @@ def test_two_names_for_one_tensor_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
-def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path, name):
+def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path: Path, name: str) -> None:
     save_checkpoint(tiny_model(), tmp_path, torch.float32)
     if "index" in name:
         (tmp_path / "model.safetensors").unlink()
@@ -176,7 +181,9 @@ def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_odd_ending_tokens_are_left_out_with_a_warning(tmp_path, caplog):
+def test_odd_ending_tokens_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_checkpoint(tiny_model(eos_token_ids=(2,)), tmp_path, torch.float32)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, "</s>", -1]}')
     with caplog.at_level(logging.WARNING):

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from model.network.config import LoopedConfig
 from model.network.layers import causal_attention
 from model.passes.rows import RowRun
-from model.passes.torch.attention import GatheredAttention, InvariantAttention, KVStore, ViewedAttention
-from model.passes.torch.attention.invariant import attend_block, blocks_agree
+from model.passes.torch.attention import GatheredAttention, KVStore
 from model.passes.torch.attention.store import zeros
 from model.schedule.pages import PageTable
 from tests.tiny_models import tiny_config
@@ -59,8 +58,8 @@ def cache_and_truth(
     k, v = torch.randn(2, 2, 4, LENGTH, KV_HEADS, DIM, generator=generator)
     for sequence, table in enumerate(tables):
         for loop in range(4):
-            slots = store.entries([RowRun(table, 0, LENGTH, loop)])
-            store.write(0, slots, k[sequence, loop], v[sequence, loop])
+            entries = store.entries([RowRun(table, 0, LENGTH, loop)])
+            store.write(0, entries, k[sequence, loop], v[sequence, loop])
     loops = [causal_attention(q[:, r], k[:, r], v[:, r], config.window(0, r)) for r in range(4)]
     truth = torch.stack(loops, 1)
     return store, tables, q, truth
@@ -78,10 +77,10 @@ def implementations() -> list[type]:
     # Imported here: conftest has asked for Triton's interpreter by now.
     from model.passes.cuda.triton_paged import TritonAttention  # noqa: PLC0415
 
-    return [GatheredAttention, ViewedAttention, InvariantAttention, TritonAttention]
+    return [GatheredAttention, TritonAttention]
 
 
-@pytest.mark.parametrize("number", range(4), ids=["gathered", "viewed", "invariant", "triton"])
+@pytest.mark.parametrize("number", range(2), ids=["gathered", "triton"])
 @given(
     first=runs_of_one_sequence,
     second=runs_of_one_sequence,
@@ -91,7 +90,15 @@ def implementations() -> list[type]:
     window=st.sampled_from(sorted(WINDOWS)),
 )
 @settings(max_examples=50, deadline=None)
-def test_ragged_rows_equal_plain_causal_attention(number, first, second, width_one, layout, seed, window):
+def test_ragged_rows_equal_plain_causal_attention(
+    number: int,
+    first: list[tuple[int, int, int]],
+    second: list[tuple[int, int, int]],
+    width_one: bool,
+    layout: str,
+    seed: int,
+    window: str,
+) -> None:
     """Waves, prompt chunks, any loops, pages, windows. The rows' K/V are written again, as in a pass."""
     store, tables, q, truth = cache_and_truth(layout, seed, CONFIGS[window])
     rows = [
@@ -135,106 +142,21 @@ def test_a_binding_that_only_reads_leaves_the_cache_as_it_is() -> None:
     assert torch.equal(store.values[0], before[1])
 
 
-@given(
-    first=runs_of_one_sequence,
-    second=runs_of_one_sequence,
-    in_bf16=st.booleans(),
-    layout=st.sampled_from(sorted(LAYOUTS)),
-    seed=st.integers(0, 3),
-    window=st.sampled_from(sorted(WINDOWS)),
-)
-@settings(max_examples=50, deadline=None)
-def test_invariant_attention_gives_a_row_the_bits_it_gets_alone(first, second, in_bf16, layout, seed, window):
-    """Whatever stands beside a row, and wherever its sequence's pages lie."""
-    batch, alone = (cache_and_truth(pages, seed, CONFIGS[window]) for pages in (layout, "neighbours"))
-    rows = [
-        (sequence, loop, start, count)
-        for sequence, runs in enumerate((first, second))
-        for loop, start, count in sorted(runs)
-    ]
-    dtype = torch.bfloat16 if in_bf16 else torch.float32
-
-    def attended(side, rows) -> torch.Tensor:
-        store, tables, q, _ = side
-        runs = [RowRun(tables[sequence], start, count, loop) for sequence, loop, start, count in rows]
-        entries = store.entries(runs)
-        k, v = (cache[0].flatten(0, 1)[entries].to(dtype) for cache in (store.keys, store.values))
-        queries = torch.cat([q[s, loop, start : start + count] for s, loop, start, count in rows])
-        return InvariantAttention(store).bind(runs)(0, queries.to(dtype), k, v)
-
-    together = attended(batch, rows)
-    # The batch has stored all its rows before any row attends: so does the other cache.
-    attended(alone, rows)
-    one_by_one = [
-        attended(alone, [(s, loop, p, 1)]) for s, loop, start, n in rows for p in range(start, start + n)
-    ]
-    assert together.dtype == dtype
-    assert torch.equal(together, torch.cat(one_by_one))
-
-
-@pytest.mark.parametrize("window", ["none", "sliding"])
-@pytest.mark.parametrize("page_size", [4, 16])
-def test_rows_of_a_page_attend_as_a_block_or_by_themselves_with_the_same_bits(
-    page_size, window, monkeypatch
-) -> None:
-    """Where the machine was seen to agree; with three query heads to a K/V head the way is taken here."""
-    shape = {"num_loops": 2, "num_block_layers": 1, "num_heads": 6, "num_kv_heads": 2}
-    config = tiny_config(**shape, **WINDOWS[window])
-    store = KVStore(config, 640, torch.device("cpu"), torch.float32)
-    table = PageTable(page_size)
-    for page in range(640 // page_size):
-        table.append(page)
-    generator = torch.Generator().manual_seed(7)
-    for cache in (store.keys[0], store.values[0]):
-        cache.copy_(torch.randn(cache.shape, generator=generator))
-    agree = blocks_agree(2, 3, config.head_dim, page_size, torch.get_num_threads())
-    blocks = []
-    monkeypatch.setattr(
-        "model.passes.torch.attention.invariant.attend_block",
-        lambda *tensors: blocks.append(1) or attend_block(*tensors),
-    )
-    for start, rows in ((0, 40), (30, 9), (250, 64), (513, 35)):
-        runs = [RowRun(table, start, rows, 1)]
-        q = torch.randn(rows, 6, config.head_dim, generator=generator)
-        entries = store.entries(runs)
-        k, v = (cache[0].flatten(0, 1)[entries] for cache in (store.keys, store.values))
-        together = InvariantAttention(store).bind(runs)(0, q, k, v)
-        taken = len(blocks)
-        alone = [
-            InvariantAttention(store).bind([RowRun(table, start + i, 1, 1)])(
-                0, q[i : i + 1], k[i : i + 1], v[i : i + 1]
-            )
-            for i in range(rows)
-        ]
-        assert len(blocks) == taken  # a single row never is a block
-        assert torch.equal(together, torch.cat(alone))
-    assert bool(blocks) == agree
-
-
-def test_a_machine_whose_blocks_round_otherwise_attends_row_by_row(monkeypatch) -> None:
-    def rounded(q, keys, values, mask):
-        return attend_block(q, keys, values, mask) * (1 + 2**-20)
-
-    monkeypatch.setattr("model.passes.torch.attention.invariant.attend_block", rounded)
-    assert not blocks_agree.__wrapped__(2, 3, 16, 16, 1)
-
-
 def test_what_an_earlier_owner_left_in_a_page_cannot_reach_a_row_under_the_mask() -> None:
     """The rest of a page is read under a mask, and no mask hides a NaN: the cache never holds one."""
     store, tables, q, truth = cache_and_truth(layout="neighbours", seed=2)
-    attention, bad = InvariantAttention(store), torch.full((1, KV_HEADS, DIM), torch.nan)
+    attention, bad = GatheredAttention(store), torch.full((1, KV_HEADS, DIM), torch.nan)
     attention.bind([RowRun(tables[0], 21, 1, 2)])(0, q[0, 2, 21:22], bad, bad / 0)
-    run = RowRun(tables[0], 20, 1, 2)
-    keys, values = (cache[0].flatten(0, 1)[store.entries([run])] for cache in (store.keys, store.values))
-    assert torch.allclose(
-        attention.bind([run])(0, q[0, 2, 20:21], keys, values), truth[0, 2, 20:21], atol=1e-5
-    )
+    runs = [RowRun(tables[0], 20, 1, 2), RowRun(tables[1], 30, 1, 2)]  # padded to one length
+    keys, values = (cache[0].flatten(0, 1)[store.entries(runs)] for cache in (store.keys, store.values))
+    got = attention.bind(runs)(0, torch.stack((q[0, 2, 20], q[1, 2, 30])), keys, values)
+    assert torch.allclose(got, torch.stack((truth[0, 2, 20], truth[1, 2, 30])), atol=1e-5)
 
 
 def test_a_row_does_not_see_what_stands_behind_it() -> None:
     """After a flush stale entries remain behind the end; they must not matter."""
     store, tables, q, truth = cache_and_truth(layout="neighbours", seed=1)
-    store.keys[0][:, tables[0].slot(20) :] = 1e4
+    store.keys[0][:, tables[0].cell(20) :] = 1e4
     run = RowRun(tables[0], 19, 1, 2)
     entries = store.entries([run])
     for implementation in implementations():
@@ -248,16 +170,18 @@ def test_attention_for_training_equals_the_fused_one_forwards_and_backwards() ->
     seeded = torch.Generator().manual_seed(0)
     shapes = ((2, 11, 6, 8), (2, 11, 2, 8), (2, 11, 2, 8))
     tensors = [torch.randn(shape, generator=seeded) for shape in shapes]
-    wanted = causal_attention(*tensors)
+    q, k, v = tensors
+    wanted = causal_attention(q, k, v)
     trained = [tensor.clone().requires_grad_(True) for tensor in tensors]
-    out = causal_attention(*trained)
+    q, k, v = trained
+    out = causal_attention(q, k, v)
     torch.testing.assert_close(out.detach(), wanted)
     weights = torch.randn(wanted.shape, generator=seeded)
-    (out * weights).sum().backward()
+    torch.autograd.backward((out * weights).sum())
     fused = [tensor.clone().requires_grad_(True) for tensor in tensors]
     q, k, v = (tensor.transpose(1, 2) for tensor in fused)
     plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    (plain * weights).sum().backward()
+    torch.autograd.backward((plain * weights).sum())
     for mine, theirs in zip(trained, fused, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
 

@@ -1,12 +1,13 @@
 """int8 checkpoints: what is written is what is multiplied, in every layout; everything else is one error."""
 
-import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from cli.main import main
 from model import load_model, save_checkpoint
@@ -14,19 +15,10 @@ from model.checkpoint.families.quantized import int8_fields
 from model.checkpoint.files import CheckpointError
 from model.checkpoint.loader import is_stored_in_int8, load_skeleton
 from model.network.config import ConfigError
-from model.network.int8 import (
-    Int8Linear,
-    IntegerLinear,
-    quantize_linears,
-    quantized,
-    use_integer_products,
-)
+from model.network.int8 import Int8Linear, quantize_linears, quantized
 from model.network.looped import LoopedTransformer
-from model.network.packed import pack_linears
-from model.options import WorkerOptions
-from model.worker.build import build_engine, resolve_quantization
 from tests.checkpoint_edits import edit_config, edit_tensors
-from tests.cpu import HAS_INTEGER_PRODUCTS, needs_integer_products
+from tests.loose import Field
 from tests.tiny_models import tiny_model
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -39,7 +31,7 @@ RAVEN = {
     "num_prelude_layers": 1,
     "num_coda_layers": 1,
 }
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Field]] = {
     "nanbeige": {},
     "nanbeige_tied": {"tie_embeddings": True, "qkv_bias": True, "output_bias": True, "mlp_bias": True},
     "raven": RAVEN,
@@ -75,13 +67,13 @@ def rounded(model: LoopedTransformer) -> LoopedTransformer:
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     save_checkpoint(model_of("nanbeige"), tmp_path, torch.float32, int8=True)
     return tmp_path
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_model_in_int8_loads_as_its_rounded_weights(tmp_path, layout):
+def test_a_model_in_int8_loads_as_its_rounded_weights(tmp_path: Path, layout: str) -> None:
     save_checkpoint(model_of(layout), tmp_path, torch.bfloat16, int8=True)
     loaded, model = load_model(tmp_path), rounded(model_of(layout))
     assert loaded.config == model.config
@@ -94,7 +86,7 @@ def test_a_model_in_int8_loads_as_its_rounded_weights(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "raven" in name])
-def test_a_raven_model_loads_as_itself(tmp_path, layout):
+def test_a_raven_model_loads_as_itself(tmp_path: Path, layout: str) -> None:
     model = model_of(layout)
     save_checkpoint(model, tmp_path, torch.float32)
     loaded = load_model(tmp_path)
@@ -115,13 +107,15 @@ def test_a_raven_model_loads_as_itself(tmp_path, layout):
         {"bos_token_id": None, "exit_gate": True},
     ],
 )
-def test_a_model_that_the_raven_layout_cannot_hold_is_not_written(tmp_path, changes):
+def test_a_model_that_the_raven_layout_cannot_hold_is_not_written(
+    tmp_path: Path, changes: dict[str, Field]
+) -> None:
     with pytest.raises(ValueError, match="raven"):
         save_checkpoint(tiny_model(**{**RAVEN, **changes}), tmp_path / "new", torch.float32)
     assert not (tmp_path / "new").exists()
 
 
-def test_matrices_take_a_byte_a_number_with_a_scale_a_row(folder):
+def test_matrices_take_a_byte_a_number_with_a_scale_a_row(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     matrices = {name for name, tensor in tensors.items() if tensor.dtype == torch.int8}
     assert len(matrices) == 2 * 7 + 2
@@ -137,9 +131,8 @@ def test_matrices_take_a_byte_a_number_with_a_scale_a_row(folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_integers_of_a_loaded_model_are_those_on_disk(tmp_path, layout, monkeypatch):
+def test_the_integers_of_a_loaded_model_are_those_on_disk(tmp_path: Path, layout: str) -> None:
     """By way of fp32 weights, and kept from the disk: with bf16 too, whose rounding would move them."""
-    monkeypatch.setattr("model.network.int8.integer_products_are_exact", lambda: False)
     model = model_of(layout)
     save_checkpoint(model, tmp_path, torch.bfloat16, int8=True)
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "adapter"}
@@ -149,28 +142,30 @@ def test_the_integers_of_a_loaded_model_are_those_on_disk(tmp_path, layout, monk
     kept = load_model(tmp_path, dtype="bfloat16", int8=True).model
     assert kept.dtype == kept.norm.weight.dtype == torch.bfloat16
     for name, (weight, scales) in wanted.items():
-        for found in (again.get_submodule(name), kept.get_submodule(name)):
-            assert isinstance(found, Int8Linear)
-            assert torch.equal(found.weight, weight), name
-        assert torch.allclose(again.get_submodule(name).scales, scales, rtol=1e-6)
-        assert torch.equal(kept.get_submodule(name).scales, scales)
+        anew, read = again.get_submodule(name), kept.get_submodule(name)
+        assert isinstance(anew, Int8Linear)
+        assert isinstance(read, Int8Linear)
+        assert torch.equal(anew.weight, weight), name
+        assert torch.equal(read.weight, weight), name
+        assert torch.allclose(anew.scales, scales, rtol=1e-6)
+        assert torch.equal(read.scales, scales)
 
 
-def test_a_row_down_to_minus_128_is_kept(folder, monkeypatch):
+def test_a_row_down_to_minus_128_is_kept(folder: Path) -> None:
     """Others' scales are the largest / 127.5; rounding such a row anew would change its numbers."""
     weight = load_file(folder / "model.safetensors")[NAME]
     weight[3, 5] = -128
     edit_tensors(folder, **{NAME: weight})
     kept, wanted = load_model(folder, int8=True).logits(IDS), load_model(folder).logits(IDS)
     assert (kept - wanted).abs().max() < 1e-3 * wanted.abs().max()
-    monkeypatch.setattr("model.network.int8.integer_products_are_exact", lambda: False)
     held = load_model(folder, int8=True).model.get_submodule(QKV)
+    assert isinstance(held, Int8Linear)
     assert torch.equal(held.weight[32:48], weight)
 
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_in_int8_is_loading_and_quantising(tmp_path, tie, dtype):
+def test_loading_in_int8_is_loading_and_quantising(tmp_path: Path, tie: bool, dtype: str) -> None:
     """Of a checkpoint in any dtype; the exit gate stays."""
     save_checkpoint(tiny_model(tie_embeddings=tie), tmp_path, getattr(torch, dtype))
     slow = load_model(tmp_path, dtype=dtype)
@@ -180,7 +175,7 @@ def test_loading_in_int8_is_loading_and_quantising(tmp_path, tie, dtype):
     assert torch.equal(fast.logits(IDS), slow.logits(IDS))
 
 
-def test_a_small_mapping_window_changes_nothing(folder, monkeypatch):
+def test_a_small_mapping_window_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices and scales in pieces of a few rows, as those of a large model are."""
     wanted = [load_model(folder, int8=int8).logits(IDS) for int8 in (False, True)]
     monkeypatch.setattr("model.checkpoint.files.BYTES_PER_MAPPING", 100)
@@ -191,7 +186,7 @@ def test_a_small_mapping_window_changes_nothing(folder, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("flat", [False, True])
-def test_scales_of_any_dtype_and_of_both_shapes(folder, dtype, flat):
+def test_scales_of_any_dtype_and_of_both_shapes(folder: Path, dtype: torch.dtype, flat: bool) -> None:
     tensors = load_file(folder / "model.safetensors")
     scales = tensors[f"{NAME}_scale"].to(dtype)
     edit_tensors(folder, **{f"{NAME}_scale": scales.flatten() if flat else scales})
@@ -202,7 +197,7 @@ def test_scales_of_any_dtype_and_of_both_shapes(folder, dtype, flat):
     )
 
 
-def test_a_matrix_may_stay_in_floating_point(folder):
+def test_a_matrix_may_stay_in_floating_point(folder: Path) -> None:
     """As those under `ignore` do."""
     weight = torch.randn(16, 32)
     edit_tensors(folder, **{NAME: weight, f"{NAME}_scale": None})
@@ -211,7 +206,7 @@ def test_a_matrix_may_stay_in_floating_point(folder):
     assert torch.equal(held.embedding.weight, load_model(folder).model.embedding.weight)
 
 
-def test_a_tied_head_that_is_stored_too_is_tied_only_if_it_is_equal(tmp_path):
+def test_a_tied_head_that_is_stored_too_is_tied_only_if_it_is_equal(tmp_path: Path) -> None:
     save_checkpoint(model_of("nanbeige_tied"), tmp_path, torch.float32, int8=True)
     tensors = load_file(tmp_path / "model.safetensors")
     for name in ("weight", "weight_scale"):
@@ -227,15 +222,18 @@ def test_a_tied_head_that_is_stored_too_is_tied_only_if_it_is_equal(tmp_path):
         torch.testing.assert_close(wide, 2 * embedding)
 
 
-def wrong_scale(value):
-    def damage(tensors):
+Damage = Callable[[dict[str, Tensor]], dict[str, Tensor | None]]
+
+
+def wrong_scale(value: float) -> Damage:
+    def damage(tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
         tensors[f"{NAME}_scale"][3] = value
         return {f"{NAME}_scale": tensors[f"{NAME}_scale"]}
 
     return damage
 
 
-DAMAGES = {
+DAMAGES: dict[str, tuple[Damage, str]] = {
     "no_scale": (lambda _: {f"{NAME}_scale": None}, f"missing: {NAME}_scale"),
     "no_weight": (lambda _: {NAME: None}, f"missing: {NAME}\n.*unexpected: {NAME}_scale"),
     "a_scale_of_floats": (lambda t: {NAME: t[NAME].float()}, f"unexpected: {NAME}_scale"),
@@ -264,7 +262,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "line"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_broken_tensor_is_a_line_of_the_error(folder, damage, line):
+def test_a_broken_tensor_is_a_line_of_the_error(folder: Path, damage: Damage, line: str) -> None:
     edit_tensors(folder, **damage(load_file(folder / "model.safetensors")))
     with pytest.raises(CheckpointError) as error:
         load_model(folder)
@@ -276,7 +274,9 @@ def test_a_broken_tensor_is_a_line_of_the_error(folder, damage, line):
         assert str(of_headers.value) == str(error.value)
 
 
-def test_everything_that_is_broken_is_listed_at_once_and_is_status_two(folder, capsys):
+def test_everything_that_is_broken_is_listed_at_once_and_is_status_two(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tensors = load_file(folder / "model.safetensors")
     changes = {
         "model.layers.0.mlp.up_proj.weight_scale": None,
@@ -293,7 +293,7 @@ def test_everything_that_is_broken_is_listed_at_once_and_is_status_two(folder, c
     assert "up_proj.weight_scale" in capsys.readouterr().err
 
 
-def test_int8_without_a_quantization_config(folder):
+def test_int8_without_a_quantization_config(folder: Path) -> None:
     edit_config(folder, quantization_config=None)
     with pytest.raises(CheckpointError) as error:
         load_model(folder)
@@ -302,56 +302,9 @@ def test_int8_without_a_quantization_config(folder):
     assert "quantization_config" in str(error.value)
 
 
-def test_another_quantisation_is_refused_before_any_tensor_is_read(folder):
+def test_another_quantisation_is_refused_before_any_tensor_is_read(folder: Path) -> None:
     fields = int8_fields()["quantization_config"]
     edit_config(folder, quantization_config={**fields, "format": "pack-quantized"})
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"quantization_config.format is 'pack-quantized'.*int-quantized"):
         load_model(folder)
-
-
-@pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_auto_keeps_int8_where_it_is_stored_and_exact(tmp_path, monkeypatch, stored, exact, device):
-    monkeypatch.setattr("model.worker.build.integer_products_are_exact", lambda: exact)
-    save_checkpoint(tiny_model(), tmp_path, torch.bfloat16, int8=stored)
-    kept = stored and exact and device == "cpu"
-    assert resolve_quantization("auto", tmp_path, torch.device(device)) == ("int8" if kept else "none")
-    for name in ("int8", "none"):
-        assert resolve_quantization(name, tmp_path, torch.device(device)) == name
-
-
-@needs_integer_products
-@pytest.mark.parametrize(("quantization", "integers"), [("auto", True), ("int8", True), ("none", False)])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_an_engine_multiplies_what_is_asked_for(folder, quantization, integers, deterministic):
-    options = WorkerOptions(
-        model_path=str(folder),
-        device="cpu",
-        quantization=quantization,
-        row_budget=8,
-        kv_cache_tokens=256,
-        threads=torch.get_num_threads(),
-        deterministic=deterministic,
-    )
-    model = build_engine(options).model
-    kinds = [isinstance(layer, IntegerLinear) for layer in (model.head, model.layers[0].attn.o_proj)]
-    assert kinds == [integers] * 2
-
-
-@needs_integer_products
-def test_a_loaded_model_takes_part_in_what_follows(folder):
-    """Nothing is quantised or packed a second time."""
-    model = load_model(folder, int8=True).model
-    assert isinstance(model.head, IntegerLinear)
-    assert quantize_linears(model) == pack_linears(model) == 0
-    use_integer_products(model)
-
-
-@pytest.mark.parametrize("quantization", ["auto", "none"])
-def test_inspect_says_how_weights_are_held(folder, capsys, quantization):
-    assert main(["inspect", str(folder), "--device", "cpu", "--quantization", quantization, "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    kept = quantization == "auto" and HAS_INTEGER_PRODUCTS
-    assert facts["quantization"] == ("int8" if kept else "none")

@@ -12,6 +12,7 @@ from bench.depth_for_free import Decoded, milliseconds
 from bench.depth_report import Row, claims
 from bench.depth_variants import Variant, recipe_of, variants
 from model import load_model
+from tests.loose import Field
 from training.recipe import Recipe, load_recipe
 from training.text_task import TextTask
 
@@ -19,14 +20,20 @@ from training.text_task import TextTask
 @pytest.fixture
 def recipe() -> Recipe:
     full = load_recipe(depth_for_free.RECIPE)
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    small: dict[str, Field] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 16,
+    }
     model = replace(full.model, vocab_size=300, num_block_layers=2, **small)
     stages = tuple(replace(stage, steps=2, sequence_length=32) for stage in full.stages[1:])
     return replace(full, model=model, stages=stages, tokens_per_step=64)
 
 
 @pytest.fixture
-def corpus(tmp_path, monkeypatch) -> Path:
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for index in range(120):
@@ -36,7 +43,7 @@ def corpus(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_all_models_see_the_same_batches_at_the_same_rates(recipe) -> None:
+def test_all_models_see_the_same_batches_at_the_same_rates(recipe: Recipe) -> None:
     chosen = variants([2], [2, 4])
     assert [v.name for v in chosen] == ["2x1", "2x2", "2x4", "4x1", "8x1"]
     own = [recipe_of(recipe, variant) for variant in chosen]
@@ -52,7 +59,9 @@ def test_all_models_see_the_same_batches_at_the_same_rates(recipe) -> None:
     assert stage.num_loops == 1
 
 
-def test_trained_in_slices_measured_and_reported(recipe, corpus, tmp_path, monkeypatch) -> None:
+def test_trained_in_slices_measured_and_reported(
+    recipe: Recipe, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(depth_variants, "HELD_OUT_WINDOWS", 3)
     runs, results = tmp_path / "runs", tmp_path / "results"
     chosen = variants([2], [2])
@@ -113,7 +122,13 @@ def test_the_claims_are_ratios_to_the_same_block_run_once() -> None:
     ("option", "value"),
     [("--only", "2x9"), ("--max-tokens", "1"), ("--rounds", "0"), ("--prompt-tokens", "400")],
 )
-def test_options_that_cannot_be_had_are_named_before_any_work(option, value, tmp_path, monkeypatch, capsys):
+def test_options_that_cannot_be_had_are_named_before_any_work(
+    option: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     runs = tmp_path / "runs"  # which isn't there
     monkeypatch.setattr("sys.argv", ["bench", "measure", "--runs", str(runs), option, value])
     with pytest.raises(SystemExit) as end:

@@ -1,6 +1,8 @@
 """Distillation on tiny shapes: an exact cut of the vocabulary, an aligned teacher, resumable slices."""
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +105,7 @@ def full() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def teacher_folder(full, tmp_path_factory) -> Path:
+def teacher_folder(full: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random teacher whose turns end often, as a llama checkpoint."""
     folder = tmp_path_factory.mktemp("teacher")
     model = tiny_model(
@@ -146,7 +148,7 @@ def teacher_folder(full, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def written(full, teacher_folder, tmp_path) -> Path:
+def written(full: Tokenizer, teacher_folder: Path, tmp_path: Path) -> Path:
     """Shards of conversations about the rain, as a teacher would write them, and labelled by it."""
     rng = np.random.default_rng(0)
     words = TEXT.split()
@@ -162,7 +164,7 @@ def written(full, teacher_folder, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_the_cut_encoding_is_that_of_the_full_tokens_one_by_one(full) -> None:
+def test_the_cut_encoding_is_that_of_the_full_tokens_one_by_one(full: Tokenizer) -> None:
     cut = cut_tokenizer(full, CUT)
     pieces = pieces_of(full, cut)
     for text in (TEXT, "unseen words: zebra, 123\n\té <|im_end|>", "<|im_start|>user\nrain<|im_end|>"):
@@ -175,45 +177,47 @@ def test_the_cut_encoding_is_that_of_the_full_tokens_one_by_one(full) -> None:
     assert len(cut.encode(TEXT).ids) > len(full.encode(TEXT).ids)
 
 
-def test_a_cut_that_loses_a_byte_is_refused(full) -> None:
+def test_a_cut_that_loses_a_byte_is_refused(full: Tokenizer) -> None:
     with pytest.raises(VocabularyError, match="200 tokens"):
         cut_tokenizer(full, 200)
 
 
 @pytest.mark.parametrize("start", ["<|im_start|>", "<|endoftext|>"])
 def test_labels_are_the_teachers_distribution_of_the_text_so_far_summed_over_first_pieces(
-    full, teacher_folder, start, monkeypatch
+    full: Tokenizer, teacher_folder: Path, start: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Position by position against a teacher that reads the system prompt and the text's own tokens."""
     monkeypatch.setattr(labelling, "LIKELIEST", likeliest := 200)  # of a teacher that holds all for likely
     cut, loaded = cut_tokenizer(full, CUT), load_model(teacher_folder)
     pieces = pieces_of(full, cut)
     system = turn(full, "system", "Be kind.")
-    labeller = Labeller(loaded.model, pieces, system, full.token_to_id("<|im_start|>"))
+    begin = full.token_to_id("<|im_start|>")
+    assert begin is not None
+    labeller = Labeller(loaded.model, pieces, system, begin)
     text = full.encode(start + "the train waits in the mountain, it stays").ids
     short = full.encode("<|endoftext|>rain").ids
     labels, _ = labeller.labels([np.asarray(each, dtype=np.uint16) for each in (text, short)])
     encoded = encode(np.asarray(text, dtype=np.uint16), pieces)
     assert labels.ids.shape == (len(encoded.ids) - 1, likeliest)
     unknown = 0
-    for place, (ids, chances) in enumerate(zip(labels.ids, labels.chances, strict=True)):
+    for place, (ids, probabilities) in enumerate(zip(labels.ids, labels.probabilities, strict=True)):
         owner, target = encoded.owner[place : place + 2]
         if owner == target:
             unknown += 1
-            assert not chances.any()
+            assert not probabilities.any()
             continue
         read = [*(system if start == "<|im_start|>" else []), *text[:target]]
         wanted = torch.zeros(CUT).index_add_(
             0, torch.from_numpy(pieces.first), loaded.logits(read)[-1].softmax(-1)
         )
         best = wanted.topk(likeliest).values
-        got = torch.from_numpy(chances.astype(np.float32))
+        got = torch.from_numpy(probabilities.astype(np.float32))
         torch.testing.assert_close(got, best / best.sum(), rtol=5e-3, atol=1e-4)
         torch.testing.assert_close(wanted[ids.astype(np.int64)], best, rtol=1e-3, atol=1e-5)
     assert 2 < unknown < len(labels.ids) - 4
 
 
-def test_a_batch_writes_what_each_prompt_alone_would_get(teacher_folder) -> None:
+def test_a_batch_writes_what_each_prompt_alone_would_get(teacher_folder: Path) -> None:
     """Greedy, prompts of many lengths, most ended early, against the slow forward pass."""
     loaded = load_model(teacher_folder)
     rng = np.random.default_rng(1)
@@ -239,15 +243,17 @@ def test_a_batch_writes_what_each_prompt_alone_would_get(teacher_folder) -> None
     assert [each.tokens for each in mixed[0][::2]] == [each.tokens for each in endless[::2]]
 
 
-def test_the_writer_keeps_whole_turns_and_sentences(full) -> None:
+def test_the_writer_keeps_whole_turns_and_sentences(full: Tokenizer) -> None:
     bank = QuestionBank(("rain in spain?", "the train?"), ("the", "mountain"), frozenset({"the in the"}))
     settings = Generation("Be kind.", 90, 0.2, 0.5, 0.5, 1.0, (0.0,), 8, 8, 12, min_distinct=0.5)
     words = [full.encode(" " + word).ids[0] for word in ("stays", "rain", "spain", "waits", "mainly")]
     stop, the = full.encode(".").ids[0], full.encode(" in the").ids
 
-    def scripted(prompts, most, heats, seed):
+    def scripted(
+        prompts: Sequence[object], most: int, temperatures: Sequence[float], seed: int
+    ) -> list[Written]:
         """By turns: a text that ends, one that is cut behind a sentence, one without a sentence, a circle."""
-        assert len(heats) == len(prompts)
+        assert len(temperatures) == len(prompts)
         kinds = [
             Written(words[:4], True),
             Written([*words[:2], stop, *words[2:]][:most], False),
@@ -284,13 +290,13 @@ def test_no_question_of_the_twenty_is_taught() -> None:
     bank = load_questions()
     assert not any(bank.may_ask(question) for question in QUESTIONS)
     assert all(map(bank.may_ask, bank.whole))
-    talks = primer()
-    assert len(talks) == len(set(talks)) > 1000
-    assert all(bank.may_ask(talk.question) for talk in talks)
+    exchanges = primer()
+    assert len(exchanges) == len(set(exchanges)) > 1000
+    assert all(bank.may_ask(exchange.question) for exchange in exchanges)
     assert not bank.may_ask("hello how ARE you")
 
 
-def test_answers_are_what_the_assistant_says(full) -> None:
+def test_answers_are_what_the_assistant_says(full: Tokenizer) -> None:
     cut = cut_tokenizer(full, CUT)
     heads = Heads(cut, "<|im_start|>", "<|im_end|>")
     talk = [("user", "rain"), ("assistant", "the train"), ("user", "in"), ("assistant", "spain.")]
@@ -314,7 +320,7 @@ def test_batches_hold_every_text_once_and_few_enough_tokens() -> None:
 
 
 def test_a_student_is_its_teachers_layers_and_at_first_every_loop_computes_the_same(
-    teacher_folder, tmp_path
+    teacher_folder: Path, tmp_path: Path
 ) -> None:
     recipe = load_distill_recipe(_recipe(tmp_path)).training
     teacher = load_model(teacher_folder).model
@@ -334,7 +340,7 @@ def test_a_student_is_its_teachers_layers_and_at_first_every_loop_computes_the_s
         student_from_teacher(recipe, teacher, (0, 1))
 
 
-def test_the_layer_that_costs_least_goes_first(teacher_folder, full) -> None:
+def test_the_layer_that_costs_least_goes_first(teacher_folder: Path, full: Tokenizer) -> None:
     pruner = Pruner(load_model(teacher_folder).model, [np.asarray(full.encode(TEXT).ids, dtype=np.uint16)])
     removed = list(pruner.removals())
     assert len(removed) == 3
@@ -344,7 +350,9 @@ def test_the_layer_that_costs_least_goes_first(teacher_folder, full) -> None:
         left.remove(layer)
 
 
-def test_generated_trained_and_exported_in_slices_equals_in_one(teacher_folder, written, tmp_path) -> None:
+def test_generated_trained_and_exported_in_slices_equals_in_one(
+    teacher_folder: Path, written: Path, tmp_path: Path
+) -> None:
     whole = tmp_path / "whole"
     (whole / "texts").mkdir(parents=True)
     for shard in (written / "texts").glob("*.npz"):
@@ -369,7 +377,7 @@ def test_generated_trained_and_exported_in_slices_equals_in_one(teacher_folder, 
     assert json.loads((whole / "model" / "generation_config.json").read_text())["temperature"] < 1
 
 
-def test_generation_goes_on_where_it_stopped(teacher_folder, tmp_path) -> None:
+def test_generation_goes_on_where_it_stopped(teacher_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "new"
     assert _run("generate", run, teacher_folder, tmp_path, minutes=0) == main.UNFINISHED
     first = (run / "texts" / "shard-00000.npz").stat().st_mtime_ns
@@ -381,13 +389,17 @@ def test_generation_goes_on_where_it_stopped(teacher_folder, tmp_path) -> None:
     assert len(list((run / "texts").glob("labels-*.npz"))) == 3
 
 
-def test_texts_without_labels_are_not_trained_on(full, teacher_folder, tmp_path, capsys) -> None:
+def test_texts_without_labels_are_not_trained_on(
+    full: Tokenizer, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_shard(tmp_path / "bare" / "texts", 0, [full.encode("<|endoftext|>rain").ids] * 60)
     assert _run("train", tmp_path / "bare", teacher_folder, tmp_path) == USAGE_ERROR
     assert "label the texts first" in capsys.readouterr().err
 
 
-def test_what_is_not_there_is_one_line(teacher_folder, tmp_path, capsys) -> None:
+def test_what_is_not_there_is_one_line(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _run("train", tmp_path / "empty", teacher_folder, tmp_path) == USAGE_ERROR
     assert _run("export", tmp_path / "empty", tmp_path / "nobody", tmp_path) == USAGE_ERROR
     missing = ["train", "distill", "teacher", str(tmp_path / "gone.whl"), "--output", str(tmp_path / "out")]
@@ -411,7 +423,7 @@ def _recipe(folder: Path) -> Path:
 
 
 def _run(action: str, run: Path, teacher: Path, tmp_path: Path, minutes: float = 10) -> int:
-    parser = main.argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     main.add_arguments(parser)
     options = ["--run", str(run), "--teacher", str(teacher), "--recipe", str(_recipe(tmp_path))]
     options += ["--device", "cpu", "--dtype", "float32", "--threads", "1", "--max-minutes", str(minutes)]

@@ -1,6 +1,7 @@
 """The engine on tiny real models: speculation on == off, alone == in a batch, the cache after flushes."""
 
 import random
+from typing import cast
 
 import pytest
 import torch
@@ -9,17 +10,19 @@ from hypothesis import strategies as st
 
 from model.engine import Engine, EngineConfigError
 from model.network.looped import LoopedTransformer
-from model.network.packed import PackedLinear, pack_linears, padded_rows
-from model.options import POLICIES, EngineOptions
-from model.passes.torch.backend import bytes_per_token
+from model.options import POLICIES, DraftPolicyName, EngineOptions
+from model.passes.backend import BackendMaker
+from model.passes.torch.backend import TorchBackend, TorchMaker
 from model.protocol import GenerationRequest, SamplingParams
-from tests.tiny_models import SHAPES, tiny_model
+from tests.engine.native_tools import maker_for
+from tests.loose import Field, Json
+from tests.tiny_models import ALL_SHAPES, tiny_model
 
 GREEDY = SamplingParams(temperature=0)
 NEW_TOKENS = 16
 
 
-def request(index: int, prompt: list[int], sampling: SamplingParams, **options) -> GenerationRequest:
+def request(index: int, prompt: list[int], sampling: SamplingParams, **options: Field) -> GenerationRequest:
     options = {"max_tokens": NEW_TOKENS, **options}
     return GenerationRequest(
         request_id=str(index), prompt_token_ids=prompt, sampling=sampling, ignore_eos=True, **options
@@ -33,11 +36,12 @@ def prompts(count: int, vocab: int = 61) -> list[list[int]]:
 
 def engine(
     model: LoopedTransformer,
-    draft_depths=None,
-    policy: str = "adaptive",
+    draft_depths: tuple[int, ...] | None = None,
+    policy: DraftPolicyName = "adaptive",
     row_budget: int = 32,
     tokens: int = 1024,
-    **limits: int,
+    maker: BackendMaker | None = None,
+    **limits: Field,
 ) -> Engine:
     limits = {"prefill_chunk_size": 16, "prefill_rows": 32, **limits}
     config = EngineOptions(
@@ -47,7 +51,7 @@ def engine(
         row_budget=row_budget,
         **limits,
     )
-    return Engine(model, config)
+    return Engine(model, config, maker=maker or maker_for(model))
 
 
 def texts(engine: Engine, requests: list[GenerationRequest]) -> list[list[int]]:
@@ -61,14 +65,15 @@ def plain_greedy(model: LoopedTransformer, prompt: list[int], loops: int | None 
     """A whole forward pass for every token: no cache, no rows."""
     ids = list(prompt)
     for _ in range(NEW_TOKENS):
-        state = model.depths(torch.tensor([ids]), loops)[-1]
+        prefix = len(prompt) if model.config.prefix_lm else 0
+        state = model.depths(torch.tensor([ids]), loops, prefix=prefix)[-1]
         ids.append(int(model.whole_readout(state)[0, -1].argmax()))
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_greedy_text_is_plain_decoding_for_every_shape_and_draft_policy(shape: str) -> None:
-    model = tiny_model(**SHAPES[shape])
+    model = tiny_model(**ALL_SHAPES[shape])
     expected = [plain_greedy(model, prompt) for prompt in prompts(6)]
     requests = [request(i, prompt, GREEDY) for i, prompt in enumerate(prompts(6))]
     deepest = (model.config.num_loops - 1,) if model.config.num_loops > 1 else None
@@ -85,7 +90,9 @@ def test_greedy_text_is_plain_decoding_for_every_shape_and_draft_policy(shape: s
         {"temperature": 0.0, "frequency_penalty": 0.7, "logit_bias": {5: 2.0, 6: -100.0}},
     ],
 )
-def test_sampled_text_is_the_same_with_speculation_on_and_off_alone_and_in_a_batch(sampling: dict) -> None:
+def test_sampled_text_is_the_same_with_speculation_on_and_off_alone_and_in_a_batch(
+    sampling: dict[str, Json],
+) -> None:
     model = tiny_model(num_loops=4)
 
     def requests(speculation: bool) -> list[GenerationRequest]:
@@ -123,7 +130,9 @@ def test_a_seed_decides_the_text() -> None:
     policy=st.sampled_from(POLICIES),
 )
 @settings(max_examples=40, deadline=None)
-def test_the_cache_after_flushes_is_the_cache_of_the_committed_tokens(chunk, budget, drafts, policy) -> None:
+def test_the_cache_after_flushes_is_the_cache_of_the_committed_tokens(
+    chunk: int, budget: int, drafts: set[int], policy: DraftPolicyName
+) -> None:
     """Invariant 3: K/V of every slot, compared with a run that only reads the final text as a prompt."""
     model = tiny_model()
     prompt = prompts(3)[2]
@@ -134,11 +143,14 @@ def test_the_cache_after_flushes_is_the_cache_of_the_committed_tokens(chunk, bud
         prefill_chunk_size=chunk,
         prefill_rows=chunk,
         row_budget=budget,
+        maker=TorchMaker(),
     )
     text = texts(wavy, [request(0, prompt, GREEDY)])[0]
-    reader = engine(model, policy="none")
+    reader = engine(model, policy="none", maker=TorchMaker())
     texts(reader, [request(0, prompt + text[:-1], GREEDY, max_tokens=1)])
     used = len(prompt) + len(text) - 1  # both engines give the first pages, in order
+    assert isinstance(wavy.backend, TorchBackend)
+    assert isinstance(reader.backend, TorchBackend)
     for ours, theirs in zip(wavy.backend.store.keys, reader.backend.store.keys, strict=True):
         assert torch.allclose(ours[:, :used], theirs[:, :used], atol=1e-4)
 
@@ -148,22 +160,6 @@ def test_num_loops_of_a_request_runs_it_at_that_depth() -> None:
     prompt = prompts(2)[1]
     requests = [request(loops, prompt, GREEDY, num_loops=loops) for loops in (1, 2, 4)]
     assert texts(engine(model), requests) == [plain_greedy(model, prompt, loops) for loops in (1, 2, 4)]
-
-
-def test_packed_linears_give_the_same_text() -> None:
-    model = tiny_model()
-    expected = [plain_greedy(model, prompt) for prompt in prompts(4)]
-    assert pack_linears(model) > 0
-    assert texts(engine(model), [request(i, p, GREEDY) for i, p in enumerate(prompts(4))]) == expected
-
-
-def test_packed_products_meet_few_sizes_and_padding_changes_no_row() -> None:
-    """oneDNN keeps a kernel for every size: 50 to 100 KB a request, when every prompt length was a size."""
-    assert [padded_rows(n) for n in (1, 7, 16, 17, 33, 64, 65, 200)] == [1, 7, 16, 32, 48, 64, 128, 256]
-    assert len({padded_rows(n) for n in range(1, 257)}) <= 22
-    linear = torch.nn.Linear(24, 40).requires_grad_(False)
-    rows = torch.randn(33, 24)
-    assert torch.allclose(PackedLinear(linear)(rows), linear(rows), atol=1e-5)
 
 
 def test_eos_and_stop_tokens_end_a_request_and_are_reported() -> None:
@@ -182,16 +178,18 @@ def test_eos_and_stop_tokens_end_a_request_and_are_reported() -> None:
     ("options", "message"),
     [
         ({"prompt_token_ids": []}, "prompt_token_ids is empty"),
-        ({"prompt_token_ids": [61]}, "token id 61 is outside the vocabulary of 61"),
-        ({"prompt_token_ids": [-1]}, "token id -1 is outside the vocabulary"),
+        ({"prompt_token_ids": [61]}, "prompt_token_ids: 61 is no token id; ids are 0 to 60"),
+        ({"prompt_token_ids": [-1]}, "prompt_token_ids: -1 is no token id"),
         ({"max_tokens": 128}, "exceed the context of 128"),
-        ({"max_tokens": -1}, "exceed the context"),
-        ({"num_loops": 4}, "num_loops 4 is outside 1..3"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"num_loops": 4}, "num_loops is 4, but the model has 3 loops"),
         ({"draft_policy": "best"}, "draft_policy 'best' is not known"),
-        ({"sampling": SamplingParams(logit_bias={99: 1.0})}, "token id 99"),
+        ({"sampling": SamplingParams(logit_bias={99: 1.0})}, "logit_bias: 99 is no token id"),
     ],
 )
-def test_a_request_that_cannot_be_served_ends_with_an_error_and_harms_nobody(options, message) -> None:
+def test_a_request_that_cannot_be_served_ends_with_an_error_and_harms_nobody(
+    options: dict[str, Field], message: str
+) -> None:
     fields = {"request_id": "bad", "prompt_token_ids": [1], "max_tokens": 4, "sampling": GREEDY}
     bad = GenerationRequest(**{**fields, **options})
     shared = engine(tiny_model())
@@ -230,7 +228,10 @@ def test_an_abort_frees_the_pages_within_one_pass() -> None:
         (EngineOptions(max_model_len=129), r"max_model_len 129 is outside 1\.\.128"),
         (EngineOptions(kv_cache_tokens=16), r"max_model_len 128 needs \d+ bytes .* are there \(16 tokens\)"),
         (EngineOptions(kv_cache_memory=10_000), r"are there \(\d+ tokens\): lower max_model_len"),
-        (EngineOptions(draft_policy="best"), "draft_policy 'best' is not known; adaptive, single"),
+        (
+            EngineOptions(draft_policy=cast(DraftPolicyName, "best")),
+            "draft_policy 'best' is not known; adaptive, single",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused_with_their_limit(config: EngineOptions, message: str) -> None:
@@ -238,10 +239,14 @@ def test_options_that_cannot_work_are_refused_with_their_limit(config: EngineOpt
         Engine(tiny_model(), config)
 
 
-def test_a_context_that_nobody_asked_for_is_cut_to_what_memory_holds(monkeypatch, caplog) -> None:
+def test_a_context_that_nobody_asked_for_is_cut_to_what_memory_holds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Ouro's own context of 65,536 tokens would take 48 GiB of cache."""
     model = tiny_model()
-    monkeypatch.setattr("model.engine.cache_memory", lambda *_: 70 * bytes_per_token(model))
+    monkeypatch.setattr(
+        "model.engine.cache_memory", lambda *_: 70 * TorchMaker().cache_bytes(model).per_token
+    )
     cut = Engine(model)
     assert cut.info.max_model_len == 64
     assert "cut to 64 tokens" in caplog.text
@@ -251,11 +256,11 @@ def test_a_context_that_nobody_asked_for_is_cut_to_what_memory_holds(monkeypatch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_on_a_gpu_speculation_changes_no_token_in_fp32(shape: str) -> None:
-    model = tiny_model(**SHAPES[shape])
+    model = tiny_model(**ALL_SHAPES[shape])
     expected = [plain_greedy(model, prompt) for prompt in prompts(4)]
-    on_gpu = engine(model.to("cuda"))
+    on_gpu = engine(model.to("cuda"), maker=TorchMaker())
     for sampling in (GREEDY, SamplingParams(temperature=0.8, top_p=0.95, seed=3)):
         fast = texts(on_gpu, [request(i, p, sampling) for i, p in enumerate(prompts(4))])
         plain = texts(on_gpu, [request(i, p, sampling, speculation=False) for i, p in enumerate(prompts(4))])
@@ -264,30 +269,30 @@ def test_on_a_gpu_speculation_changes_no_token_in_fp32(shape: str) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_pass_waits_for_the_device_once() -> None:
-    on_gpu = engine(tiny_model().to("cuda"))
+def test_on_a_gpu_a_pass_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = engine(tiny_model().to("cuda"), maker=TorchMaker())
     on_gpu.run([request(0, [1, 2, 3], GREEDY)])
     waits = 0
     original = torch.Tensor.tolist
     torch.cuda.set_sync_debug_mode("error")
     try:
 
-        def counted(tensor: torch.Tensor) -> list:
+        def counted(tensor: torch.Tensor) -> list[object]:
             nonlocal waits
             waits += 1
             torch.cuda.set_sync_debug_mode("default")
-            values = original(tensor)
+            values: list[object] = original(tensor)
             torch.cuda.set_sync_debug_mode("error")
             return values
 
-        torch.Tensor.tolist = counted
+        monkeypatch.setattr(torch.Tensor, "tolist", counted)
         on_gpu.add(request(1, [1, 2, 3], GREEDY))
         while on_gpu.has_work:
             before = waits
             on_gpu.step()
             assert waits <= before + 1
     finally:
-        torch.Tensor.tolist = original
+        monkeypatch.undo()
         torch.cuda.set_sync_debug_mode("default")
     assert waits
 
@@ -297,6 +302,8 @@ def test_a_request_may_choose_its_draft_policy() -> None:
     shared = engine(tiny_model())
     events = shared.run([request(0, [1, 2], GREEDY, draft_policy="none"), request(1, [1, 2], GREEDY)])
     stats = [events[name][-1].stats for name in "01"]
+    assert stats[0] is not None
+    assert stats[1] is not None
     assert stats[0].passes == 3 * (NEW_TOKENS - 1) == stats[0].rows
     assert stats[1].rows > stats[1].passes
 
@@ -307,14 +314,16 @@ def test_requests_of_different_salts_share_no_prefix() -> None:
     cached = []
     for salt in ("a", "a", "b"):
         events = shared.run([request(0, prompt, GREEDY, cache_salt=salt)])["0"]
-        cached.append(events[-1].stats.cached_prompt_tokens)
+        stats = events[-1].stats
+        assert stats is not None
+        cached.append(stats.cached_prompt_tokens)
     assert cached == [0, 32, 0]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_pre_emption_and_shared_prefixes_change_no_text_of_any_shape(shape: str) -> None:
     """Nine requests in two groups that begin alike, memory for about three, others aborted among them."""
-    model = tiny_model(**SHAPES[shape])
+    model = tiny_model(**ALL_SHAPES[shape])
     begin = [[i % 61 for i in range(33)], [(7 * i) % 61 for i in range(20)]]
     wanted = [request(i, [*begin[i % 2], i], SamplingParams(seed=i), max_tokens=60) for i in range(6)]
     alone = [texts(engine(model, policy="none"), [each])[0] for each in wanted]
@@ -326,7 +335,7 @@ def test_pre_emption_and_shared_prefixes_change_no_text_of_any_shape(shape: str)
     for i in range(6, 9):
         short.abort(str(i))
     assert texts_among(short, wanted) == alone
-    assert short.stats.prefix_cache_hits > 0
+    assert (short.stats.prefix_cache_hits > 0) is not model.config.prefix_lm  # each prompt is another one
     assert short.stats.preemptions > 0
 
 

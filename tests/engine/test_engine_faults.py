@@ -7,10 +7,13 @@ import torch
 
 from model.engine import Engine
 from model.options import EngineOptions
+from model.passes.backend import BackendMaker
 from model.passes.sampling import Sampler
+from model.passes.torch.backend import TorchBackend, TorchMaker
 from model.protocol import GenerationRequest, SamplingParams, TokenEvent
 from model.schedule.batch import PassResult, Readouts
 from model.worker.build import ModelOutputError, _warm_up
+from tests.engine.native_tools import MAKER
 from tests.tiny_models import SHAPES, tiny_model
 
 GREEDY = SamplingParams(temperature=0)
@@ -39,9 +42,9 @@ def requests(count: int = 6) -> list[GenerationRequest]:
     return [request(str(i), prompt, DRAWN if i % 2 else GREEDY) for i, prompt in enumerate(prompts)]
 
 
-def engine(model: torch.nn.Module, num_tokens: int = 1024) -> Engine:
-    limits = {"prefill_chunk_size": 16, "prefill_rows": 32}
-    return Engine(model, EngineOptions(kv_cache_tokens=num_tokens, **limits))  # type: ignore[arg-type]
+def engine(model: torch.nn.Module, num_tokens: int = 1024, maker: BackendMaker | None = None) -> Engine:
+    options = EngineOptions(kv_cache_tokens=num_tokens, prefill_chunk_size=16, prefill_rows=32)
+    return Engine(model, options, maker=maker or TorchMaker())  # type: ignore[arg-type]
 
 
 def text(events: list[TokenEvent]) -> list[int]:
@@ -85,6 +88,7 @@ def test_who_breaks_a_pass_is_found_and_the_others_go_on(shape: str, monkeypatch
     """The exception names nobody, and comes when K/V and states of all have been overwritten."""
     model = tiny_model(**SHAPES[shape])
     faulty = engine(model)
+    assert isinstance(faulty.backend, TorchBackend)
     reader = faulty.backend.reader
     read = reader.read
 
@@ -125,19 +129,20 @@ def test_a_request_that_cannot_be_taken_is_answered(monkeypatch: pytest.MonkeyPa
     assert [event.finish_reason for event in events["a"]] == ["error"]
 
 
+@pytest.mark.parametrize("maker", sorted({MAKER, TorchMaker()}, key=lambda maker: maker.name))
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_logits_that_are_no_numbers_end_the_request_that_has_them(
-    number: float, sampling: SamplingParams, logprobs: int | None
+    number: float, sampling: SamplingParams, logprobs: int | None, maker: BackendMaker
 ) -> None:
     """Its pages are used again by the others and by the next ones: nothing of it is left in them."""
     model = tiny_model(tie_embeddings=False)
     model.embedding.weight[BAD] = number
-    small = engine(model, num_tokens=192)
+    small = engine(model, num_tokens=192, maker=maker)
     bad = request("bad", [BAD, *range(20)], sampling, logprobs=logprobs)
     events = small.run([bad, *requests()])
-    check_others(small, events, engine(model), culprit="bad")
+    check_others(small, events, engine(model, maker=maker), culprit="bad")
     assert text(events["bad"]) == []
     assert "not a number" in (events["bad"][-1].error or "")
     check_others(small, small.run(requests()), engine(model), culprit="")

@@ -9,21 +9,34 @@ import torch
 from model.engine import Engine
 from model.network.looped import LoopedTransformer
 from model.options import EngineOptions
+from model.passes.backend import BackendMaker
 from model.passes.noise import state_noise
+from model.passes.torch.backend import TorchBackend, TorchMaker
 from model.protocol import GenerationRequest, SamplingParams
-from tests.tiny_models import SHAPES, tiny_model
+from tests.engine.native_tools import maker_for
+from tests.loose import Field
+from tests.tiny_models import ALL_SHAPES, tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4], [7], [2, 7, 1, 8, 2, 8, 1, 8]]
 GREEDY = SamplingParams(temperature=0)
-NOISY = {**SHAPES["prelude_and_coda"], "initial_state_std": 1.5}
+NOISY = {**ALL_SHAPES["prelude_and_coda"], "initial_state_std": 1.5}
 
 
-def engine(model: LoopedTransformer, draft_depths=None, chunk: int = 6) -> Engine:
-    limits = {"prefill_chunk_size": chunk, "prefill_rows": 2 * chunk}
-    return Engine(model, EngineOptions(draft_depths=draft_depths, kv_cache_tokens=512, **limits))
+def engine(
+    model: LoopedTransformer,
+    draft_depths: tuple[int, ...] | None = None,
+    chunk: int = 6,
+    maker: BackendMaker | None = None,
+) -> Engine:
+    options = EngineOptions(
+        draft_depths=draft_depths, kv_cache_tokens=512, prefill_chunk_size=chunk, prefill_rows=2 * chunk
+    )
+    return Engine(model, options, maker=maker or maker_for(model))
 
 
-def request(index: int, prompt: list[int], sampling: SamplingParams = GREEDY, **options) -> GenerationRequest:
+def request(
+    index: int, prompt: list[int], sampling: SamplingParams = GREEDY, **options: Field
+) -> GenerationRequest:
     fields = {"max_tokens": 12, "ignore_eos": True, **options}
     return GenerationRequest(request_id=str(index), prompt_token_ids=prompt, sampling=sampling, **fields)
 
@@ -38,25 +51,32 @@ def all_depths(model: LoopedTransformer) -> tuple[int, ...]:
     return tuple(range(1, model.config.num_loops))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_sampled_text_is_that_of_plain_decoding(shape: str) -> None:
-    model = tiny_model(**SHAPES[shape])
+    model = tiny_model(**ALL_SHAPES[shape])
     requests = [request(i, p, SamplingParams(temperature=0.9, seed=i)) for i, p in enumerate(PROMPTS)]
     alone = [texts(engine(model, ()), [r])[0] for r in requests]
     assert texts(engine(model), requests) == alone
     assert texts(engine(model, all_depths(model)), requests) == alone
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_the_cache_after_flushes_is_the_cache_of_the_committed_tokens(shape: str) -> None:
     """Every slot of every layer, those of a coda too, which draft readouts fill provisionally."""
-    model = tiny_model(**SHAPES[shape])
-    wavy, reader = engine(model, all_depths(model)), engine(model, ())
+    model = tiny_model(**ALL_SHAPES[shape])
+    wavy, reader = (engine(model, depths, maker=TorchMaker()) for depths in (all_depths(model), ()))
     events = wavy.run([request(0, PROMPTS[0])])["0"]
     text = [token for event in events for token in event.token_ids]
-    assert model.config.num_loops == 1 or events[-1].stats.rejected_drafts > 0
-    texts(reader, [request(0, PROMPTS[0] + text[:-1], max_tokens=1)])
+    stats = events[-1].stats
+    assert stats is not None
+    assert model.config.num_loops == 1 or stats.rejected_drafts > 0
+    if model.config.prefix_lm:  # the text is no prompt: it is written again, without drafts
+        assert texts(reader, [request(0, PROMPTS[0])]) == [text]
+    else:
+        texts(reader, [request(0, PROMPTS[0] + text[:-1], max_tokens=1)])
     used = len(PROMPTS[0]) + len(text) - 1  # both engines give the first pages, in order
+    assert isinstance(wavy.backend, TorchBackend)
+    assert isinstance(reader.backend, TorchBackend)
     for name in ("keys", "values"):
         for ours, theirs in zip(
             getattr(wavy.backend.store, name), getattr(reader.backend.store, name), strict=True
@@ -107,4 +127,90 @@ def test_without_a_scale_the_state_starts_from_zeros_whatever_the_seed() -> None
 def test_a_model_that_starts_from_its_input_refuses_noise() -> None:
     events = engine(tiny_model()).run([request(0, [1], init_scale=1.0)])["0"]
     assert [event.finish_reason for event in events] == ["error"]
-    assert "init_scale is 1.0" in (events[0].error or "")
+    assert "init_scale is 1, but" in (events[0].error or "")
+
+
+BOTH_WAYS = ALL_SHAPES["two_stacks_both_ways"]
+
+
+@torch.inference_mode()
+def both_ways_greedy(model: LoopedTransformer, prompt: list[int]) -> list[int]:
+    """A whole forward pass for every token: the prompt both ways, its text causally behind it."""
+    ids = list(prompt)
+    for _ in range(12):
+        states = model.depths(torch.tensor([ids]), prefix=len(prompt))
+        ids.append(int(model.whole_readout(states[-1])[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_a_prompt_that_is_read_both_ways_enters_whole_whatever_the_limits() -> None:
+    """Longer than a chunk and than all that a pass reads of prompts, beside others that decode."""
+    model = tiny_model(**BOTH_WAYS)
+    prompts = [[(3 * i + j) % 61 for j in range(length)] for i, length in enumerate((1, 40, 5, 33, 17))]
+    wanted = [both_ways_greedy(model, prompt) for prompt in prompts]
+    for chunk in (4, 6, 64):
+        shared = engine(model, None, chunk)
+        assert texts(shared, [request(i, prompt) for i, prompt in enumerate(prompts)]) == wanted
+        beside = engine(model, None, chunk)
+        beside.add(request(9, [1, 2, 3], max_tokens=60))
+        for _ in range(6):
+            beside.step()
+        for i, prompt in enumerate(prompts):
+            beside.add(request(i, prompt))
+        assert said_by(beside)["0"] == wanted[0]
+        beside.check_integrity()
+
+
+def said_by(engine: Engine) -> dict[str, list[int]]:
+    said: dict[str, list[int]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            said.setdefault(event.request_id, []).extend(event.token_ids)
+    return said
+
+
+def test_a_prompt_that_is_read_both_ways_is_shared_with_itself_alone() -> None:
+    """K/V of a position depends on the whole prompt: one that begins alike must not find it."""
+    model = tiny_model(**BOTH_WAYS)
+    prompt = [(5 * i) % 61 for i in range(36)]
+    shared = engine(model)
+    cached = []
+    for each in (prompt, prompt, [*prompt, 7], prompt[:-1]):
+        events = shared.run([request(0, each)])["0"]
+        assert [t for event in events for t in event.token_ids] == both_ways_greedy(model, each)
+        stats = events[-1].stats
+        assert stats is not None
+        cached.append(stats.cached_prompt_tokens)
+    assert cached == [0, 32, 0, 0]
+
+
+def test_scores_of_a_prompt_that_is_read_both_ways_are_refused_and_those_of_its_text_are_not() -> None:
+    model = tiny_model(**BOTH_WAYS)
+    refused = engine(model).run([request(0, [1, 2, 3], prompt_logprobs=1)])["0"]
+    assert [event.finish_reason for event in refused] == ["error"]
+    assert "reads its prompt both ways" in (refused[0].error or "")
+    scored = engine(model).run([request(0, [1, 2, 3], logprobs=1)])["0"]
+    logits = model.whole_readout(model.depths(torch.tensor([[1, 2, 3]]), prefix=3)[-1])[0, -1]
+    first = scored[0].logprobs[0] if scored[0].logprobs else scored[1].logprobs[0]
+    assert first.logprob == pytest.approx(float(logits.log_softmax(-1).max()), abs=1e-4)
+
+
+def test_a_request_may_ask_for_more_loops_where_there_are_slots_for_them() -> None:
+    """Beside requests at the model's own depth and below, with drafts and without; no more than that."""
+    model = tiny_model(**{**ALL_SHAPES["unit_vectors"], "num_loops": 2, "max_loops": 4})
+    requests = [request(i, PROMPTS[i % 3], num_loops=depth) for i, depth in enumerate((None, 1, 2, 3, 4, 4))]
+    wanted = [plain_text(model, r) for r in requests]
+    assert len({tuple(text) for text in wanted}) == 6
+    assert texts(engine(model), requests) == wanted
+    assert texts(engine(model, ()), requests) == wanted
+    refused = engine(model).run([request(0, [1], num_loops=5)])["0"]
+    assert "num_loops is 5, but the model has 4 loops" in (refused[-1].error or "")
+
+
+@torch.inference_mode()
+def plain_text(model: LoopedTransformer, asked: GenerationRequest) -> list[int]:
+    ids = list(asked.prompt_token_ids)
+    for _ in range(asked.max_tokens):
+        states = model.depths(torch.tensor([ids]), asked.num_loops)
+        ids.append(int(model.whole_readout(states[-1])[0, -1].argmax()))
+    return ids[len(asked.prompt_token_ids) :]

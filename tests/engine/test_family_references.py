@@ -21,6 +21,7 @@ from model.checkpoint.families.llama import FAMILY as LLAMA
 from model.network.config import LoopedConfig
 from model.network.looped import LoopedTransformer
 from tests import slow_reference as slow
+from tests.loose import Json
 
 few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 seeds = st.integers(0, 2**31)
@@ -29,7 +30,7 @@ EPSILONS = st.sampled_from([1e-3, 1e-2])
 texts = st.lists(st.integers(0, 10), min_size=1, max_size=24)
 
 
-def loaded(raw: dict, weights: slow.Weights) -> LoadedModel:
+def loaded(raw: dict[str, Json], weights: slow.Weights) -> LoadedModel:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(raw))
@@ -39,15 +40,18 @@ def loaded(raw: dict, weights: slow.Weights) -> LoadedModel:
     return model
 
 
-def assert_equal_at_every_depth(model: LoadedModel, ids, wanted, initial_state=None) -> None:
+def assert_equal_at_every_depth(
+    model: LoadedModel, ids: list[int], wanted: list[slow.Array], initial_state: slow.Array | None = None
+) -> None:
     assert model.config.num_loops == len(wanted)
+    state = None if initial_state is None else initial_state.astype(np.float32)
     for depth, logits in enumerate(wanted, start=1):
-        found = model.logits(ids, depth, initial_state).numpy()
+        found = model.logits(ids, depth, state).numpy()
         np.testing.assert_allclose(found, logits, atol=5e-4, rtol=1e-4, err_msg=f"depth {depth}")
 
 
 @st.composite
-def ropes(draw, longest: int):
+def ropes(draw: st.DrawFn, longest: int) -> tuple[Json, float]:
     """(rope_scaling of a config.json, theta)."""
     theta = draw(st.floats(10.0, 1e6))
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": longest // 4}
@@ -56,7 +60,7 @@ def ropes(draw, longest: int):
     return draw(st.sampled_from([None, {"type": "linear", "factor": 2.5}, llama3, yarn])), theta
 
 
-def frequencies(raw: dict, head_dim: int) -> tuple[np.ndarray, float]:
+def frequencies(raw: dict[str, Json], head_dim: int) -> tuple[slow.Array, float]:
     """By transformers: the formulas of its scalings are compared in test_rope."""
     scaling = raw.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -72,7 +76,7 @@ def frequencies(raw: dict, head_dim: int) -> tuple[np.ndarray, float]:
 
 
 @st.composite
-def llama_shapes(draw):
+def llama_shapes(draw: st.DrawFn) -> dict[str, Json]:
     """The fields that every family with Llama's layers has in its config.json."""
     groups, share = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     dim = 2 * draw(st.integers(1, 5))
@@ -95,7 +99,7 @@ def llama_shapes(draw):
     }
 
 
-def rope_of(raw: dict) -> tuple[np.ndarray, float]:
+def rope_of(raw: dict[str, Json]) -> tuple[slow.Array, float]:
     return frequencies(raw, raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"])
 
 
@@ -104,7 +108,7 @@ PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 @few
 @given(llama_shapes(), texts, seeds, st.data())
-def test_ouro(shape, ids, seed, data):
+def test_ouro(shape: dict[str, Json], ids: list[int], seed: int, data: st.DataObject) -> None:
     layers = shape["num_hidden_layers"]
     kinds = st.lists(
         st.sampled_from(["full_attention", "sliding_attention"]), min_size=layers, max_size=layers
@@ -128,7 +132,7 @@ def test_ouro(shape, ids, seed, data):
 
 @few
 @given(llama_shapes(), texts, seeds, st.data())
-def test_nanbeige(shape, ids, seed, data):
+def test_nanbeige(shape: dict[str, Json], ids: list[int], seed: int, data: st.DataObject) -> None:
     raw = {
         **shape,
         "architectures": ["NanbeigeForCausalLM"],
@@ -143,7 +147,7 @@ def test_nanbeige(shape, ids, seed, data):
 
 @few
 @given(llama_shapes(), texts, seeds, st.integers(1, 4), st.integers(1, 9))
-def test_iquest(shape, ids, seed, loops, window):
+def test_iquest(shape: dict[str, Json], ids: list[int], seed: int, loops: int, window: int) -> None:
     raw = {
         **shape,
         "architectures": ["IQuestLoopCoderForCausalLM"],
@@ -163,7 +167,7 @@ def test_iquest(shape, ids, seed, loops, window):
 
 
 @st.composite
-def ravens(draw, kind: str):
+def ravens(draw: st.DrawFn, kind: str) -> dict[str, Json]:
     heads = draw(st.integers(1, 4))
     groups = (
         heads
@@ -172,10 +176,14 @@ def ravens(draw, kind: str):
     )
     scaling, theta = draw(ropes(64))
     modes = ["random", "embed-init", "skip-adapter"] if kind == "olmo" else ["random"]
+    given_dim = draw(st.sampled_from([None, 2, 6]))  # a key that OLMo's block reads and the others ignore
     return {
         "architectures": ["RavenForCausalLM"],
         "vocab_size": draw(st.integers(11, 40)),
-        "n_embd": heads * 2 * draw(st.integers(1, 5)),
+        **({"head_dim": given_dim} if given_dim else {}),
+        "n_embd": draw(st.integers(3, 12))
+        if given_dim and kind == "olmo"
+        else heads * 2 * draw(st.integers(1, 5)),
         "n_heads": heads,
         "num_key_value_heads": groups,
         "intermediate_size": draw(st.integers(1, 40)),
@@ -198,16 +206,163 @@ def ravens(draw, kind: str):
 @pytest.mark.parametrize("kind", ["huginn", "llama", "olmo"])
 @few
 @given(data=st.data(), ids=texts, seed=seeds)
-def test_raven(kind, data, ids, seed):
+def test_raven(kind: str, data: st.DataObject, ids: list[int], seed: int) -> None:
     raw = data.draw(ravens(kind))
     theta = raw["rope_base" if kind == "huginn" else "rope_theta"]
-    rope = frequencies({**raw, "rope_theta": theta}, raw["n_embd"] // raw["n_heads"])
+    rope = frequencies({**raw, "rope_theta": theta}, slow.raven_head_dim(raw, kind))
     weights = slow.random_weights(slow.raven_shapes(raw, kind), seed)
     reference, model = slow.Raven(raw, weights, kind, rope), loaded(raw, weights)
     assert_equal_at_every_depth(model, ids, reference.logits(ids, None))
     if raw["initial_state_mode"] != "skip-adapter":
-        state = np.random.default_rng(seed).standard_normal((len(ids), raw["n_embd"])).astype(np.float32)
+        state = np.random.default_rng(seed).standard_normal((len(ids), raw["n_embd"]))
+        state = state.astype(np.float32).astype(np.float64)  # fp32 numbers for both
         assert_equal_at_every_depth(model, ids, reference.logits(ids, state), state)
+
+
+KINDS = {"sliding_attention": "S", "full_attention": "*"}
+
+
+def dory_config(
+    shape: dict[str, Json], kinds: list[str], profiles: list[int], loops: int, spelling: str
+) -> dict[str, Json]:
+    """The content of a config.json: `newer`, with entries or layers counted, or `older`."""
+    entries = 1 if spelling == "layers" else 2
+    prelude, core, coda = (entries * count for count in shape["counts"])
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    raw = {
+        "architectures": ["DoryForCausalLM"],
+        **{name: shape[name] for name in sizes},
+        "num_hidden_layers": entries * len(kinds),
+        "n_input_layers": prelude,
+        "n_recurrent_layers": core,
+        "n_output_layers": coda,
+        "n_recurrent_loops": loops,
+        "ngpt_alpha_init": shape["alpha_init"],
+        "attention_output_gate_logit_scale_init": shape["gate_init"],
+        "tie_word_embeddings": shape["tied"],
+        "max_position_embeddings": 64,
+    }
+    if spelling == "older":
+        return raw | {
+            "hybrid_layer_pattern": "".join(f"{KINDS[kind]}-" for kind in kinds),
+            "rope_profile_layers": [profile for profile in profiles for _ in range(2)],
+            "rope_theta": shape["thetas"][0],
+            "rope_theta_2": shape["thetas"][1],
+            "init_method_std": shape["init"],
+            "attention_head_dim": shape["head_dim"],
+            "swa_window_size": shape["window"],
+        }
+    types = kinds if spelling == "layers" else [entry for kind in kinds for entry in (kind, "mlp")]
+    return raw | {
+        "layer_types": types,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": theta}
+            for kind, theta in zip(KINDS, shape["thetas"], strict=True)
+        },
+        "initializer_range": shape["init"],
+        "head_dim": shape["head_dim"],
+        "sliding_window": shape["window"],
+    }
+
+
+@st.composite
+def dories(draw: st.DrawFn) -> dict[str, Json]:
+    groups = draw(st.integers(1, 3))
+    return {
+        "vocab_size": draw(st.integers(11, 40)),
+        "hidden_size": draw(st.integers(4, 24)),
+        "intermediate_size": draw(st.integers(2, 40)),
+        "num_attention_heads": groups * draw(st.integers(1, 3)),
+        "num_key_value_heads": groups,
+        "head_dim": 2 * draw(st.integers(1, 5)),
+        "counts": draw(st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(0, 2))),
+        "alpha_init": draw(st.floats(0.02, 0.3)),
+        "gate_init": draw(st.floats(1.0, 20.0)),
+        "init": draw(st.floats(0.5, 2.0)),
+        "tied": draw(st.booleans()),
+        "window": draw(st.integers(1, 9)),
+        "thetas": draw(st.tuples(st.floats(10.0, 1e6), st.floats(10.0, 1e7))),
+    }
+
+
+@few
+@given(dories(), texts, seeds, st.integers(1, 4), st.data())
+def test_dory(shape: dict[str, Json], ids: list[int], seed: int, loops: int, data: st.DataObject) -> None:
+    """All spellings of config.json, at the model's own loops; signs of rates, squares of scales and all."""
+    count = sum(shape["counts"])
+    kinds = data.draw(st.lists(st.sampled_from(list(KINDS)), min_size=count, max_size=count))
+    spelling = data.draw(st.sampled_from(["entries", "layers", "older"]))
+    profiles = [1 if kind == "sliding_attention" else 2 for kind in kinds]
+    if spelling == "older":  # which may give any layer either profile
+        profiles = data.draw(st.lists(st.sampled_from([1, 2]), min_size=count, max_size=count))
+    layers = [(kind, shape["thetas"][p - 1]) for kind, p in zip(kinds, profiles, strict=True)]
+    weights = slow.random_weights(slow.dory_shapes(shape), seed)
+    model = loaded(dory_config(shape, kinds, profiles, loops, spelling), weights)
+    assert_equal_at_every_depth(model, ids, slow.Dory(shape, weights, layers).logits(ids, loops))
+
+
+def test_dory_runs_more_loops_than_its_config_says_where_there_is_room(tmp_path: Path) -> None:
+    shape: dict[str, Json] = {
+        "vocab_size": 30,
+        "hidden_size": 12,
+        "intermediate_size": 20,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "counts": (1, 2, 1),
+        "alpha_init": 0.1,
+        "gate_init": 3.0,
+        "init": 0.7,
+        "tied": False,
+        "window": 4,
+        "thetas": (1e3, 1e5),
+    }
+    kinds = ["sliding_attention", "full_attention"] * 2
+    raw = dory_config(shape, kinds, [1, 2, 1, 2], 2, "entries")
+    weights = slow.random_weights(slow.dory_shapes(shape), 3)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    save_file({k: w.astype(np.float32) for k, w in weights.items()}, tmp_path / "model.safetensors")
+    layers = [(kind, shape["thetas"][kind == "full_attention"]) for kind in kinds]
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    wanted = slow.Dory(shape, weights, layers).logits(ids, 4)
+    model = load_model(tmp_path, max_loops=4)
+    assert (model.config.num_loops, model.config.num_slots) == (2, 1 + 4 * 2 + 1)
+    for depth, logits in enumerate(wanted, start=1):
+        np.testing.assert_allclose(model.logits(ids, depth).numpy(), logits, atol=5e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="runs 1 to 2"):
+        load_model(tmp_path).logits(ids, 3)
+
+
+@few
+@given(llama_shapes(), texts, seeds, st.integers(1, 3), st.integers(1, 3), st.data())
+def test_hrm(
+    shape: dict[str, Json], ids: list[int], seed: int, high: int, low: int, data: st.DataObject
+) -> None:
+    layers = shape.pop("num_hidden_layers")
+    in_newer_style = data.draw(st.booleans())
+    raw = {
+        **{k: v for k, v in shape.items() if k != "num_key_value_heads"},
+        "architectures": ["HrmTextForCausalLM"],
+        "head_dim": rope_dim(shape),
+        "H_cycles": high,
+        "L_cycles": low,
+        "num_hidden_layers": layers * high * (low + 1) if in_newer_style else layers,
+        **({"num_layers_per_stack": layers} if in_newer_style else {}),
+        "embedding_scale": data.draw(st.sampled_from([None, 3.5])),
+        "initializer_range": 0.4,
+        "prefix_lm": data.draw(st.booleans()),
+    }
+    weights = slow.random_weights(slow.hrm_shapes(raw, layers), seed)
+    reference, model = slow.Hrm(raw, weights, layers, frequencies(raw, raw["head_dim"])), loaded(raw, weights)
+    prefix = data.draw(st.integers(0, len(ids))) if raw["prefix_lm"] else None
+    for depth, logits in enumerate(reference.logits(ids, prefix or 0), start=1):
+        found = model.logits(ids, depth, prefix=prefix).numpy()
+        np.testing.assert_allclose(found, logits, atol=5e-4, rtol=1e-4)
+
+
+def rope_dim(shape: dict[str, Json]) -> int:
+    dim: int = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    return dim
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
@@ -218,10 +373,15 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def test_the_olmo_block_is_that_of_transformers(tmp_path):
+def test_the_olmo_block_is_that_of_transformers(tmp_path: Path) -> None:
     """A retrofitted OLMo-2 that skips the adapter is, after one loop, an OLMo-2: other names, same layers."""
-    sizes = {"vocab_size": 50, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 36}
-    rope = {"rope_type": "default", "rope_theta": 300.0}
+    sizes: dict[str, Json] = {
+        "vocab_size": 50,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 36,
+    }
+    rope: Json = {"rope_type": "default", "rope_theta": 300.0}
     theirs = Olmo2Config(
         **sizes, hidden_size=32, num_hidden_layers=4, rope_parameters=rope, rms_norm_eps=1e-5
     )
@@ -274,11 +434,16 @@ def test_the_olmo_block_is_that_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("window", [1, 4, 64])
-def test_windows_are_those_of_transformers(window):
+def test_windows_are_those_of_transformers(window: int) -> None:
     """Mistral is Llama with a window on every layer: its W counts the token itself, as ours does."""
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 36, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    rope = {"rope_type": "default", "rope_theta": 1e4}
+    sizes: dict[str, Json] = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 36,
+        "num_hidden_layers": 2,
+    }
+    heads: dict[str, Json] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    rope: Json = {"rope_type": "default", "rope_theta": 1e4}
     theirs = MistralConfig(**sizes, **heads, sliding_window=window, rope_parameters=rope)
     theirs._attn_implementation = "eager"
     reference = randomised(MistralForCausalLM(theirs))

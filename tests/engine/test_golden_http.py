@@ -1,11 +1,12 @@
 """Every golden folder through the HTTP application, by token ids, since none has a tokenizer.
 
 Greedy continuations at the model's depth and below, with speculation on and off, alone and in a batch
-with other lengths, are the reference's. The vectors lie in shared/golden beside the repository.
+with other lengths, are the reference's. The vectors lie beside the repository (see tests/golden.py).
 """
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,14 +19,15 @@ from model.options import EngineOptions
 from server.app import create_app
 from server.settings import Settings
 from server.tokenizer import load_codec
+from tests.golden import GOLDEN, golden_folders
 from tests.local_engine import LocalEngine
+from tests.loose import Json
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
-FOLDERS = sorted(folder for folder in GOLDEN.glob("*") if folder.is_dir())
+FOLDERS = golden_folders()
 
 
 @asynccontextmanager
-async def serving(folder):
+async def serving(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an application over the folder's model."""
     engine = Engine(load_model(folder).model, EngineOptions(max_model_len=128, kv_cache_tokens=4096))
     app = create_app(LocalEngine(engine), load_codec(folder), Settings(model=str(folder)))
@@ -34,7 +36,7 @@ async def serving(folder):
         yield client
 
 
-async def complete(client, folder, **fields):
+async def complete(client: httpx.AsyncClient, folder: Path, **fields: Json) -> list[list[int]]:
     """Continuations by prompt; each is greedy and of 64 tokens unless `fields` say otherwise."""
     body = {"model": folder.name, "max_tokens": 64, "temperature": 0, "ignore_eos": True, **fields}
     answer = await client.post("/v1/completions", json={**body, "return_token_ids": True})
@@ -45,11 +47,11 @@ async def complete(client, folder, **fields):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-async def test_greedy_continuations_are_the_references(folder):
+async def test_greedy_continuations_are_the_references(folder: Path) -> None:
     expected = json.loads((folder / "expected.json").read_text())
     prompts = list(expected["prompts"].values())
 
-    def wanted(depth):
+    def wanted(depth: int) -> list[list[int]]:
         return [expected["greedy"][name][f"depth_{depth}"] for name in expected["prompts"]]
 
     loops = expected["loops"]
@@ -64,7 +66,7 @@ async def test_greedy_continuations_are_the_references(folder):
 
 
 @pytest.mark.skipif(not FOLDERS, reason="no shared/golden beside the repository")
-async def test_a_start_from_noise_is_reproduced_by_its_seed():
+async def test_a_start_from_noise_is_reproduced_by_its_seed() -> None:
     """With and without speculation, alone or beside others; zeros, the default, know no seed."""
     folder = GOLDEN / "huginn_r4"
     prompt, other = [5, 6, 7, 8, 9], [1] * 30
@@ -78,8 +80,8 @@ async def test_a_start_from_noise_is_reproduced_by_its_seed():
         assert zeros[0] == zeros[1] != [first]
 
 
-def test_vectors_are_there():
+def test_vectors_are_there() -> None:
     """Without this, a moved folder would turn the test above into nothing."""
     if not GOLDEN.is_dir():
         pytest.skip("no shared/golden beside the repository")
-    assert len(FOLDERS) >= 12
+    assert len(FOLDERS) >= 16

@@ -13,9 +13,11 @@ from llguidance import LLParserLimits
 
 from model.engine import Engine
 from model.grammar import check as check_module
-from model.grammar.state import Vocabulary
-from model.options import POLICIES, EngineOptions
-from model.protocol import GenerationRequest, Grammar, SamplingParams, TokenEvent
+from model.grammar.state import Matchers, Vocabulary
+from model.options import POLICIES, DraftPolicyName, EngineOptions
+from model.protocol import GenerationRequest, Grammar, GrammarKind, SamplingParams, TokenEvent
+from tests.engine.native_tools import MAKER
+from tests.loose import Field, Json
 from tests.text_tools import EOS_ID, word_tokenizer
 from tests.tiny_models import SHAPES, tiny_model
 
@@ -26,11 +28,11 @@ VOCABULARY = Vocabulary(TOKENIZER.to_str(), VOCAB, [EOS_ID])
 NEW_TOKENS = 60
 GREEDY = SamplingParams(temperature=0)
 # Sampling from flat random models would spend all its tokens inside one string.
-SAMPLED = {"temperature": 1.5, "top_p": 0.95, "top_k": 40, "frequency_penalty": 0.3}
+SAMPLED: dict[str, Field] = {"temperature": 1.5, "top_p": 0.95, "top_k": 40, "frequency_penalty": 0.3}
 
 
 def engine(
-    policy: str = "adaptive",
+    policy: DraftPolicyName = "adaptive",
     shape: str = "pre_norm",
     eos: bool = True,
     tokens: int = 4096,
@@ -38,12 +40,19 @@ def engine(
 ) -> Engine:
     options = {"vocab_size": VOCAB, "max_positions": 64, "eos_token_ids": (EOS_ID,) if eos else ()}
     model = tiny_model(**{**SHAPES[shape], **options})
-    limits = {"prefill_chunk_size": 16, "prefill_rows": 32}
-    config = EngineOptions(draft_policy=policy, kv_cache_tokens=tokens, row_budget=row_budget, **limits)
-    return Engine(model, config, VOCABULARY)
+    config = EngineOptions(
+        draft_policy=policy,
+        kv_cache_tokens=tokens,
+        row_budget=row_budget,
+        prefill_chunk_size=16,
+        prefill_rows=32,
+    )
+    return Engine(model, config, VOCABULARY, MAKER)
 
 
-def request(name: str, grammar: Grammar, sampling: SamplingParams = GREEDY, **options) -> GenerationRequest:
+def request(
+    name: str, grammar: Grammar, sampling: SamplingParams = GREEDY, **options: Field
+) -> GenerationRequest:
     prompt = [sum(name.encode()) % 256, 7, 9]
     return GenerationRequest(
         request_id=name,
@@ -65,11 +74,11 @@ def text_of(events: list[TokenEvent]) -> str:
     return TOKENIZER.decode(ids, skip_special_tokens=True)
 
 
-def schema(value: dict) -> Grammar:
+def schema(value: dict[str, Json]) -> Grammar:
     return Grammar(kind="json_schema", text=json.dumps(value))
 
 
-def _integers(low: int, size: int) -> dict:
+def _integers(low: int, size: int) -> dict[str, Json]:
     return {"type": "integer", "minimum": low, "maximum": low + size}
 
 
@@ -113,7 +122,7 @@ SCHEMAS = st.recursive(SCALARS, lambda inner: _objects(inner) | _arrays(inner), 
 )
 @settings(max_examples=15, deadline=None)
 def test_with_random_schemas_speculation_and_batches_change_no_text_and_every_text_validates(
-    schemas, policy, tokens, shape, budget, seed
+    schemas: list[Json], policy: DraftPolicyName, tokens: int, shape: str, budget: int, seed: int
 ) -> None:
     requests = [
         request(f"{i}{sampling}", schema(value), sampling)
@@ -186,11 +195,11 @@ LIMITS = st.builds(
 )
 @settings(max_examples=5, deadline=None)
 def test_an_answer_is_the_same_alone_and_six_at_once_and_where_its_lexer_meets_a_limit(
-    regexes, limits, policy, tokens, seed
+    regexes: list[str], limits: LLParserLimits, policy: DraftPolicyName, tokens: int, seed: int
 ) -> None:
     """In fresh engines and one that has used the grammar, with and without drafts: text, end and words."""
 
-    def seen(events: list[TokenEvent]) -> tuple:
+    def seen(events: list[TokenEvent]) -> tuple[object, ...]:
         return [i for event in events for i in event.token_ids], events[-1].finish_reason, events[-1].error
 
     requests = [
@@ -212,13 +221,15 @@ def test_an_answer_is_the_same_alone_and_six_at_once_and_where_its_lexer_meets_a
     assert all(not error or "too complex" in error for _, _, error in alone.values())
 
 
-def test_drafts_that_meet_a_limit_are_not_followed_and_the_text_goes_on(monkeypatch) -> None:
+def test_drafts_that_meet_a_limit_are_not_followed_and_the_text_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A draft that was called stuck and open later left a wave without rows."""
     asked = request("a", Grammar(kind="regex", text=r"(?s:.)*[a-m](?s:.){12}z"), SamplingParams(seed=5))
     plain = run(engine("none"), [asked])["a"]
     whole = Vocabulary.matchers
 
-    def without_drafts(self, grammar, *, with_drafts):
+    def without_drafts(self: Vocabulary, grammar: Grammar, *, with_drafts: bool) -> Matchers:
         del with_drafts
         return whole(self, grammar, with_drafts=False)
 
@@ -226,8 +237,11 @@ def test_drafts_that_meet_a_limit_are_not_followed_and_the_text_goes_on(monkeypa
     events = run(engine("single"), [asked])["a"]
     assert text_of(events) == text_of(plain)
     assert events[-1].finish_reason == "length"
-    assert events[-1].stats.passes == plain[-1].stats.passes  # every draft waited for its confirmation
-    assert events[-1].stats.accepted_drafts > 0
+    stats, plain_stats = events[-1].stats, plain[-1].stats
+    assert stats is not None
+    assert plain_stats is not None
+    assert stats.passes == plain_stats.passes  # every draft waited for its confirmation
+    assert stats.accepted_drafts > 0
 
 
 @pytest.mark.parametrize("eos", [True, False])
@@ -252,7 +266,9 @@ def test_a_sequence_ends_by_itself_where_nothing_can_follow(eos: bool, ignore_eo
     ],
 )
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(**SAMPLED, seed=3)], ids=["greedy", "sampled"])
-def test_each_kind_of_grammar_holds(kind, text, pattern, sampling) -> None:
+def test_each_kind_of_grammar_holds(
+    kind: GrammarKind, text: str, pattern: str, sampling: SamplingParams
+) -> None:
     events = run(engine(), [request("a", Grammar(kind=kind, text=text), sampling)])["a"]
     if events[-1].finish_reason == "stop":
         assert re.fullmatch(pattern, text_of(events))
@@ -299,7 +315,9 @@ def test_logprobs_under_a_grammar_are_those_of_the_raw_logits() -> None:
         (Grammar(kind="lark", text="start: start"), "no text"),
     ],
 )
-def test_a_grammar_that_does_not_compile_is_an_error_event_and_harms_nobody(grammar, message) -> None:
+def test_a_grammar_that_does_not_compile_is_an_error_event_and_harms_nobody(
+    grammar: Grammar, message: str
+) -> None:
     good = request("good", Grammar(kind="choice", text='["ab"]'))
     answers = run(engine(), [request("bad", grammar), good])
     assert [event.finish_reason for event in answers["bad"]] == ["error"]

@@ -1,6 +1,8 @@
 """`speed inspect`: sizes as they are, passes to expect as they come, wrong checkpoints as one line."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,28 +11,32 @@ from cli.main import main
 from model import save_checkpoint
 from model.engine import Engine
 from model.network.int8 import quantize_linears
-from model.network.packed import pack_linears
 from model.options import EngineOptions
 from model.protocol import GenerationRequest, SamplingParams
 from model.study.quality import decode_prompts, draft_candidates, expected_passes, judge_text
+from tests.engine.native_tools import MAKER
+from tests.loose import Json
 from tests.text_tools import byte_tokenizer
 from tests.tiny_models import SHAPES, tiny_model
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     save_checkpoint(tiny_model(num_loops=4, vocab_size=257), tmp_path, torch.float32)
     return tmp_path
 
 
-def inspected(capsys, *argv) -> dict:
+def inspected(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Json]:
     assert main(["inspect", *map(str, argv), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    report: dict[str, Json] = json.loads(capsys.readouterr().out)
+    return report
 
 
-def test_facts_are_those_of_the_model_and_need_no_weights(capsys, folder, monkeypatch):
+def test_facts_are_those_of_the_model_and_need_no_weights(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("model.study.facts.load_model", None)
-    facts = inspected(capsys, folder)
+    facts = inspected(capsys, folder, "--backend", "torch")
     model = tiny_model(num_loops=4, vocab_size=257)
     stored = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.layers.parameters())
@@ -46,7 +52,9 @@ def test_facts_are_those_of_the_model_and_need_no_weights(capsys, folder, monkey
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tie", [False, True])
-def test_weight_bytes_are_those_in_memory(capsys, tmp_path, quantization, dtype, tie):
+def test_weight_bytes_are_those_in_memory(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quantization: str, dtype: str, tie: bool
+) -> None:
     model = tiny_model(tie_embeddings=tie).to(getattr(torch, dtype))
     save_checkpoint(model, tmp_path, model.dtype)
     facts = inspected(capsys, tmp_path, "--dtype", dtype, "--quantization", quantization)
@@ -62,7 +70,7 @@ def test_weight_bytes_are_those_in_memory(capsys, tmp_path, quantization, dtype,
 
 @pytest.mark.parametrize("shape", ["pre_norm", "sandwich", "norm_after_loop", "one_kv_head"])
 @pytest.mark.parametrize("drafts", [(1,), (1, 2), (2,)])
-def test_the_passes_to_expect_are_the_passes_that_decoding_takes(shape, drafts):
+def test_the_passes_to_expect_are_the_passes_that_decoding_takes(shape: str, drafts: tuple[int, ...]) -> None:
     """Teacher forcing over the text that the model itself wrote, against the engine that wrote it."""
     model, count = tiny_model(**SHAPES[shape]), 80
     engine = Engine(model, EngineOptions(draft_depths=drafts, draft_policy="recheck", kv_cache_tokens=256))
@@ -81,11 +89,12 @@ def test_the_passes_to_expect_are_the_passes_that_decoding_takes(shape, drafts):
     predictions = torch.stack([logits[len(prompt) - 1 : -1].argmax(-1) for logits in readouts])
     expected = expected_passes(predictions, drafts)
     assert 1 < expected <= model.config.num_loops
-    passes = events[-1].stats.passes
-    assert abs(passes - expected * count) <= 2 * model.config.num_loops  # to begin and to end
+    stats = events[-1].stats
+    assert stats is not None
+    assert abs(stats.passes - expected * count) <= 2 * model.config.num_loops  # to begin and to end
 
 
-def test_no_early_depth_is_expected_to_help_where_none_agrees():
+def test_no_early_depth_is_expected_to_help_where_none_agrees() -> None:
     predictions = torch.tensor([[1, 2, 3], [1, 5, 6], [7, 5, 3], [7, 5, 9]])
     assert expected_passes(predictions, (1,)) == 4
     assert expected_passes(predictions, (2,)) == (4 + 2 + 4) / 3
@@ -96,7 +105,7 @@ def test_no_early_depth_is_expected_to_help_where_none_agrees():
     assert (2, 8) in draft_candidates(32)
 
 
-def test_loss_is_that_of_the_text_and_windows_are_read_on_their_own():
+def test_loss_is_that_of_the_text_and_windows_are_read_on_their_own() -> None:
     model = tiny_model()
     ids = [int(i) for i in torch.randint(61, (41,), generator=torch.Generator().manual_seed(1))]
     quality = judge_text(model, ids, 16)
@@ -112,7 +121,9 @@ def test_loss_is_that_of_the_text_and_windows_are_read_on_their_own():
         judge_text(model, [1], 16)
 
 
-def test_a_text_is_judged_before_and_after_quantisation_and_decoded(capsys, folder):
+def test_a_text_is_judged_before_and_after_quantisation_and_decoded(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 20)
@@ -129,7 +140,9 @@ def test_a_text_is_judged_before_and_after_quantisation_and_decoded(capsys, fold
     assert "passes per token to expect" in shown
 
 
-def test_ids_stand_for_a_text_where_there_is_no_tokenizer(capsys, folder):
+def test_ids_stand_for_a_text_where_there_is_no_tokenizer(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
     text = folder / "ids.json"
     text.write_text(json.dumps(list(range(100))))
     assert inspected(capsys, folder, "--text", text)["text"]["num_tokens"] == 99
@@ -138,11 +151,11 @@ def test_ids_stand_for_a_text_where_there_is_no_tokenizer(capsys, folder):
     assert "JSON list of token ids" in capsys.readouterr().err
 
 
-def test_decoding_works_on_packed_and_quantised_weights():
-    for change in (pack_linears, quantize_linears):
-        model = tiny_model()
-        change(model)
-        assert decode_prompts(model, list(range(60)), None, 2).num_tokens == 2 * 63
+def test_decoding_works_on_quantised_weights() -> None:
+    model = tiny_model()
+    quantize_linears(model)
+    for maker in (MAKER, None):
+        assert decode_prompts(model, list(range(60)), None, 2, maker).num_tokens == 2 * 63
 
 
 @pytest.mark.parametrize(
@@ -153,7 +166,9 @@ def test_decoding_works_on_packed_and_quantised_weights():
         (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 40), "model.safetensors is damaged"),
     ],
 )
-def test_a_wrong_checkpoint_is_one_line_and_status_two(capsys, folder, damage, part):
+def test_a_wrong_checkpoint_is_one_line_and_status_two(
+    capsys: pytest.CaptureFixture[str], folder: Path, damage: Callable[[Path], object], part: str
+) -> None:
     damage(folder)
     assert main(["inspect", str(folder)]) == 2
     error = capsys.readouterr().err
@@ -161,6 +176,6 @@ def test_a_wrong_checkpoint_is_one_line_and_status_two(capsys, folder, damage, p
     assert error.count("\n") == 1
 
 
-def test_a_model_that_is_not_there(capsys):
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "/no/such/folder"]) == 2
     assert "no folder '/no/such/folder'" in capsys.readouterr().err

@@ -1,12 +1,14 @@
 """Tiny random Llama checkpoints of every shape: logits equal transformers' own LlamaForCausalLM."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model import load_model
+from tests.loose import Json
 
 TINY = {
     "vocab_size": 67,
@@ -46,17 +48,17 @@ VARIANTS = {
 }
 
 
-def reference(options):
+def reference(options: dict[str, Json]) -> LlamaForCausalLM:
     """A random model; norms and biases too, which transformers would leave at 1 and 0."""
     torch.manual_seed(5)
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **options}, attn_implementation="eager")).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **options, "attn_implementation": "eager"})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
     return model
 
 
-def older_style(raw):
+def older_style(raw: dict[str, Json]) -> dict[str, Json]:
     """The same config as version 4 of transformers writes it."""
     rope = raw.pop("rope_parameters")
     raw["rope_theta"] = rope.pop("rope_theta")
@@ -68,7 +70,7 @@ def older_style(raw):
 
 @pytest.mark.parametrize("style", ["transformers_5", "transformers_4"])
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
-def test_logits_equal_transformers(tmp_path, options, style):
+def test_logits_equal_transformers(tmp_path: Path, options: dict[str, object], style: str) -> None:
     model = reference(options)
     model.save_pretrained(tmp_path)
     if style == "transformers_4":
@@ -81,7 +83,7 @@ def test_logits_equal_transformers(tmp_path, options, style):
     torch.testing.assert_close(load_model(tmp_path).logits(ids.tolist()), wanted, atol=1e-4, rtol=0)
 
 
-def test_activations_equal_transformers():
+def test_activations_equal_transformers() -> None:
     """Far from zero as well, where a tiny model's MLP never goes."""
     from transformers.activations import ACT2FN  # noqa: PLC0415
 

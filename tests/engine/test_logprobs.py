@@ -1,16 +1,19 @@
 """Log-probabilities through the engine == log_softmax of whole forward passes without a cache."""
 
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from model.checkpoint.loader import LoadedModel, load_model
 from model.engine import Engine
 from model.network.looped import LoopedTransformer
 from model.passes.scores import token_logprobs
+from model.passes.torch.backend import TorchMaker
 from model.protocol import GenerationRequest, SamplingParams, TokenEvent, TokenLogprobs
 from server.settings import embedded_model
 from tests.engine.test_engine import engine, prompts, request
@@ -21,7 +24,7 @@ SAMPLED = SamplingParams(temperature=1.3, top_k=9, presence_penalty=1.0, logit_b
 
 
 def exact_model(shape: str) -> LoopedTransformer:
-    """In fp64: these random weights amplify rounding, to 8e-4 for a whole pass of the second in fp32."""
+    """In fp64, by torch: these weights amplify rounding, to 8e-4 in fp32 for a whole pass of the second."""
     return tiny_model(**SHAPES[shape]).double()
 
 
@@ -67,8 +70,8 @@ def test_logprobs_are_those_of_the_raw_logits_of_the_last_depth(shape: str, samp
         for speculation in (True, False)
         for i, prompt in enumerate(prompts(5))
     ]
-    together = run(engine(model, row_budget=9), asked)
-    alone = [run(engine(model), [r])[0] for r in asked]
+    together = run(engine(model, row_budget=9, maker=TorchMaker()), asked)
+    alone = [run(engine(model, maker=TorchMaker()), [r])[0] for r in asked]
     for r, *answers in zip(asked, together, alone, strict=True):
         for events in answers:
             text, scores = text_and_scores(events)
@@ -89,7 +92,7 @@ def test_logprobs_are_those_of_the_raw_logits_of_the_last_depth(shape: str, samp
 )
 @settings(max_examples=20, deadline=None)
 def test_prompt_logprobs_score_every_prompt_token_but_the_first(
-    length, chunk, num_top, max_tokens, loops, shape
+    length: int, chunk: int, num_top: int, max_tokens: int, loops: int | None, shape: str
 ) -> None:
     """At any chunk size, beside another request, with nothing generated or something."""
     model = exact_model(shape)
@@ -97,7 +100,8 @@ def test_prompt_logprobs_score_every_prompt_token_but_the_first(
     options = {"max_tokens": max_tokens, "prompt_logprobs": num_top, "num_loops": loops}
     asked = request(0, prompt, GREEDY, **options)
     other = request(1, prompts(1)[0], SAMPLED, logprobs=2)
-    events, others = run(engine(model, prefill_chunk_size=chunk, prefill_rows=chunk), [asked, other])
+    shared = engine(model, prefill_chunk_size=chunk, prefill_rows=chunk, maker=TorchMaker())
+    events, others = run(shared, [asked, other])
     given_once = [e.prompt_logprobs for e in events if e.prompt_logprobs is not None]
     assert len(given_once) == 1
     assert events[0].prompt_logprobs is not None
@@ -106,8 +110,9 @@ def test_prompt_logprobs_score_every_prompt_token_but_the_first(
     assert len(text_and_scores(others)[1]) == 16
     first, *scores = given_once[0]
     assert first is None
-    rows = reference(model, prompt, loops) if length > 1 else []
+    rows: Iterable[Tensor] = reference(model, prompt, loops) if length > 1 else ()
     for token, scored, row in zip(prompt[1:], scores, rows, strict=True):
+        assert scored is not None
         assert_scores(scored, token, row, num_top)
 
 
@@ -127,6 +132,7 @@ def test_in_fp32_the_default_model_scores_within_one_part_in_10_000() -> None:
     for token, scored, row in zip(
         (text + generated)[1:], [*events[0].prompt_logprobs[1:], *scores], rows, strict=True
     ):
+        assert scored is not None
         assert_scores(scored, token, row, 3, tolerance=1e-4)
 
 

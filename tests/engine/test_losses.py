@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from model.network.looped import LoopedTransformer
 from tests.tiny_models import tiny_model
 from training import losses
 from training.losses import loop_losses
@@ -13,11 +15,13 @@ LOOPS, VOCAB = 3, 67
 
 
 @pytest.fixture
-def tokens():
+def tokens() -> Tensor:
     return torch.randint(VOCAB, (2, 13), generator=torch.Generator().manual_seed(3))
 
 
-def obvious(model, tokens, stage, taught=None):
+def obvious(
+    model: LoopedTransformer, tokens: Tensor, stage: Stage, taught: losses.Taught | None = None
+) -> Tensor:
     """The same losses written down as in the paper, differentiated by torch."""
     targets = tokens[:, 1:].flatten()
     readouts = [model.whole_readout(s).flatten(0, 1) for s in model.depths(tokens[:, :-1], stage.num_loops)]
@@ -30,7 +34,7 @@ def obvious(model, tokens, stage, taught=None):
         if taught is not None:
             q = torch.zeros_like(logits).scatter(1, *taught)
             apart = F.kl_div(logits.log_softmax(-1), q, reduction="none").sum(-1)
-            apart = torch.where(taught.chances.sum(-1) > 0, apart, each)
+            apart = torch.where(taught.probabilities.sum(-1) > 0, apart, each)
             each = (1 - stage.teacher_weight) * each + stage.teacher_weight * apart
         total = total + weight * each.mean()
     for logits in readouts[:-1]:
@@ -39,15 +43,17 @@ def obvious(model, tokens, stage, taught=None):
     return total
 
 
-def gradients(model, total):
+def gradients(model: LoopedTransformer, total: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
-    total.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    torch.autograd.backward(total)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
 @pytest.mark.parametrize("agreement", [0.0, 0.7])
-def test_loss_and_gradient_equal_the_obvious_ones(tokens, with_teacher, agreement, monkeypatch) -> None:
+def test_loss_and_gradient_equal_the_obvious_ones(
+    tokens: Tensor, with_teacher: bool, agreement: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(losses, "CHUNK", 7)  # 24 tokens: chunks of 7, 7, 7 and 3
     model = tiny_model(vocab_size=VOCAB, num_loops=LOOPS).train().requires_grad_(True)
     stage = Stage(1, LOOPS, 12, (1.0, 1.0), 1.5, agreement, 0.6)
@@ -65,13 +71,13 @@ def test_loss_and_gradient_equal_the_obvious_ones(tokens, with_teacher, agreemen
     assert per_loop[-1].item() == pytest.approx(F.cross_entropy(last, tokens[:, 1:].flatten()).item())
 
 
-def test_one_loop_is_plain_cross_entropy(tokens) -> None:
+def test_one_loop_is_plain_cross_entropy(tokens: Tensor) -> None:
     model = tiny_model(vocab_size=VOCAB, num_loops=1).train().requires_grad_(True)
     total, per_loop = loop_losses(model, tokens, Stage(1, 1, 12, (1.0, 1.0), agreement_weight=0.5))
     assert total.item() == pytest.approx(per_loop.item())
 
 
-def test_what_is_not_kept_has_no_say(tokens) -> None:
+def test_what_is_not_kept_has_no_say(tokens: Tensor) -> None:
     """Padding behind a text changes neither its loss nor its gradient."""
     model = tiny_model(vocab_size=VOCAB, num_loops=LOOPS).train().requires_grad_(True)
     stage = Stage(1, LOOPS, 12, (1.0, 1.0), agreement_weight=0.3)

@@ -1,10 +1,6 @@
-"""The native backend: the torch modules' numbers, and rows whose bits depend on nothing else in the pass.
-
-The library is compiled once for these tests, for the best level that runs here, unless it is in place.
-"""
+"""The native backend: the torch modules' numbers, and rows whose bits depend on nothing else in the pass."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,25 +15,17 @@ from model.network.looped import LoopedTransformer
 from model.options import EngineOptions, WorkerOptions
 from model.passes.native import library, weights
 from model.passes.native.backend import NativeOptions
-from model.passes.native.build import build
-from model.passes.native.library import LEVELS, NativeUnavailableError, usable_levels
+from model.passes.native.library import NativeUnavailableError
+from model.passes.torch.backend import TorchMaker
 from model.protocol import GenerationRequest, SamplingParams, TokenEvent
 from model.worker.build import choose_backend
-from tests.tiny_models import SHAPES, tiny_model
+from tests.golden import golden_folders, is_covered
+from tests.tiny_models import SHAPES, TORCH_SHAPES, tiny_config, tiny_model
 
 FP32 = NativeOptions(threads=1, half_cache=False)
-GOLDEN = sorted(Path(__file__).parents[3].joinpath("shared", "golden").glob("*/expected.json"))
+GOLDEN = [folder / "expected.json" for folder in golden_folders() if is_covered(folder)]
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if not usable_levels():
-            folder = tmp_path_factory.mktemp("native")
-            build([next(level for level in LEVELS if level.runs_here)], folder)
-            patch.setattr(library, "FOLDER", folder)
-        yield
+pytestmark = pytest.mark.native
 
 
 def native(model: LoopedTransformer, options: NativeOptions = FP32, chunk: int = 16) -> Engine:
@@ -124,10 +112,10 @@ def test_what_is_not_covered_is_an_error_of_the_start(monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(weights, "MOST_INPUTS", 40)
         with pytest.raises(ValueError, match="a matrix has 64 inputs; 40 are the most"):
-            choose_backend(options, tiny_model())
+            choose_backend(options, tiny_config(), torch.device("cpu"))
     monkeypatch.setenv(library.VARIABLE, "0")
     with pytest.raises(ValueError, match="backend native: SPEED_NATIVE is 0"):
-        choose_backend(options, tiny_model())
+        choose_backend(options, tiny_config(), torch.device("cpu"))
     monkeypatch.setenv(library.VARIABLE, "sse9")
     with pytest.raises(NativeUnavailableError, match="'sse9' is not known"):
         library.choose()
@@ -136,7 +124,7 @@ def test_what_is_not_covered_is_an_error_of_the_start(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.parent.name)
 def test_greedy_texts_are_those_of_the_reference_at_every_depth(file: Path) -> None:
     expected = json.loads(file.read_text())
-    model = load_model(file.parent, integer_products=False).model
+    model = load_model(file.parent).model
     engine = Engine(model, EngineOptions(max_model_len=128, kv_cache_tokens=1024), maker=FP32)
     depths = range(1, expected["loops"] + 1)
     wanted = {
@@ -155,3 +143,14 @@ def test_greedy_texts_are_those_of_the_reference_at_every_depth(file: Path) -> N
     ]
     assert wanted
     assert texts(engine.run(asked)) == wanted
+
+
+@pytest.mark.parametrize("shape", TORCH_SHAPES)
+def test_a_model_that_the_library_does_not_cover_is_run_by_torch_with_the_reason(shape: str) -> None:
+    """Asked for by name it is an error."""
+    config, cpu = tiny_config(**TORCH_SHAPES[shape]), torch.device("cpu")
+    maker, why_torch = choose_backend(WorkerOptions(model_path="x"), config, cpu)
+    assert isinstance(maker, TorchMaker)
+    assert "the library has no norms and stacks of" in why_torch
+    with pytest.raises(ValueError, match="backend native: the library has no norms and stacks of"):
+        choose_backend(WorkerOptions(model_path="x", backend="native"), config, cpu)

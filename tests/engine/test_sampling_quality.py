@@ -18,7 +18,7 @@ def deviation(observed: torch.Tensor, expected: torch.Tensor) -> float:
     expected = torch.cat([expected[~rare], expected[rare].sum(0, keepdim=True)])
     freedom = len(expected) - 1
     statistic = float(((observed - expected) ** 2 / expected).sum())
-    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+    return float(((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5)
 
 
 def test_tokens_drafted_and_confirmed_follow_the_softmax_of_the_last_depth() -> None:
@@ -34,7 +34,8 @@ def test_tokens_drafted_and_confirmed_follow_the_softmax_of_the_last_depth() -> 
     answers = shared.run(requests)
     shared.check_integrity()
     first = torch.tensor([answers[r.request_id][0].token_ids[0] for r in requests])
-    rejected = sum(answers[r.request_id][-1].stats.rejected_drafts for r in requests)
+    stats = [answers[r.request_id][-1].stats for r in requests]
+    rejected = sum(each.rejected_drafts for each in stats if each is not None)
     assert rejected > NUM_SEEDS / 10  # drafts were there, and some were wrong
     expected = (logits / TEMPERATURE).softmax(-1).double() * NUM_SEEDS
     assert deviation(first.bincount(minlength=61).double(), expected) < 4.75

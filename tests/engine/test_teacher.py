@@ -2,14 +2,17 @@
 
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFWriter
 from tokenizers import Tokenizer, pre_tokenizers
+from torch import Tensor
 
 from model import load_model
+from model.network.looped import LoopedTransformer
 from tests.tiny_models import tiny_model
 from training.distill.teacher import LAYER_NAMES, NAMES, TeacherError, convert_teacher
 
@@ -19,7 +22,7 @@ TOKENS = ["<|endoftext|>", "<|im_end|>", *BYTES, *("".join(pair) for pair in MER
 CONTROL, NORMAL = 3, 1
 
 
-def tiny_teacher():
+def tiny_teacher() -> LoopedTransformer:
     return tiny_model(
         2,
         family="llama",
@@ -31,7 +34,7 @@ def tiny_teacher():
     )
 
 
-def write_gguf(path: Path, model, pre: str = "smollm") -> None:
+def write_gguf(path: Path, model: LoopedTransformer, pre: str = "smollm") -> None:
     config = model.config
     writer = GGUFWriter(path, "llama")
     writer.add_embedding_length(config.hidden_size)
@@ -58,7 +61,7 @@ def write_gguf(path: Path, model, pre: str = "smollm") -> None:
     writer.close()
 
 
-def gguf_tensors(model):
+def gguf_tensors(model: LoopedTransformer) -> Iterator[tuple[str, Tensor]]:
     config, weights = model.config, model.state_dict()
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield "token_embd.weight", weights["embedding.weight"]
@@ -82,14 +85,14 @@ def gguf_tensors(model):
         yield from ((f"blk.{layer}.{name}.weight", weight) for name, weight in stored.items())
 
 
-def in_pairs(weight, head_dim: int):
+def in_pairs(weight: Tensor, head_dim: int) -> Tensor:
     """llama.cpp's permutation of q and k (convert_hf_to_gguf.py)."""
     heads = weight.shape[0] // head_dim
     return weight.reshape(heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 @pytest.fixture
-def model():
+def model() -> LoopedTransformer:
     """Weights that bfloat16 holds exactly, as the folder stores them."""
     made = tiny_teacher()
     for parameter in made.parameters():
@@ -97,7 +100,9 @@ def model():
     return made
 
 
-def test_logits_and_tokens_are_those_of_the_file_whole_or_in_parts_or_in_a_wheel(model, tmp_path) -> None:
+def test_logits_and_tokens_are_those_of_the_file_whole_or_in_parts_or_in_a_wheel(
+    model: LoopedTransformer, tmp_path: Path
+) -> None:
     file, wheel = tmp_path / "tiny.gguf", tmp_path / "tiny.whl"
     write_gguf(file, model)
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -121,7 +126,7 @@ def test_logits_and_tokens_are_those_of_the_file_whole_or_in_parts_or_in_a_wheel
     assert set(NAMES) == {"token_embd", "output_norm", "output"}
 
 
-def test_a_file_that_holds_no_such_teacher_is_refused(model, tmp_path) -> None:
+def test_a_file_that_holds_no_such_teacher_is_refused(model: LoopedTransformer, tmp_path: Path) -> None:
     write_gguf(tmp_path / "other.gguf", model, pre="llama-bpe")
     with pytest.raises(TeacherError, match="llama-bpe"):
         convert_teacher([tmp_path / "other.gguf"], tmp_path / "out")

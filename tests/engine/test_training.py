@@ -1,10 +1,12 @@
 """Training on a corpus of a few files: it learns, it resumes exactly, and what it exports can be served."""
 
+import argparse
 import dataclasses
 import json
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,12 +72,14 @@ def arguments(tmp_path: Path, corpus: Path, output: str, minutes: float) -> list
 
 
 def train(arguments: list[str]) -> int:
-    parser = main.argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     main.add_arguments(parser)
     return main.run(parser.parse_args(arguments))
 
 
-def test_a_run_in_slices_equals_a_run_in_one_and_exports_a_model_that_loads(tmp_path, corpus) -> None:
+def test_a_run_in_slices_equals_a_run_in_one_and_exports_a_model_that_loads(
+    tmp_path: Path, corpus: Path
+) -> None:
     assert train(arguments(tmp_path, corpus, "whole", 10)) == 0
     slices = 0
     while train(arguments(tmp_path, corpus, "sliced", 0)) == main.UNFINISHED:
@@ -94,10 +98,10 @@ def test_a_run_in_slices_equals_a_run_in_one_and_exports_a_model_that_loads(tmp_
     assert (tmp_path / "whole" / "model" / "tokenizer.json").exists()
 
 
-def test_the_loss_falls_and_every_loop_has_one(tmp_path, corpus) -> None:
+def test_the_loss_falls_and_every_loop_has_one(tmp_path: Path, corpus: Path) -> None:
     train(arguments(tmp_path, corpus, "run", 0))
     recipe = load_recipe(tmp_path / "recipe.toml")
-    tokens = main.np.load(tmp_path / "run" / "train.npy")
+    tokens = np.load(tmp_path / "run" / "train.npy")
     trainer = Trainer(recipe, TextTask(tokens, recipe), tmp_path / "run", new_model(recipe))
     losses = [trainer.take_step().tolist() for _ in range(11)]
     assert len(losses[0]) == 1
@@ -105,12 +109,14 @@ def test_the_loss_falls_and_every_loop_has_one(tmp_path, corpus) -> None:
     assert losses[-1][-1] < losses[0][0] - 0.5
 
 
-def test_a_resumed_run_takes_the_learning_rates_of_the_recipe_as_it_is_now(tmp_path, corpus) -> None:
+def test_a_resumed_run_takes_the_learning_rates_of_the_recipe_as_it_is_now(
+    tmp_path: Path, corpus: Path
+) -> None:
     train(arguments(tmp_path, corpus, "run", 0))
     recipe = dataclasses.replace(
         load_recipe(tmp_path / "recipe.toml"), matrix_learning_rate=0.005, other_learning_rate=0.003
     )
-    tokens = main.np.load(tmp_path / "run" / "train.npy")
+    tokens = np.load(tmp_path / "run" / "train.npy")
     trainer = Trainer(recipe, TextTask(tokens, recipe), tmp_path / "run", new_model(recipe))
     assert trainer.step == 1
     trainer.take_step()
@@ -119,7 +125,7 @@ def test_a_resumed_run_takes_the_learning_rates_of_the_recipe_as_it_is_now(tmp_p
     assert used == pytest.approx([0.005 * rate, 0.003 * rate])
 
 
-def test_training_and_held_out_files_are_split_by_path_and_never_equal(corpus) -> None:
+def test_training_and_held_out_files_are_split_by_path_and_never_equal(corpus: Path) -> None:
     split = read_corpus(corpus)
     assert all(is_held_out(d.path) for d in split.held_out)
     assert not any(is_held_out(d.path) for d in split.train)
@@ -158,31 +164,31 @@ def test_orthogonalised_singular_values_are_near_one() -> None:
 
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_training_uses_bf16_only_where_the_cpu_has_its_products(
-    tmp_path, corpus, monkeypatch, has_bf16
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, has_bf16: bool
 ) -> None:
     monkeypatch.setattr(trainer_module, "multiplies_bf16", lambda device: has_bf16)
     train(arguments(tmp_path, corpus, "run", 0))
     recipe = load_recipe(tmp_path / "recipe.toml")
-    tokens = main.np.load(tmp_path / "run" / "train.npy")
+    tokens = np.load(tmp_path / "run" / "train.npy")
     trainer = Trainer(recipe, TextTask(tokens, recipe), tmp_path / "run", new_model(recipe))
-    dtypes = set()
-    trainer.model.layers[0].register_forward_hook(lambda _module, _inputs, output: dtypes.add(output.dtype))
-    trainer.model.layers[0].attn.qkv_proj.register_forward_hook(
-        lambda _module, _inputs, output: dtypes.add(output.dtype)
-    )
+    dtypes: set[torch.dtype] = set()
+    for name in ("layers.0", "layers.0.attn.qkv_proj"):
+        trainer.model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output: dtypes.add(output.dtype)
+        )
     trainer.take_step()
     assert (torch.bfloat16 in dtypes) is has_bf16
     assert isinstance(trainer.optimizers[0], Float32Muon) is not has_bf16
 
 
-def test_an_unknown_key_of_a_recipe_is_an_error(tmp_path) -> None:
+def test_an_unknown_key_of_a_recipe_is_an_error(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.replace("weight_decay", "weigth_decay"))
     with pytest.raises(TypeError, match="weigth_decay"):
         load_recipe(recipe)
 
 
-def test_a_checkpoint_in_small_parts_comes_back_and_a_damaged_one_is_refused(tmp_path) -> None:
+def test_a_checkpoint_in_small_parts_comes_back_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
     for step in (1, 2):
         save_checkpoint({"step": step, "weights": torch.arange(5000.0) * step}, tmp_path, part_bytes=4096)
     state = load_checkpoint(tmp_path)

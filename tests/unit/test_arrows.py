@@ -10,18 +10,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"training", "server", "model.worker", "model.engine", "model.passes", "model.checkpoint"}
     | {"model.schedule", "model.network", "model.options", "model.protocol", "model.machine"},
     "training": {"model.worker", "model.checkpoint", "model.network"},
-    "server": {"model.worker", "model.checkpoint", "model.grammar", "model.options", "model.protocol"},
+    "server": {"model.worker", "model.checkpoint", "model.grammar", "model.rules", "model.options"}
+    | {"model.protocol"},
     "model": {"model.checkpoint"},
     "model.study": {"model.worker", "model.engine", "model.passes", "model.checkpoint", "model.schedule"}
     | {"model.network", "model.options", "model.protocol"},
     "model.worker": {"model.engine", "model.passes", "model.checkpoint", "model.grammar", "model.schedule"}
     | {"model.network", "model.options", "model.protocol", "model.machine"},
-    "model.engine": {"model.passes", "model.grammar", "model.schedule", "model.network", "model.options"}
-    | {"model.protocol"},
+    "model.engine": {"model.passes", "model.grammar", "model.schedule", "model.network", "model.rules"}
+    | {"model.options", "model.protocol"},
     "model.passes": {"model.schedule", "model.network", "model.options", "model.protocol", "model.machine"},
     "model.checkpoint": {"model.network", "model.machine"},
     "model.grammar": {"model.schedule", "model.protocol"},
     "model.schedule": {"model.options", "model.protocol"},
+    "model.rules": {"model.options", "model.protocol"},
     "model.network": set(),
     "model.options": set(),
     "model.protocol": set(),

@@ -1,6 +1,7 @@
 """The batcher alone: mailboxes merge, everything ends, nothing that was left goes on running."""
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
@@ -26,18 +27,18 @@ async def started(engine: FakeEngine, limit: int = 8, max_tokens: int = 10**6) -
     return batcher
 
 
-async def until(condition) -> None:
+async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(5):
         while not condition():
             await asyncio.sleep(0.001)
 
 
-async def drained(stream) -> list[TokenEvent]:
+async def drained(stream: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
     async with asyncio.timeout(5):
         return [event async for event in stream]
 
 
-async def test_slow_reader_finds_its_deltas_merged():
+async def test_slow_reader_finds_its_deltas_merged() -> None:
     engine = FakeEngine(lambda _: IDS)
     batcher = await started(engine)
     stream = batcher.open([request("a"), request("b")])
@@ -48,7 +49,7 @@ async def test_slow_reader_finds_its_deltas_merged():
     await batcher.close()
 
 
-async def test_every_sequence_of_a_stream_is_read_in_turn():
+async def test_every_sequence_of_a_stream_is_read_in_turn() -> None:
     engine = FakeEngine(lambda _: IDS, delay=0.001)
     batcher = await started(engine)
     events = await drained(batcher.open([request("a"), request("b")]))
@@ -59,7 +60,7 @@ async def test_every_sequence_of_a_stream_is_read_in_turn():
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("broken pipe")])
-async def test_streams_end_when_the_engine_falls_silent(error):
+async def test_streams_end_when_the_engine_falls_silent(error: RuntimeError | None) -> None:
     engine = FakeEngine(lambda _: IDS, delay=1000)
     batcher = await started(engine)
     stream = batcher.open([request("a"), request("b")])
@@ -71,11 +72,11 @@ async def test_streams_end_when_the_engine_falls_silent(error):
     await batcher.close()
 
 
-async def test_leaving_a_stream_aborts_what_still_runs():
+async def test_leaving_a_stream_aborts_what_still_runs() -> None:
     engine = FakeEngine(lambda r: IDS if r.request_id == "slow" else IDS[:1], delay=0.01)
     batcher = await started(engine)
 
-    async def leave_after_the_fast_one():
+    async def leave_after_the_fast_one() -> None:
         async with batcher.open([request("slow"), request("fast", 1)]) as stream:
             async for event in stream:
                 if event.request_id == "fast":
@@ -88,7 +89,7 @@ async def test_leaving_a_stream_aborts_what_still_runs():
     await batcher.close()
 
 
-async def test_late_events_of_an_abandoned_request_are_ignored():
+async def test_late_events_of_an_abandoned_request_are_ignored() -> None:
     engine = FakeEngine(lambda _: IDS)
     batcher = await started(engine)
     batcher.open([request("a")]).close()
@@ -96,7 +97,7 @@ async def test_late_events_of_an_abandoned_request_are_ignored():
     await batcher.close()
 
 
-async def test_abort_of_one_sequence_still_brings_its_last_event():
+async def test_abort_of_one_sequence_still_brings_its_last_event() -> None:
     engine = FakeEngine(lambda _: IDS, delay=0.001)
     batcher = await started(engine)
     async with batcher.open([request("a")]) as stream:
@@ -108,7 +109,7 @@ async def test_abort_of_one_sequence_still_brings_its_last_event():
     await batcher.close()
 
 
-async def test_admission_is_all_or_nothing():
+async def test_admission_is_all_or_nothing() -> None:
     engine = FakeEngine(lambda _: IDS, delay=1000)
     batcher = await started(engine, limit=3)
     stream = batcher.open([request("a"), request("b")])
@@ -120,7 +121,7 @@ async def test_admission_is_all_or_nothing():
     await batcher.close()
 
 
-async def test_tokens_in_flight_are_bounded_but_one_request_is_always_taken():
+async def test_tokens_in_flight_are_bounded_but_one_request_is_always_taken() -> None:
     engine = FakeEngine(lambda _: IDS, delay=1000)
     batcher = await started(engine, max_tokens=60)
     alone = batcher.open([request("large", 100)])
@@ -137,16 +138,16 @@ async def test_tokens_in_flight_are_bounded_but_one_request_is_always_taken():
     await batcher.close()
 
 
-async def test_submission_that_fails_half_way_aborts_the_first_half():
+async def test_submission_that_fails_half_way_aborts_the_first_half(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine(lambda _: IDS, delay=1000)
     batcher = await started(engine)
     submit = engine.submit
 
-    def submit_and_die(r):
+    def submit_and_die(r: GenerationRequest) -> None:
         submit(r)
         engine.state = "dead"
 
-    engine.submit = submit_and_die
+    monkeypatch.setattr(engine, "submit", submit_and_die)
     with pytest.raises(UnavailableError):
         batcher.open([request("a"), request("b")])
     assert engine.aborted == ["a"]
@@ -154,7 +155,7 @@ async def test_submission_that_fails_half_way_aborts_the_first_half():
     await batcher.close()
 
 
-async def test_drain_lets_running_requests_finish_and_refuses_new_ones():
+async def test_drain_lets_running_requests_finish_and_refuses_new_ones() -> None:
     engine = FakeEngine(lambda _: IDS, delay=0.001)
     batcher = await started(engine)
     stream = batcher.open([request("a")])
@@ -166,7 +167,7 @@ async def test_drain_lets_running_requests_finish_and_refuses_new_ones():
 
 
 @pytest.mark.parametrize("how", ["abort_all", "close"])
-async def test_shutdown_ends_streams_with_abort(how):
+async def test_shutdown_ends_streams_with_abort(how: str) -> None:
     engine = FakeEngine(lambda _: IDS, delay=1000)
     batcher = await started(engine)
     stream = batcher.open([request("a")])
@@ -182,8 +183,8 @@ async def test_shutdown_ends_streams_with_abort(how):
     ("max_num_seqs", "max_model_len", "kv_cache_tokens"), [(32, 65536, 10**6), (2, 100, 5000), (8, 200, 1000)]
 )
 def test_by_default_so_many_tokens_may_wait_as_the_engine_runs_eight_times_over(
-    max_num_seqs, max_model_len, kv_cache_tokens
-):
+    max_num_seqs: int, max_model_len: int, kv_cache_tokens: int
+) -> None:
     """A fixed 2^20 was sixteen chats of a model with a context of 65,536 tokens."""
     info = msgspec.structs.replace(
         INFO, max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_cache_tokens=kv_cache_tokens
@@ -194,7 +195,7 @@ def test_by_default_so_many_tokens_may_wait_as_the_engine_runs_eight_times_over(
     assert AdmissionLimits(256, 100).most_tokens(info) == 100
 
 
-async def test_the_default_limit_of_tokens_is_kept():
+async def test_the_default_limit_of_tokens_is_kept() -> None:
     engine = FakeEngine(lambda _: IDS, delay=1000)
     batcher = RequestBatcher(engine, AdmissionLimits(1000), Metrics(engine, "m"))
     await batcher.start()

@@ -58,10 +58,10 @@ def test_pages_are_neighbours_when_a_stretch_of_them_is_free_and_scattered_other
     assert (neighbours.pages, neighbours.base) == ([2, 3], 8)
     scattered = table_of(pool, 8)
     assert (sorted(scattered.pages), scattered.base) == ([0, 5], None)
-    assert list(neighbours.slots(3, 3)) == [11, 12, 13]
+    assert list(neighbours.cells(3, 3)) == [11, 12, 13]
     assert [len(part) for part in (scattered.segments, neighbours.segments)] == [2, 1]
-    assert list(scattered.slots(0, 8)) == [
-        part.slot + i for part in scattered.segments_of(8) for i in range(part.length)
+    assert list(scattered.cells(0, 8)) == [
+        part.cell + i for part in scattered.segments_of(8) for i in range(part.length)
     ]
 
 

@@ -2,13 +2,16 @@
 """Chat templates: rendered as transformers renders them, found where checkpoints keep them."""
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from server.chat_template import ChatTemplate, ChatTemplateError, check_nothing_lost, load_chat_template
 from server.errors import InvalidRequestError
+from tests.loose import Json
 from tests.text_tools import byte_tokenizer
 
 CHATML = """{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
@@ -34,7 +37,7 @@ CONVERSATION = [
 @pytest.mark.parametrize("source", [CHATML, LLAMA, ODD], ids=["chatml", "llama", "odd"])
 @pytest.mark.parametrize("messages", [CONVERSATION, CONVERSATION[1:], CONVERSATION[1:2]])
 @pytest.mark.parametrize("generate", [False, True])
-def test_rendered_as_transformers_does(source, messages, generate):
+def test_rendered_as_transformers_does(source: str, messages: list[dict[str, str]], generate: bool) -> None:
     special = {"bos_token": "<s>", "eos_token": "<eos>"}
     reference = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), **special)
     expected = reference.apply_chat_template(
@@ -44,12 +47,12 @@ def test_rendered_as_transformers_does(source, messages, generate):
     assert template.render(messages, add_generation_prompt=generate) == expected
 
 
-def test_what_a_template_refuses_is_said():
+def test_what_a_template_refuses_is_said() -> None:
     with pytest.raises(InvalidRequestError, match="roles must alternate"):
         ChatTemplate(LLAMA, {"bos_token": ""}).render(CONVERSATION[2:3], add_generation_prompt=True)
 
 
-def test_developer_is_passed_on_where_the_template_takes_it():
+def test_developer_is_passed_on_where_the_template_takes_it() -> None:
     messages = [{"role": "developer", "content": "Be."}]
     assert "developer\nBe." in ChatTemplate(CHATML).render(messages, add_generation_prompt=False)
     with pytest.raises(InvalidRequestError, match="developer"):
@@ -86,7 +89,25 @@ def test_looking_for_lost_texts_reads_the_prompt_once() -> None:
     assert starts == list(range(0, 2000, 2))
 
 
-def folder_with(path, **files) -> None:
+def test_texts_that_the_template_has_all_changed_are_looked_for_in_linear_time() -> None:
+    """The whole prompt was read for each of them."""
+    starts = []
+
+    class Watched(str):
+        def find(self, part: str, start: int) -> int:  # type: ignore[override]
+            starts.append(start)
+            return super().find(part, start)
+
+    messages = [{"role": "user", "content": f"word{i} & more"} for i in range(1000)]
+    check_nothing_lost(messages, Watched("".join(f"WORD{i} &amp; MORE" for i in range(1000))))
+    assert len(starts) < 20
+    with pytest.raises(InvalidRequestError, match=r"messages\.1000 .* leaves it out"):
+        check_nothing_lost(
+            [*messages, {"role": "user", "content": "lost"}], "".join(f"WORD{i}" for i in range(1000))
+        )
+
+
+def folder_with(path: Path, **files: Json) -> None:
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content)
         (path / name.replace("__", ".")).write_text(text, encoding="utf-8")
@@ -97,13 +118,13 @@ def text_of(template: ChatTemplate | None) -> str:
     return template.render([{"role": "user", "content": ""}], add_generation_prompt=True)
 
 
-def test_a_model_without_a_template_has_none(tmp_path):
+def test_a_model_without_a_template_has_none(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path) is None
     folder_with(tmp_path, tokenizer_config__json={"bos_token": "<s>"})
     assert load_chat_template(tmp_path) is None
 
 
-def test_where_templates_are_found(tmp_path):
+def test_where_templates_are_found(tmp_path: Path) -> None:
     special = {"bos_token": {"content": "<s>"}, "eos_token": None, "extra_token": "<x>"}
     folder_with(
         tmp_path,
@@ -124,7 +145,7 @@ def test_where_templates_are_found(tmp_path):
         ([{"name": "only", "template": "one"}], "one"),
     ],
 )
-def test_of_several_templates_the_default(tmp_path, templates, expected):
+def test_of_several_templates_the_default(tmp_path: Path, templates: Sequence[object], expected: str) -> None:
     folder_with(tmp_path, tokenizer_config__json={"chat_template": templates})
     assert text_of(load_chat_template(tmp_path)) == expected
 
@@ -144,14 +165,14 @@ def test_of_several_templates_the_default(tmp_path, templates, expected):
         ("[]", "tokenizer_config.json"),
     ],
 )
-def test_what_cannot_be_used_is_named(tmp_path, content, words):
+def test_what_cannot_be_used_is_named(tmp_path: Path, content: dict[str, object] | str, words: str) -> None:
     folder_with(tmp_path, tokenizer_config__json=content)
     with pytest.raises(ChatTemplateError, match=words):
         load_chat_template(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, b"\xff"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "mine.jinja"
     if content is not None:
         file.write_bytes(content)

@@ -1,7 +1,7 @@
 """Complaints about bodies: place, limit and value in words, and nothing of the inside of the program."""
 
 import re
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 from pydantic import ValidationError
@@ -12,15 +12,16 @@ from server.schemas.base import RequestModel
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
+from tests.loose import Json
 
 USER = {"role": "user", "content": "hi"}
-GOOD: dict[type[RequestModel], dict[str, Any]] = {
+GOOD: dict[type[RequestModel], dict[str, Json]] = {
     CompletionRequest: {"model": "m", "prompt": "a"},
     ChatRequest: {"model": "m", "messages": [USER]},
     TokenizeRequest: {"prompt": "a"},
     DetokenizeRequest: {"tokens": [1]},
 }
-ODD = [
+ODD: list[Json] = [
     *(None, True, 3, -(2**70), 1.5, float("nan"), "", "odd", "x" * 3000),
     *(
         [],
@@ -50,7 +51,7 @@ INSIDES = re.compile(
 )
 
 
-def refusal(kind: type[RequestModel], **fields: Any) -> InvalidRequestError | None:
+def refusal(kind: type[RequestModel], **fields: Json) -> InvalidRequestError | None:
     body = GOOD[kind] | fields
     try:
         kind.model_validate(body)
@@ -62,7 +63,7 @@ def refusal(kind: type[RequestModel], **fields: Any) -> InvalidRequestError | No
 
 
 @pytest.mark.parametrize("kind", list(GOOD), ids=lambda kind: kind.__name__)
-def test_no_complaint_shows_the_inside_of_the_program(kind):
+def test_no_complaint_shows_the_inside_of_the_program(kind: type[RequestModel]) -> None:
     """Every field of every body, with every odd value: pydantic's own words were shown for unions."""
     num_refused = 0
     for name, field in kind.model_fields.items():
@@ -143,7 +144,9 @@ def test_no_complaint_shows_the_inside_of_the_program(kind):
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_complaints_name_place_limit_and_value(kind, fields, words):
+def test_complaints_name_place_limit_and_value(
+    kind: type[RequestModel], fields: dict[str, object], words: str
+) -> None:
     error = refusal(kind, **fields)
     assert error is not None
     assert error.message == words
@@ -160,7 +163,9 @@ def test_complaints_name_place_limit_and_value(kind, fields, words):
         (DetokenizeRequest, "tokens", ""),
     ],
 )
-def test_the_first_bad_entry_ends_validation(kind, name, entry):
+def test_the_first_bad_entry_ends_validation(
+    kind: type[RequestModel], name: str, entry: Sequence[object] | dict[str, object] | str
+) -> None:
     """Each of millions of entries had a complaint of its own, a kilobyte each."""
     body = GOOD[kind] | {name: [entry] * 200}
     if entry == []:
@@ -170,7 +175,7 @@ def test_the_first_bad_entry_ends_validation(kind, name, entry):
     assert caught.value.error_count() <= 2  # two fields of the first entry
 
 
-def test_every_list_has_a_limit():
+def test_every_list_has_a_limit() -> None:
     """In the schema that clients read: no array, and no object that is free in its keys, without one."""
     unlimited = []
     for kind in GOOD:
@@ -180,7 +185,7 @@ def test_every_list_has_a_limit():
     assert unlimited == []
 
 
-def _parts_of(part: Any, path: str) -> list[tuple[str, dict[str, Any]]]:
+def _parts_of(part: Json, path: str) -> list[tuple[str, dict[str, Json]]]:
     found = [(path, part)] if isinstance(part, dict) else []
     inner = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
     for name, value in inner:

@@ -3,6 +3,7 @@
 import pytest
 
 from server.chat_template import ChatTemplate
+from tests.loose import Json
 
 STRING = [
     "{% for m in messages %}{{ m.content }}{% endfor %}",
@@ -32,23 +33,26 @@ EITHER = (
 
 
 @pytest.mark.parametrize("source", STRING)
-def test_texts(source):
+def test_texts(source: str) -> None:
     assert ChatTemplate(source).content_format == "string"
 
 
 @pytest.mark.parametrize("source", [*PARTS, EITHER])
-def test_parts(source):
+def test_parts(source: str) -> None:
     assert ChatTemplate(source).content_format == "openai"
 
 
 @pytest.mark.parametrize("source", PARTS)
 @pytest.mark.parametrize("content", ["hello", ["hello"]], ids=str)
-def test_both_contents_are_shown_by_templates_that_want_parts(source, content):
-    messages = [{"role": "user", "content": content}]
+def test_both_contents_are_shown_by_templates_that_want_parts(source: str, content: list[str] | str) -> None:
+    messages: list[dict[str, Json]] = [{"role": "user", "content": content}]
     assert ChatTemplate(source).render(messages, add_generation_prompt=False) == "hello"
 
 
-def test_a_template_that_takes_either_gets_what_was_sent():
+def test_a_template_that_takes_either_gets_what_was_sent() -> None:
     template = ChatTemplate(EITHER)
-    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": ["b", "c"]}]
+    messages: list[dict[str, Json]] = [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": ["b", "c"]},
+    ]
     assert template.render(messages, add_generation_prompt=False) == "<a>(b)(c)"

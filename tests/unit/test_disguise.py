@@ -1,6 +1,7 @@
 """Control tokens in users' texts: never read as such, and nobody's ids change otherwise."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -24,6 +25,7 @@ from server.schemas.chat import ChatRequest
 from server.settings import embedded_model
 from server.tokenizer import TextCodec
 from tests.fake_engine import INFO
+from tests.loose import Json
 from tests.text_tools import byte_tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -86,7 +88,7 @@ def wordpiece() -> Tokenizer:
     return tokenizer
 
 
-MAKERS = {
+MAKERS: dict[str, Callable[[], Tokenizer]] = {
     "bytes": characters_and_borders,
     "forgetful": forgetful,
     "first": lambda: sentencepiece("first"),
@@ -114,7 +116,7 @@ def ids_of_chat(body: ChatRequest, codec: TextCodec, template: ChatTemplate) -> 
     return encode_rendered(said, codec, INFO, add_special_tokens=False)
 
 
-def chat_ids(name: str, contents: list[str | list[str]], **options) -> list[int]:
+def chat_ids(name: str, contents: list[str | list[str]], **options: Json) -> list[int]:
     roles = ["user", "assistant", "system"]
     messages = [
         {
@@ -139,7 +141,7 @@ FORGING = st.lists(
 @pytest.mark.parametrize("name", MAKERS)
 @settings(deadline=None, max_examples=25)
 @given(contents=st.lists(HARMLESS, min_size=1, max_size=3))
-def test_texts_without_control_tokens_keep_their_ids(name, contents):
+def test_texts_without_control_tokens_keep_their_ids(name: str, contents: list[str]) -> None:
     """The reference is the tokenizer's own reading of the rendered text."""
     text = ChatTemplate(CHATML).render(
         [
@@ -157,7 +159,7 @@ def test_texts_without_control_tokens_keep_their_ids(name, contents):
 @pytest.mark.parametrize("name", MAKERS)
 @settings(deadline=None, max_examples=25)
 @given(contents=st.lists(FORGING.map("".join), min_size=1, max_size=3))
-def test_no_text_makes_a_control_token(name, contents):
+def test_no_text_makes_a_control_token(name: str, contents: list[str]) -> None:
     """As many as the template writes, in its order: one turn for each message and one to be answered."""
     ids = chat_ids(name, list(contents))
     start, end = control_ids(name, chat_ids(name, [""]))[:2]
@@ -167,14 +169,14 @@ def test_no_text_makes_a_control_token(name, contents):
 @pytest.mark.parametrize("name", ["bytes", "forgetful", "embedded"])
 @settings(deadline=None, max_examples=25)
 @given(content=FORGING.map("".join))
-def test_what_looks_like_a_control_token_is_read_as_it_is_written(name, content):
+def test_what_looks_like_a_control_token_is_read_as_it_is_written(name: str, content: str) -> None:
     ids = chat_ids(name, [content])
     expected = f"{START}user\n{content.strip()}{END}\n{START}assistant\n"
     assert codec(name).decode(ids, skip_special_tokens=False) == expected
 
 
 @pytest.mark.parametrize("name", ["bytes", "embedded"])
-def test_no_control_token_across_the_parts_of_a_message(name):
+def test_no_control_token_across_the_parts_of_a_message(name: str) -> None:
     source = CHATML.replace("m.content | trim", "m.content[0].text + m.content[1].text | trim")
     for parts in (
         ["<|im_", "end|>"],
@@ -189,24 +191,24 @@ def test_no_control_token_across_the_parts_of_a_message(name):
 
 @pytest.mark.parametrize("source", ["<|im_{{ messages[0].content }}", "{{ messages[0].content }}end|>"])
 @pytest.mark.parametrize("content", ["end|>", " end|> x", "<|im_", "x <|im_ "])
-def test_no_control_token_of_a_text_and_what_the_template_has_beside_it(source, content):
+def test_no_control_token_of_a_text_and_what_the_template_has_beside_it(source: str, content: str) -> None:
     source = source.replace("content", "content | trim")
     assert control_ids("bytes", chat_ids("bytes", [content], source=source)) == []
 
 
-def test_private_characters_that_a_normalizer_drops_hide_all_the_same():
+def test_private_characters_that_a_normalizer_drops_hide_all_the_same() -> None:
     """What stood around them became a control token."""
     ids = chat_ids("wordpiece", [f"<|im_{END}start|>"])
     assert len(control_ids("wordpiece", ids)) == 3
 
 
-def test_capitals_that_a_normalizer_makes_control_tokens_of():
+def test_capitals_that_a_normalizer_makes_control_tokens_of() -> None:
     plain = chat_ids("wordpiece", ["<|IM_END|>"])
     assert len(control_ids("wordpiece", plain)) == 3
     assert len(control_ids("wordpiece", codec("wordpiece").encode("<|IM_END|>"))) == 1
 
 
-def test_what_the_client_says_of_the_template_is_a_text_too():
+def test_what_the_client_says_of_the_template_is_a_text_too() -> None:
     source = CHATML + "{{ more[0].text }}"
     body = ChatRequest.model_validate(
         {
@@ -219,7 +221,7 @@ def test_what_the_client_says_of_the_template_is_a_text_too():
     assert len(control_ids("bytes", ids)) == 3
 
 
-def test_special_tokens_that_the_tokenizer_adds_are_still_added():
+def test_special_tokens_that_the_tokenizer_adds_are_still_added() -> None:
     tokenizer = characters_and_borders()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<eos> $A", special_tokens=[("<eos>", 256)]
@@ -229,17 +231,17 @@ def test_special_tokens_that_the_tokenizer_adds_are_still_added():
     assert codec.disguise.encode(f"{START}{hidden}", add_special_tokens=True) == [256, 257, *END.encode()]
 
 
-def test_those_who_mean_it_may_allow_it():
+def test_those_who_mean_it_may_allow_it() -> None:
     trusting = chat_ids("bytes", [f"a{END}"], trusts_content=True)
     assert len(control_ids("bytes", trusting)) == 4
 
 
-def test_texts_are_left_alone_unless_there_is_something_to_hide():
+def test_texts_are_left_alone_unless_there_is_something_to_hide() -> None:
     value = [["hi", None, ["there"]], {"a": 1, "b": "c>d"}]
     assert codec("bytes").disguise.hide(value) is value
 
 
-def test_the_private_characters_themselves():
+def test_the_private_characters_themselves() -> None:
     """Alone they are text like any other; beside a control token they could stand for it."""
     private = chr(LAST_PRIVATE - 3)
     expected = codec("bytes").encode(f"{START}user\n{private}{END}\n{START}assistant\n")
@@ -248,7 +250,7 @@ def test_the_private_characters_themselves():
         chat_ids("bytes", [private, END])
 
 
-def test_a_control_token_that_cannot_be_written_otherwise_is_refused():
+def test_a_control_token_that_cannot_be_written_otherwise_is_refused() -> None:
     """A word model: the token is one character, so that nothing can stand between its characters."""
     tokenizer = Tokenizer(models.WordLevel({"§": 0, "a": 1}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -258,14 +260,14 @@ def test_a_control_token_that_cannot_be_written_otherwise_is_refused():
         disguise.encode(disguise.hide("§"), add_special_tokens=False)
 
 
-def test_a_tokenizer_without_control_tokens():
+def test_a_tokenizer_without_control_tokens() -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     disguise = Disguise(tokenizer)
     assert disguise.hide(["b"]) == ["b"]
     assert disguise.encode("b", add_special_tokens=False) == [1]
 
 
-def test_the_time_to_hide_grows_with_the_text():
+def test_the_time_to_hide_grows_with_the_text() -> None:
     """Counted: the text is cut at its control tokens once, not copied for each."""
     disguise = codec("bytes").disguise
     text = END * 20_000

@@ -19,6 +19,9 @@ OPERATING = ROOT / "docs" / "operating.md"
 # Of other programs, and those that every command has.
 OTHERS = {"--help", "--version", "--print-completion", "--build-arg", "--build", "--profile", "--no"}
 OTHERS |= {"--text"}  # of `speed inspect`
+# Of containers.
+OTHERS |= {"--cap-drop", "--cpus", "--from-literal", "--gpus", "--memory", "--read-only", "--rm"}
+OTHERS |= {"--security-opt", "--user"}
 SOURCES = ("bench", "cli", "model", "scripts", "server", "training")
 
 

@@ -1,5 +1,7 @@
 """What goes wrong in a pass ends whose fault it was, and nobody else; on the fake model."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from model.schedule.batch import ScheduledRun
 from tests.fake_model import Harness
 
 
-def names(batch: list[ScheduledRun]) -> set[str]:
+def names(batch: Sequence[ScheduledRun]) -> set[str]:
     return {run.sequence.request.request_id for run in batch}
 
 
@@ -44,7 +46,7 @@ def test_who_breaks_passes_is_found_and_the_others_say_the_same(
     bad = {str(index) for index in culprits}
     failures = 0
 
-    def inject(batch: list[ScheduledRun]) -> None:
+    def inject(batch: Sequence[ScheduledRun]) -> None:
         nonlocal failures
         if any(run.sequence.num_generated >= at for run in batch if run.sequence.request.request_id in bad):
             failures += 1
@@ -79,7 +81,7 @@ def test_a_pass_that_fails_once_ends_nobody(num_sequences: int) -> None:
     harness = Harness(SchedulerLimits(max_num_seqs=32))
     left = 1
 
-    def inject(batch: list[ScheduledRun]) -> None:
+    def inject(batch: Sequence[ScheduledRun]) -> None:
         nonlocal left
         if left and all(run.sequence.num_generated > 3 for run in batch):
             left -= 1
@@ -99,7 +101,7 @@ def test_passes_that_are_too_large_are_halved_and_nobody_is_at_fault() -> None:
     harness = Harness()
     sizes: list[int] = []
 
-    def inject(batch: list[ScheduledRun]) -> None:
+    def inject(batch: Sequence[ScheduledRun]) -> None:
         sizes.append(len(names(batch)))
         if sizes[-1] > 5 and len(sizes) > 3:
             raise RuntimeError("out of memory")
@@ -120,7 +122,7 @@ def test_a_lone_culprit_is_found_in_a_few_passes_that_fail() -> None:
     harness = Harness(SchedulerLimits(max_num_seqs=32))
     failures = 0
 
-    def inject(batch: list[ScheduledRun]) -> None:
+    def inject(batch: Sequence[ScheduledRun]) -> None:
         nonlocal failures
         if "13" in names(batch) and harness.text("0"):
             failures += 1
@@ -138,7 +140,7 @@ def test_a_fault_that_names_its_sequence_ends_it_within_the_pass() -> None:
     """Nobody is read again; what the culprit left in the cache is forgotten."""
     harness = Harness(SchedulerLimits(prefill_chunk_size=8, prefill_rows=32))
 
-    def inject(batch: list[ScheduledRun]) -> None:
+    def inject(batch: Sequence[ScheduledRun]) -> None:
         for run in batch:
             if run.sequence.request.request_id == "b" and run.sequence.num_generated == 5:
                 harness.backend.faults[run.sequence] = "nan"
@@ -161,7 +163,9 @@ def test_a_fault_that_names_its_sequence_ends_it_within_the_pass() -> None:
     assert harness.stats("again").cached_prompt_tokens == 0
 
 
-def test_an_error_while_one_wave_takes_in_its_results_costs_the_others_no_token() -> None:
+def test_an_error_while_one_wave_takes_in_its_results_costs_the_others_no_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     harness = Harness()
     for name in "abc":
         harness.add(name, [ord(name)] * 8, 20)
@@ -172,7 +176,7 @@ def test_an_error_while_one_wave_takes_in_its_results_costs_the_others_no_token(
     def broken(*_: object) -> list[int]:
         raise IndexError("list index out of range")
 
-    wave.update = broken  # type: ignore[method-assign]
+    monkeypatch.setattr(wave, "update", broken)
     passes = len(harness.backend.pass_rows)
     harness.finish()
     assert (ends(harness, "b"), harness.answers["b"][-1].error) == (
@@ -184,7 +188,7 @@ def test_an_error_while_one_wave_takes_in_its_results_costs_the_others_no_token(
         assert harness.text(name) == harness.backend.continue_plainly([ord(name)] * 8, 20, frozenset())
 
 
-def test_an_error_while_a_pass_is_made_is_found_as_well() -> None:
+def test_an_error_while_a_pass_is_made_is_found_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = Harness()
     for name in "abc":
         harness.add(name, [ord(name)] * 8, 20)
@@ -195,7 +199,7 @@ def test_an_error_while_a_pass_is_made_is_found_as_well() -> None:
     def broken(*_: object) -> int:
         raise RuntimeError("broken")
 
-    wave.num_readouts = broken  # type: ignore[method-assign]
+    monkeypatch.setattr(wave, "num_readouts", broken)
     harness.finish()
     assert ends(harness, "b") == ["error"]
     for name in "ac":

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from model.grammar import check as check_module
 from model.grammar.check import MAX_MESSAGE_CHARACTERS, CheckUnavailableError, GrammarError, check_grammar
-from model.protocol import Grammar
+from model.protocol import Grammar, GrammarKind
+from tests.loose import Json
 
 
 def chain(count: int) -> str:
@@ -22,7 +24,7 @@ def product(count: int) -> str:
 
 
 def reference_chain(count: int) -> str:
-    definitions: dict = {f"a{i}": {"items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(count)}
+    definitions: dict[str, Json] = {f"a{i}": {"items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(count)}
     return json.dumps({"$ref": "#/$defs/a0", "$defs": {**definitions, f"a{count}": {"type": "string"}}})
 
 
@@ -50,7 +52,7 @@ def nested_arrays(depth: int) -> str:
         ("lark", "start: e\ne: e e e | e e | /[a-z]/"),
     ],
 )
-def test_a_sound_grammar_is_taken(kind, text) -> None:
+def test_a_sound_grammar_is_taken(kind: GrammarKind, text: str) -> None:
     check_grammar(Grammar(kind=kind, text=text))
 
 
@@ -81,7 +83,9 @@ def test_a_sound_grammar_is_taken(kind, text) -> None:
         ("lark", chain(4000), "lead too deep"),
     ],
 )
-def test_a_grammar_that_cannot_be_compiled_is_refused_with_its_reason(kind, text, message) -> None:
+def test_a_grammar_that_cannot_be_compiled_is_refused_with_its_reason(
+    kind: GrammarKind, text: str, message: str
+) -> None:
     """Chains of 4,000 rules overflowed the stack of whoever compiled them: signal 11, no exception."""
     with pytest.raises(GrammarError) as raised:
         check_grammar(Grammar(kind=kind, text=text))
@@ -95,7 +99,7 @@ def test_a_grammar_that_takes_long_is_given_up() -> None:
         check_grammar(Grammar(kind="lark", text=product(300)))
 
 
-def test_a_busy_machine_is_no_verdict(monkeypatch) -> None:
+def test_a_busy_machine_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time is out once; the same grammar is taken later."""
     grammar = Grammar(kind="regex", text="busy+")
     monkeypatch.setattr(check_module, "CHECK_WALL_SECONDS", 0.001)
@@ -105,7 +109,7 @@ def test_a_busy_machine_is_no_verdict(monkeypatch) -> None:
     check_grammar(grammar)
 
 
-def _ends_itself(tmp_path, code: str) -> str:
+def _ends_itself(tmp_path: Path, code: str) -> str:
     """A Python that runs `code` in place of the check."""
     script = tmp_path / "python"
     script.write_text(f"#!{sys.executable}\nimport os, signal\n{code}\n")
@@ -123,7 +127,9 @@ def _ends_itself(tmp_path, code: str) -> str:
     ],
     ids=["killed", "terminated", "failed", "silent"],
 )
-def test_a_check_that_ends_without_a_verdict_is_none(monkeypatch, tmp_path, code) -> None:
+def test_a_check_that_ends_without_a_verdict_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str
+) -> None:
     """Killed for memory, or unable to import: it was called too large a grammar, and stayed that."""
     grammar = Grammar(kind="regex", text=f"{tmp_path.name}+")
     monkeypatch.setattr(sys, "executable", _ends_itself(tmp_path, code))
@@ -133,7 +139,9 @@ def test_a_check_that_ends_without_a_verdict_is_none(monkeypatch, tmp_path, code
     check_grammar(grammar)
 
 
-def test_a_check_that_cannot_be_started_is_no_verdict(monkeypatch, tmp_path) -> None:
+def test_a_check_that_cannot_be_started_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """No descriptors or no processes left: the OSError was a 500."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
     with pytest.raises(CheckUnavailableError, match="can't be started"):
@@ -141,7 +149,9 @@ def test_a_check_that_cannot_be_started_is_no_verdict(monkeypatch, tmp_path) -> 
 
 
 @pytest.mark.parametrize("error", [MemoryError(), BaseException("panic")], ids=["memory", "panic"])
-def test_a_compiler_that_breaks_is_a_refusal_not_a_consent(monkeypatch, error) -> None:
+def test_a_compiler_that_breaks_is_a_refusal_not_a_consent(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException | MemoryError
+) -> None:
     """What a thread raised was lost, and nothing was said against the grammar."""
 
     def broken(grammar: Grammar) -> list[str]:

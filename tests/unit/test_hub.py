@@ -80,7 +80,7 @@ def resolve(home: Path, *calls: tuple[str, ...], **environment: str) -> list[dic
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_only_what_the_loader_reads_is_downloaded_and_only_once(hub, tmp_path):
+def test_only_what_the_loader_reads_is_downloaded_and_only_once(hub: FakeHub, tmp_path: Path) -> None:
     calls = (("org/whole",), ("org/whole", "v1.0"), ("org/sharded",))
     hub.asked.clear()
     outcomes = resolve(tmp_path, *calls, HF_ENDPOINT=hub.url)
@@ -94,7 +94,7 @@ def test_only_what_the_loader_reads_is_downloaded_and_only_once(hub, tmp_path):
     assert resolve(tmp_path, *calls, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1") == outcomes
 
 
-def test_a_token_opens_a_private_model(hub, tmp_path):
+def test_a_token_opens_a_private_model(hub: FakeHub, tmp_path: Path) -> None:
     (denied,) = resolve(tmp_path, ("org/private",), HF_ENDPOINT=hub.url)
     assert "HF_TOKEN" in denied["error"]
     (opened,) = resolve(tmp_path, ("org/private",), HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret")
@@ -114,7 +114,7 @@ REFUSED = {
 }
 
 
-def test_every_refusal_is_one_line_that_says_why(hub, tmp_path):
+def test_every_refusal_is_one_line_that_says_why(hub: FakeHub, tmp_path: Path) -> None:
     outcomes = resolve(tmp_path, *REFUSED, HF_ENDPOINT=hub.url)
     for call, parts, outcome in zip(REFUSED, REFUSED.values(), outcomes, strict=True):
         assert "\n" not in outcome["error"]
@@ -123,13 +123,15 @@ def test_every_refusal_is_one_line_that_says_why(hub, tmp_path):
             assert part in outcome["error"]
 
 
-def test_nothing_of_a_pickled_model_is_downloaded_but_small_files(hub, tmp_path):
+def test_nothing_of_a_pickled_model_is_downloaded_but_small_files(hub: FakeHub, tmp_path: Path) -> None:
     hub.asked.clear()
     resolve(tmp_path, ("org/pickled",), HF_ENDPOINT=hub.url)
     assert hub.asked == ["config.json"]
 
 
-def test_without_a_network_the_cache_serves_and_an_absent_model_is_said_so(hub, tmp_path):
+def test_without_a_network_the_cache_serves_and_an_absent_model_is_said_so(
+    hub: FakeHub, tmp_path: Path
+) -> None:
     closed = "http://127.0.0.1:9"  # nobody listens there
     resolve(tmp_path, ("org/whole",), HF_ENDPOINT=hub.url)
     cached, absent = resolve(tmp_path, ("org/whole",), ("org/sharded",), HF_ENDPOINT=closed)
@@ -140,7 +142,7 @@ def test_without_a_network_the_cache_serves_and_an_absent_model_is_said_so(hub, 
     assert str(tmp_path) in offline["error"]
 
 
-def test_an_interrupted_download_is_not_taken_for_a_model(hub, tmp_path):
+def test_an_interrupted_download_is_not_taken_for_a_model(hub: FakeHub, tmp_path: Path) -> None:
     """The small files are there, the weights never came."""
     resolve(tmp_path, ("org/whole",), HF_ENDPOINT=hub.url)
     next(tmp_path.rglob("snapshots/*/model.safetensors")).unlink()
@@ -148,7 +150,7 @@ def test_an_interrupted_download_is_not_taken_for_a_model(hub, tmp_path):
     assert "not all of it" in outcome["error"]
 
 
-def test_a_folder_of_this_machine_wins_over_an_id(tmp_path, monkeypatch):
+def test_a_folder_of_this_machine_wins_over_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_hub_id("org/name")
     (tmp_path / "org" / "name").mkdir(parents=True)
@@ -157,12 +159,12 @@ def test_a_folder_of_this_machine_wins_over_an_id(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["nowhere", "/no/such/folder", "./org/name", "a/b/c", "~/x/y", ""])
-def test_what_is_neither_folder_nor_id_is_said_so(model):
+def test_what_is_neither_folder_nor_id_is_said_so(model: str) -> None:
     assert not is_hub_id(model)
     with pytest.raises(HubError, match="no folder"):
         model_folder(model)
 
 
-def test_a_revision_of_a_folder_is_refused(tmp_path):
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HubError, match="revision"):
         model_folder(str(tmp_path), "v1")

@@ -2,7 +2,6 @@
 
 import json
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from server.errors import ApiError, BodyTooLargeError, InvalidRequestError
 from server.intake import BodyCounter
 from server.limits import BODY_FLOOR, MAX_PARTS, BodyLimits, body_limits
 from tests.fake_engine import INFO
+from tests.loose import Json
 
 TEXTS = st.text(st.sampled_from('a"\\,[]{}:é🙂\n'), max_size=8)
 JSON = st.recursive(
@@ -21,7 +21,7 @@ JSON = st.recursive(
 )
 
 
-def counts(value: Any) -> tuple[int, int]:
+def counts(value: Json) -> tuple[int, int]:
     """Strings, objects and lists; and commas."""
     if isinstance(value, str):
         return 1, 0
@@ -45,7 +45,7 @@ def is_refused(body: bytes, cuts: list[int], limits: BodyLimits) -> bool:
 
 @settings(deadline=None)
 @given(JSON, st.lists(st.integers(0, 10**4), max_size=6), st.booleans())
-def test_a_body_is_refused_exactly_beyond_its_limits(value, cuts, escaped):
+def test_a_body_is_refused_exactly_beyond_its_limits(value: Json, cuts: list[int], escaped: bool) -> None:
     body = json.dumps(value, ensure_ascii=escaped).encode()
     num_parts, num_commas = counts(value)
     least = BodyLimits(len(body), num_commas, num_parts)
@@ -58,13 +58,13 @@ def test_a_body_is_refused_exactly_beyond_its_limits(value, cuts, escaped):
 
 
 @pytest.mark.parametrize("entry", [b"{},", b"[],", b"[", b'"",', b'{"a":', b"1,", b"null,"])
-def test_what_goes_on_for_ever_is_refused_early(entry):
+def test_what_goes_on_for_ever_is_refused_early(entry: bytes) -> None:
     """Before more than a few hundred kilobytes of it are there."""
     with pytest.raises(InvalidRequestError, match="more than"):
         feed_often(BodyCounter(BodyLimits(2**40)), entry * (2**14 // len(entry)), times=50)
 
 
-def test_a_text_that_goes_on_for_ever_is_refused_at_the_limit_of_bytes():
+def test_a_text_that_goes_on_for_ever_is_refused_at_the_limit_of_bytes() -> None:
     with pytest.raises(BodyTooLargeError):
         feed_often(BodyCounter(BodyLimits(10**6)), b"a" * 2**14, times=100)
 
@@ -74,7 +74,7 @@ def feed_often(counter: BodyCounter, chunk: bytes, times: int) -> None:
         counter.feed(chunk)
 
 
-def test_limits_of_bodies_follow_from_the_context():
+def test_limits_of_bodies_follow_from_the_context() -> None:
     small, large = (
         INFO,
         type(INFO)(

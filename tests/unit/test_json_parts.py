@@ -20,7 +20,7 @@ LENGTHS = st.sampled_from([0, 1, SLICE - 1, SLICE, SLICE + 1, 3 * SLICE + 7])
 
 @settings(deadline=None, max_examples=30)
 @given(LENGTHS, LENGTHS, st.text(max_size=5), st.booleans())
-def test_completions(length, num_ids, text, with_logprobs):
+def test_completions(length: int, num_ids: int, text: str, with_logprobs: bool) -> None:
     logprobs = CompletionLogprobs(
         tokens=[text] * length,
         token_logprobs=[None, *[-0.5] * length],
@@ -42,7 +42,7 @@ def test_completions(length, num_ids, text, with_logprobs):
 
 @settings(deadline=None, max_examples=30)
 @given(LENGTHS, st.text(max_size=5))
-def test_chat(length, text):
+def test_chat(length: int, text: str) -> None:
     top = [TopLogprob(token=text, logprob=-1.0, bytes=[1, 2])] * 3
     tokens = [TokenLogprob(token=text, logprob=-1.0, bytes=[1], top_logprobs=top)] * length
     choice = ChatChoice(
@@ -52,13 +52,15 @@ def test_chat(length, text):
         finish_reason="stop",
         stop_reason=None,
     )
-    answer = ChatResponse.model_construct(id="i", created=1, model="m", choices=[choice] * 3)
+    answer = ChatResponse.model_construct(  # type: ignore[call-arg] # answers are written without usage too
+        id="i", created=1, model="m", choices=[choice] * 3
+    )
     assert json_bytes(answer).decode() == answer.model_dump_json(exclude_unset=True)
 
 
 @settings(deadline=None, max_examples=30)
 @given(LENGTHS)
-def test_tokens(length):
+def test_tokens(length: int) -> None:
     answer = TokenizeResponse(
         count=length, max_model_len=9, tokens=list(range(length)), token_strs=["a"] * length
     )

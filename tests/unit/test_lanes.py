@@ -2,16 +2,18 @@
 
 import asyncio
 import threading
+from functools import partial
 
 import pytest
 
 from server.lanes import SHORT_TEXT, Lane, Lanes
 
 
-async def test_work_that_was_given_up_is_never_started():
-    lane, release, started = Lane("test", 1), threading.Event(), []
+async def test_work_that_was_given_up_is_never_started() -> None:
+    lane, release = Lane("test", 1), threading.Event()
+    started: list[int] = []
     busy = asyncio.create_task(lane.run(release.wait))
-    waiting = [asyncio.create_task(lane.run(lambda i=i: started.append(i))) for i in range(5)]
+    waiting = [asyncio.create_task(lane.run(partial(started.append, i))) for i in range(5)]
     await asyncio.sleep(0.01)
     for task in waiting[:4]:
         task.cancel()
@@ -22,7 +24,7 @@ async def test_work_that_was_given_up_is_never_started():
     lane.close()
 
 
-async def test_work_that_runs_keeps_its_place_after_its_client_left():
+async def test_work_that_runs_keeps_its_place_after_its_client_left() -> None:
     """Else clients who come and go would have any number of threads at work."""
     lane, release, order = Lane("test", 1), threading.Event(), []
 
@@ -44,7 +46,7 @@ async def test_work_that_runs_keeps_its_place_after_its_client_left():
     lane.close()
 
 
-async def test_a_short_text_does_not_wait_for_long_ones():
+async def test_a_short_text_does_not_wait_for_long_ones() -> None:
     lanes, release = Lanes(), threading.Event()
     long = [asyncio.create_task(lanes.texts(SHORT_TEXT + 1).run(release.wait)) for _ in range(10)]
     assert await lanes.texts(SHORT_TEXT).run(lambda: 7) == 7

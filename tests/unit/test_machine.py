@@ -48,7 +48,7 @@ class Files:
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     return Files(tmp_path)
 
@@ -57,19 +57,19 @@ def free(files: Files) -> int:
     return machine.free_memory(files.root).free
 
 
-def test_without_groups_the_machine_decides(files):
+def test_without_groups_the_machine_decides(files: Files) -> None:
     assert machine.free_memory(files.root) == (20 * GIB, False)
     assert machine.usable_cores(files.root) == 8
 
 
-def test_a_container_sees_its_own_group_as_the_root(files):
+def test_a_container_sees_its_own_group_as_the_root(files: Files) -> None:
     files.v2("/")
     files.group("", memory__max=GIB, memory__current=300 * MIB, cpu__max="150000 100000")
     assert machine.free_memory(files.root) == (724 * MIB, True)
     assert machine.usable_cores(files.root) == 1
 
 
-def test_groups_without_limits_limit_nothing(files):
+def test_groups_without_limits_limit_nothing(files: Files) -> None:
     files.v2("/user.slice/app")
     files.group("/user.slice", memory__max="max", memory__high="max", memory__current=GIB)
     files.group("/user.slice/app", memory__max="max", memory__current=GIB, cpu__max="max 100000")
@@ -78,7 +78,7 @@ def test_groups_without_limits_limit_nothing(files):
 
 
 @pytest.mark.parametrize("tight", ["/pod", "/pod/box", "/pod/box/in"])
-def test_the_tightest_group_on_the_way_up_counts(files, tight):
+def test_the_tightest_group_on_the_way_up_counts(files: Files, tight: str) -> None:
     files.v2("/pod/box/in")
     for path in ("/pod", "/pod/box", "/pod/box/in"):
         limits = ("max", "max 100000") if path != tight else (2 * GIB, "300000 100000")
@@ -87,13 +87,13 @@ def test_the_tightest_group_on_the_way_up_counts(files, tight):
     assert machine.usable_cores(files.root) == 3
 
 
-def test_a_group_that_is_slowed_down_counts_as_full(files):
+def test_a_group_that_is_slowed_down_counts_as_full(files: Files) -> None:
     files.v2("/")
     files.group("", memory__max=2 * GIB, memory__high=GIB, memory__current=0)
     assert free(files) == GIB
 
 
-def test_cached_files_are_free_but_for_those_that_are_mapped_or_on_a_tmpfs(files):
+def test_cached_files_are_free_but_for_those_that_are_mapped_or_on_a_tmpfs(files: Files) -> None:
     files.v2("/")
     stat = f"anon {100 * MIB}\nfile {900 * MIB}\nfile_mapped {50 * MIB}\nshmem {300 * MIB}\n"
     cached = f"inactive_file {400 * MIB}\nactive_file {200 * MIB}"
@@ -101,14 +101,14 @@ def test_cached_files_are_free_but_for_those_that_are_mapped_or_on_a_tmpfs(files
     assert free(files) == (24 + 550) * MIB
 
 
-def test_the_machine_may_have_less_than_the_group(files):
+def test_the_machine_may_have_less_than_the_group(files: Files) -> None:
     files.v2("/")
     files.write("proc/meminfo", "MemAvailable: 1024 kB")
     files.group("", memory__max=GIB, memory__current=0)
     assert machine.free_memory(files.root) == (MIB, False)
 
 
-def test_a_group_beyond_its_limit_has_nothing_left(files):
+def test_a_group_beyond_its_limit_has_nothing_left(files: Files) -> None:
     files.v2("/")
     files.group("", memory__max=GIB, memory__current=2 * GIB)
     assert free(files) == 0
@@ -122,13 +122,13 @@ def test_a_group_beyond_its_limit_has_nothing_left(files):
         ("/docker/0a1b/../0a1b", "/docker/0a1b"),
     ],
 )
-def test_names_of_the_host_inside_a_container(files, own, mount_root):
+def test_names_of_the_host_inside_a_container(files: Files, own: str, mount_root: str) -> None:
     files.v2(own, mount_root)
     files.group("", memory__max=GIB, memory__current=0, cpu__max="200000 100000")
     assert (free(files), machine.usable_cores(files.root)) == (GIB, 2)
 
 
-def test_version_1(files):
+def test_version_1(files: Files) -> None:
     files.v1("/docker/0a1b", "/docker")
     stat = f"inactive_file 1\ntotal_inactive_file {100 * MIB}\ntotal_active_file 0\ntotal_mapped_file 0"
     files.group("/memory", memory__limit_in_bytes=UNLIMITED_V1, memory__usage_in_bytes=5 * GIB)
@@ -144,7 +144,7 @@ def test_version_1(files):
     assert machine.usable_cores(files.root) == 2
 
 
-def test_version_1_without_limits(files):
+def test_version_1_without_limits(files: Files) -> None:
     files.v1("/")
     files.group("/memory", memory__limit_in_bytes=UNLIMITED_V1, memory__usage_in_bytes=5 * GIB)
     files.group("/cpu", cpu__cfs_quota_us=-1, cpu__cfs_period_us=100000)
@@ -153,20 +153,20 @@ def test_version_1_without_limits(files):
 
 
 @pytest.mark.parametrize("quota", ["5000 100000", "99999 100000"])
-def test_a_part_of_a_core_is_one_thread(files, quota):
+def test_a_part_of_a_core_is_one_thread(files: Files, quota: str) -> None:
     files.v2("/")
     files.group("", cpu__max=quota)
     assert machine.usable_cores(files.root) == 1
 
 
-def test_affinity_below_the_quota(files):
+def test_affinity_below_the_quota(files: Files) -> None:
     files.v2("/")
     files.group("", cpu__max="1600000 100000")
     assert machine.usable_cores(files.root) == 8
 
 
 @pytest.mark.parametrize("content", ["", "what", "12 34 56", "-1", "max", "1e9", "\xff"])
-def test_a_file_that_says_nothing_known_limits_nothing(files, content):
+def test_a_file_that_says_nothing_known_limits_nothing(files: Files, content: str) -> None:
     files.v2("/")
     names = ("memory__max", "memory__current", "memory__stat", "cpu__max")
     files.group("", **dict.fromkeys(names, content))
@@ -175,7 +175,7 @@ def test_a_file_that_says_nothing_known_limits_nothing(files, content):
     assert machine.usable_cores(files.root) == 8
 
 
-def test_memory_of_this_process():
+def test_memory_of_this_process() -> None:
     """The memory is mapped anew: what the allocator has kept of earlier tests would not show."""
     before = machine.process_memory()
     assert before > MIB
@@ -185,11 +185,11 @@ def test_memory_of_this_process():
     assert abs(machine.process_memory(os.getpid()) - machine.process_memory()) < 2**22
 
 
-def test_a_process_that_is_gone():
+def test_a_process_that_is_gone() -> None:
     with pytest.raises(OSError, match="statm"):
         machine.process_memory(2**30)
 
 
-def test_this_machine_can_be_read():
+def test_this_machine_can_be_read() -> None:
     assert 1 <= machine.usable_cores() <= len(os.sched_getaffinity(0))
     assert machine.free_memory().free > 0

@@ -1,6 +1,7 @@
 """A grammar's state follows drafts and flushes: always the mask of the tokens that stand there now."""
 
 from types import SimpleNamespace
+from typing import cast
 from unittest import mock
 
 import numpy as np
@@ -13,6 +14,7 @@ from model.grammar import check as check_module
 from model.grammar.check import GrammarError
 from model.grammar.state import GrammarState, Vocabulary
 from model.protocol import Grammar
+from model.schedule.wave import Wave
 from tests.text_tools import EOS_ID, byte_tokenizer, word_tokenizer
 
 VOCAB = 270
@@ -20,24 +22,33 @@ VOCABULARY = Vocabulary(word_tokenizer(["ab", "ba", "aa"]).to_str(), VOCAB, [EOS
 PROMPT = [1, 2, 3]
 
 
-def state(regex: str, endings=frozenset({EOS_ID}), vocabulary=VOCABULARY) -> GrammarState:
+def state(
+    regex: str, endings: frozenset[int] = frozenset({EOS_ID}), vocabulary: Vocabulary = VOCABULARY
+) -> GrammarState:
     return state_of(Grammar(kind="regex", text=regex), endings, vocabulary)
 
 
 def state_of(
-    grammar: Grammar, endings=frozenset({EOS_ID}), vocabulary=VOCABULARY, drafts=True
+    grammar: Grammar,
+    endings: frozenset[int] = frozenset({EOS_ID}),
+    vocabulary: Vocabulary = VOCABULARY,
+    drafts: bool = True,
 ) -> GrammarState:
     matchers = vocabulary.matchers(grammar, with_drafts=drafts)
     return GrammarState(vocabulary, matchers, len(PROMPT), endings)
 
 
-def wave(tokens: list[int], num_committed: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(tokens=PROMPT + tokens, num_committed=len(PROMPT) + num_committed)
+def wave(tokens: list[int], num_committed: int = 0) -> Wave:
+    return cast(Wave, SimpleNamespace(tokens=PROMPT + tokens, num_committed=len(PROMPT) + num_committed))
 
 
 def allowed(
-    state: GrammarState, tokens: list[int], num_committed: int = 0, count: int | None = None, **options
-):
+    state: GrammarState,
+    tokens: list[int],
+    num_committed: int = 0,
+    count: int | None = None,
+    **options: bool,
+) -> set[int] | None:
     """Ids allowed behind the first `count` of `tokens`; None without a mask."""
     position = len(PROMPT) + (len(tokens) if count is None else count)
     options = {"before_min_tokens": False, **options}
@@ -59,17 +70,20 @@ def test_a_mask_holds_the_tokens_that_continue_the_text_and_the_end_where_it_is_
 
 def test_ids_beyond_the_tokenizer_and_ends_that_are_ignored_are_never_allowed() -> None:
     anything = allowed(state(r"(.|\n)*", endings=frozenset()), [])
+    assert anything is not None
     assert max(anything) == AA
     assert EOS_ID not in anything
 
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_masks_are_a_function_of_the_tokens_before_whatever_was_drafted_and_flushed(data) -> None:
+def test_masks_are_a_function_of_the_tokens_before_whatever_was_drafted_and_flushed(
+    data: st.DataObject,
+) -> None:
     """Against a fresh state for every mask. Drafts may be of any kind, and some the grammar forbids."""
     grammar = "(a|ba){0,3}b(aa|b)*"
     followed = state(grammar)
-    tokens, committed = [], 0
+    tokens, committed = list[int](), 0
     for _ in range(data.draw(st.integers(1, 12))):
         keep = data.draw(st.integers(committed, len(tokens)))
         tokens = tokens[:keep] + data.draw(st.lists(st.sampled_from([A, B, AB, BA, AA, EOS_ID]), max_size=3))
@@ -160,7 +174,7 @@ LIMITS = st.builds(
 )
 
 
-def _is_seen(grammar: GrammarState, tokens: list[int]) -> tuple:
+def _is_seen(grammar: GrammarState, tokens: list[int]) -> tuple[object, ...]:
     """All that decoding asks where `tokens` are certain."""
     if not tokens:
         return allowed(grammar, []), "open", ""
@@ -170,7 +184,9 @@ def _is_seen(grammar: GrammarState, tokens: list[int]) -> tuple:
 
 @given(data=st.data(), regex=st.sampled_from(REGEXES), limits=LIMITS)
 @settings(max_examples=60, deadline=None)
-def test_drafts_change_neither_a_mask_nor_where_a_limit_is_met(data, regex, limits) -> None:
+def test_drafts_change_neither_a_mask_nor_where_a_limit_is_met(
+    data: st.DataObject, regex: str, limits: LLParserLimits
+) -> None:
     """Of copies of one compiled matcher, each met the limits that all of them had used up."""
     with mock.patch.object(check_module, "_limits", return_value=limits):
         followed = state(regex)
@@ -189,7 +205,9 @@ def test_drafts_change_neither_a_mask_nor_where_a_limit_is_met(data, regex, limi
         tokens = [*tokens, data.draw(st.sampled_from(sorted(mask - {EOS_ID})))]
 
 
-def test_a_draft_beyond_the_limits_is_not_followed_and_the_certain_text_goes_on(monkeypatch) -> None:
+def test_a_draft_beyond_the_limits_is_not_followed_and_the_certain_text_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     limits = LLParserLimits(step_lexer_fuel=300, verbose_errors=False)
     monkeypatch.setattr(check_module, "_limits", lambda: limits)
     vocabulary = Vocabulary(byte_tokenizer().to_str(), 257, [EOS_ID])

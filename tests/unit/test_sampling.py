@@ -15,17 +15,20 @@ from model.passes.sampling import (
 )
 from model.protocol import GenerationRequest, SamplingParams
 from model.schedule.batch import Readout
-from model.schedule.counts import TokenCounts
+from model.schedule.counts import Counted, TokenCounts
 from model.schedule.drafts import make_policy
 from model.schedule.pages import PrefixKeys
 from model.schedule.sequence import Sequence
 from model.schedule.wave import Wave
+from tests.loose import Field
 
 CPU = torch.device("cpu")
 VOCAB = 64
 
 
-def readout(params: SamplingParams, position: int = 3, tokens: list[int] | None = None, **options) -> Readout:
+def readout(
+    params: SamplingParams, position: int = 3, tokens: list[int] | None = None, **options: Field
+) -> Readout:
     prompt = tokens or [1, 2, 3]
     request = GenerationRequest(
         request_id=f"r{params.seed}", prompt_token_ids=prompt, max_tokens=50, sampling=params, **options
@@ -142,7 +145,7 @@ def test_logits_are_left_as_they_are() -> None:
 def test_penalties_follow_their_definitions() -> None:
     """OpenAI's for presence and frequency (output only), the CTRL paper's for repetition."""
     scores = torch.tensor([2.0, -2.0, 1.0, 0.5])
-    counts = (np.array([1, 0, 0, 0]), np.array([0, 2, 0, 1]))
+    counts = Counted(np.array([0, 1, 3], np.int32), np.array([0, 2, 1], np.int32))
     params = SamplingParams(repetition_penalty=2.0, frequency_penalty=0.25, presence_penalty=0.5)
     apply_penalties(scores, counts, params)
     assert scores.tolist() == pytest.approx([1.0, -4.0 - 0.5 - 0.5, 1.0, 0.25 - 0.25 - 0.5])
@@ -150,14 +153,20 @@ def test_penalties_follow_their_definitions() -> None:
 
 def test_token_counts_see_drafts_but_never_keep_them() -> None:
     row = readout(SamplingParams(presence_penalty=1.0), position=3, tokens=[4, 4, 5])
-    wave, counts = row.sequence.wave, TokenCounts(VOCAB)
+    wave, counts = row.sequence.wave, TokenCounts()
     wave.tokens += [6, 7, 7]  # one committed, two drafts
     wave.num_committed = 4
-    prompt, output = counts.upto(wave, 6)
-    assert (prompt[4], prompt[5], output[6], output[7]) == (2, 1, 1, 2)
-    wave.tokens[4:] = [8]  # the drafts are flushed
-    _, output = counts.upto(wave, 5)
-    assert (output[6], output[7], output[8]) == (1, 0, 1)
+
+    def counted(position: int) -> dict[int, int]:
+        found = counts.upto(wave, position)
+        return dict(zip(found.tokens.tolist(), found.outputs.tolist(), strict=True))
+
+    assert counted(6) == {4: 0, 5: 0, 6: 1, 7: 2}
+    wave.tokens[4:] = [8, 4]  # the drafts are flushed
+    assert counted(6) == {4: 1, 5: 0, 6: 1, 8: 1}
+    wave.tokens[4:] = [5, 5]
+    wave.num_committed = 6
+    assert counted(6) == {4: 0, 5: 2, 6: 1}
 
 
 def test_an_ending_token_cannot_come_before_min_tokens() -> None:

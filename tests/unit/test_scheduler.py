@@ -276,13 +276,13 @@ def test_a_probe_leaves_the_wave_as_it_is() -> None:
     wave = Wave([5], 3, make_policy("adaptive", frozenset((1, 2))), length_limit=20)
     wave.enter_prompt(8)
     wave.runs[0].is_probed = True
-    before = wave.policy.agreement.rate(1)
+    before = wave.policy.agreement.of(1)
     wave.update(wave.runs[:], {0: 10})
-    assert (wave.tokens, len(wave.runs), wave.policy.agreement.rate(1)) == ([5], 1, before)
+    assert (wave.tokens, len(wave.runs), wave.policy.agreement.of(1)) == ([5], 1, before)
     wave.runs[0].is_probed = False
     wave.update(wave.runs[:], {})
     assert wave.update(wave.runs[:], {0: 10}) == [10]
-    assert wave.policy.agreement.rate(1) > before
+    assert wave.policy.agreement.of(1) > before
     assert (wave.accepted_drafts, wave.rejected_drafts) == (0, 0)
 
 

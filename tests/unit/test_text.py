@@ -48,32 +48,32 @@ def deltas(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 
 
 @given(st.lists(st.integers(0, 256), max_size=MAX_HELD_TOKENS - 1), st.booleans())
-def test_joined_deltas_are_the_decoded_ids(ids, skip):
+def test_joined_deltas_are_the_decoded_ids(ids: list[int], skip: bool) -> None:
     """Any bytes, also those that are no UTF-8, and a special token anywhere."""
     one_decode = partial(CODEC.decode, skip_special_tokens=skip)
     assert "".join(deltas(Detokenizer(one_decode), ids)) == one_decode(ids)
 
 
 @given(st.text())
-def test_no_replacement_character_within_text(text):
+def test_no_replacement_character_within_text(text: str) -> None:
     parts = deltas(Detokenizer(decode), ids_of(text))
     assert "".join(parts) == text
     assert all(REPLACEMENT not in part for part in parts) or REPLACEMENT in text
 
 
-def test_each_character_is_shown_with_its_last_byte():
+def test_each_character_is_shown_with_its_last_byte() -> None:
     assert deltas(Detokenizer(decode), ids_of("aé🙂")) == ["a", "", "é", "", "", "", "🙂", ""]
 
 
-def test_incomplete_character_is_flushed_at_the_end():
+def test_incomplete_character_is_flushed_at_the_end() -> None:
     assert deltas(Detokenizer(decode), ids_of("🙂")[:3]) == ["", "", "", REPLACEMENT]
 
 
-def test_endless_garbage_is_not_held_for_ever():
+def test_endless_garbage_is_not_held_for_ever() -> None:
     """DecodeStream held it, and decoded it all anew at each token: 4 s for 8000 tokens."""
     calls = []
 
-    def counting(ids):
+    def counting(ids: list[int]) -> str:
         calls.append(len(ids))
         return decode(ids)
 
@@ -83,10 +83,10 @@ def test_endless_garbage_is_not_held_for_ever():
     assert parts[MAX_HELD_TOKENS] != parts[MAX_HELD_TOKENS - 1]
 
 
-def test_invisible_tokens_do_not_pile_up():
+def test_invisible_tokens_do_not_pile_up() -> None:
     sizes = []
 
-    def counting(ids):
+    def counting(ids: list[int]) -> str:
         sizes.append(len(ids))
         return decode(ids)
 
@@ -94,7 +94,7 @@ def test_invisible_tokens_do_not_pile_up():
     assert max(sizes) <= 3
 
 
-def test_context_keeps_the_leading_space():
+def test_context_keeps_the_leading_space() -> None:
     """A SentencePiece decoder strips the space of the first piece it sees."""
     codec = sentencepiece_codec()
     one_decode = partial(codec.decode, skip_special_tokens=True)
@@ -103,7 +103,7 @@ def test_context_keeps_the_leading_space():
     assert "".join(deltas(Detokenizer(one_decode, [hello]), [world, bang])) == " world!"
 
 
-def test_byte_fallback_survives_an_invalid_run():
+def test_byte_fallback_survives_an_invalid_run() -> None:
     """DecodeStream raised "Invalid prefix": one bad byte makes the decoder take the whole run back."""
     codec = sentencepiece_codec()
     parts = deltas(Detokenizer(partial(codec.decode, skip_special_tokens=True)), [*ids_of("é中"), 0xE4, 258])
@@ -144,12 +144,16 @@ piece_lists = st.lists(st.text("ab€", max_size=4), max_size=12)
 
 
 @given(piece_lists, stop_lists, st.booleans())
-def test_stop_strings_do_not_depend_on_token_borders(pieces, stops, include_stop):
+def test_stop_strings_do_not_depend_on_token_borders(
+    pieces: list[str], stops: list[str], include_stop: bool
+) -> None:
     assert cut_by_checker(pieces, stops, include_stop) == expected("".join(pieces), stops, include_stop)
 
 
 @given(piece_lists, stop_lists)
-def test_no_partial_match_leaks_and_no_more_is_held_than_may_match(pieces, stops):
+def test_no_partial_match_leaks_and_no_more_is_held_than_may_match(
+    pieces: list[str], stops: list[str]
+) -> None:
     checker = StopChecker([StopPattern(stop) for stop in stops], include_stop=False)
     shown = seen = ""
     for piece in pieces:
@@ -170,7 +174,7 @@ def test_no_partial_match_leaks_and_no_more_is_held_than_may_match(pieces, stops
         ([], "abc", "abc", None),
     ],
 )
-def test_first_complete_stop_string_wins(stops, text, shown, stop):
+def test_first_complete_stop_string_wins(stops: list[str], text: str, shown: str, stop: str | None) -> None:
     assert cut_by_checker([text], stops, False) == (shown, stop)
     assert cut_by_checker(list(text), stops, False) == (shown, stop)
 
@@ -180,32 +184,32 @@ def completion(stops: list[str], min_tokens: int = 0) -> CompletionText:
     return CompletionText(Detokenizer(decode), checker, min_tokens)
 
 
-def test_tokens_after_the_stop_string_do_not_count():
+def test_tokens_after_the_stop_string_do_not_count() -> None:
     assert completion(["cd"]).push(ids_of("abcdef")) == ("ab", [0, 1, 2, 3], 4, "cd")
 
 
-def test_stop_strings_sleep_until_min_tokens():
+def test_stop_strings_sleep_until_min_tokens() -> None:
     text = completion(["a"], min_tokens=4)
     assert text.push(ids_of("aabbba")) == ("aabbb", [0, 1, 2, 3, 4, 5], 6, "a")
 
 
-def test_held_text_is_shown_if_the_completion_ends():
+def test_held_text_is_shown_if_the_completion_ends() -> None:
     text = completion(["xyz"])
     assert text.push(ids_of("abxy")) == ("ab", [0, 1], 4, None)
     assert text.flush() == ("xy", [2, 3], 0, None)
 
 
-def test_stop_string_completed_by_the_flushed_character():
+def test_stop_string_completed_by_the_flushed_character() -> None:
     text = completion([REPLACEMENT])
     assert text.push([*ids_of("a"), 0xC3]).text == "a"
     assert text.flush().text == ""
 
 
 @given(st.text("ab€🙂", max_size=20), stop_lists, st.integers(0, 6))
-def test_a_token_is_out_with_its_text_and_not_before(text, stops, min_tokens):
+def test_a_token_is_out_with_its_text_and_not_before(text: str, stops: list[str], min_tokens: int) -> None:
     """Every token once, in order; what is out is all text before the first token that waits."""
     one, ids = completion(stops, min_tokens), ids_of(text)
-    shown, starts = "", []
+    shown, starts = "", list[int]()
     for pushed, token_id in enumerate(ids, 1):
         delta = one.push([token_id])
         shown, starts = shown + delta.text, starts + delta.starts
@@ -221,11 +225,11 @@ def test_a_token_is_out_with_its_text_and_not_before(text, stops, min_tokens):
 
 
 @given(st.text("aé🙂", max_size=12))
-def test_token_starts_point_into_the_text(text):
+def test_token_starts_point_into_the_text(text: str) -> None:
     ids = ids_of(text)
     assert token_starts(decode, ids) == [len(bytes(ids[:i]).decode(errors="ignore")) for i in range(len(ids))]
 
 
-def test_special_token_is_text_only_if_not_skipped():
+def test_special_token_is_text_only_if_not_skipped() -> None:
     assert "".join(deltas(Detokenizer(decode_all), [97, 256])) == "a<eos>"
     assert "".join(deltas(Detokenizer(decode), [97, 256])) == "a"

@@ -8,6 +8,7 @@ from model.options import POLICIES
 from model.schedule.drafts import make_policy, policy_depths
 from model.schedule.wave import Outcome, Unconstrained, Wave
 from tests.fake_model import Harness, mixed
+from tests.loose import Field
 
 
 def decode(
@@ -74,7 +75,7 @@ def test_every_policy_commits_what_plain_decoding_gives(
     """Also: the length limit and ending tokens end it, and the accepted drafts are counted."""
     harness = Harness(error_rate=error_rate, memory=memory)
     depths = tuple(sorted(draft_depths))
-    options = {"num_loops": num_loops, "draft_depths": depths, "policy": policy}
+    options: dict[str, Field] = {"num_loops": num_loops, "draft_depths": depths, "policy": policy}
     harness.add("a", prompt, max_tokens, ending=ending, **options)
     harness.finish()
     expected = harness.backend.continue_plainly(prompt, max_tokens, ending)
@@ -102,7 +103,7 @@ def test_no_row_runs_for_a_token_that_nobody_needs() -> None:
     """The last token of a sequence needs no row: it predicts nothing."""
     harness = Harness(error_rate=0.0)
     harness.add("a", [1], max_tokens=3, policy="single")
-    positions = set()
+    positions: set[int] = set()
     harness.finish(lambda batch: positions.update(run.start for run in batch))
     assert positions == {0, 1, 2}
 
@@ -163,7 +164,9 @@ def test_lookup_costs_no_rows_where_nothing_repeats() -> None:
         ("adaptive", 1, (), None, set()),
     ],
 )
-def test_draft_depths_of_a_policy(name, num_loops, default, given, depths) -> None:
+def test_draft_depths_of_a_policy(
+    name: str, num_loops: int, default: tuple[int, ...], given: tuple[int, ...] | None, depths: set[int]
+) -> None:
     assert policy_depths(name, num_loops, default, given) == depths
 
 

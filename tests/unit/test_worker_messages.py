@@ -19,7 +19,8 @@ def unpacker() -> Unpacker[FromWorker]:
 @given(st.lists(st.text(max_size=300), max_size=8), st.lists(st.integers(1, 400)))
 def test_messages_arrive_however_their_bytes_are_cut(texts: list[str], sizes: list[int]) -> None:
     sent = [Failed(text) for text in texts] + [Events([TokenEvent(request_id="a", token_ids=[1, 2])])]
-    stream, reader, got = b"".join(map(pack, sent)), unpacker(), []
+    stream, reader = b"".join(map(pack, sent)), unpacker()
+    got: list[FromWorker] = []
     for size in [*sizes, len(stream)]:
         got += reader.feed(stream[:size])
         stream = stream[size:]

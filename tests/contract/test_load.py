@@ -1,0 +1,75 @@
+"""The client of `speed bench serve`, against the application and against servers that fail."""
+
+import httpx
+import pytest
+
+from bench.load_client import PATHS, Json, LoadError, answer, first_model, load
+from tests.contract.conftest import Served, serving
+from tests.fake_engine import FakeEngine
+from tests.text_tools import ids_of
+
+BODY: Json = {"model": "default", "prompt": "hi", "stream": True, "stream_options": {"include_usage": True}}
+PATH = PATHS["completions"]
+WORDS = "one two three"
+
+
+def client_of(*frames: str, status: int = 200) -> httpx.AsyncClient:
+    """A client of a server that answers everything by these lines."""
+    text = "".join(f"{frame}\n\n" for frame in frames)
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, text=text))
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
+
+
+async def test_every_answer_is_read_whole_and_in_its_order() -> None:
+    engine = FakeEngine(lambda request: ids_of(WORDS[: request.max_tokens]), delay=0.001)
+    async with serving(engine) as served:
+        bodies = [{**BODY, "max_tokens": tokens} for tokens in (9, 3, 6)]
+        answers, duration = await load(served.client, PATH, bodies, [0.0, 0.001, 0.002], None)
+    assert [one.error for one in answers] == ["", "", ""]
+    assert [one.output_tokens for one in answers] == [9, 3, 6]
+    assert all(WORDS.startswith(one.text) and one.text for one in answers)
+    assert all(0 < one.ttft <= one.e2el <= duration for one in answers)
+    assert all(sum(one.itl) <= one.e2el - one.ttft + 1e-6 for one in answers)
+    assert answers[0].input_tokens == 2
+
+
+async def test_no_more_than_the_limit_are_in_flight(served: Served) -> None:
+    answers, _ = await load(served.client, PATH, [BODY] * 8, [0.0] * 8, 2)
+    assert not any(one.error for one in answers)
+    starts = sorted(one.started for one in answers)
+    ends = sorted(one.started + one.e2el for one in answers)
+    assert all(starts[index + 2] >= ends[index] for index in range(6))
+
+
+@pytest.mark.parametrize(
+    ("frames", "told"),
+    [
+        (['data: {"choices": [{"text": "a"}]}'], "before [DONE]"),
+        (['data: {"error": {"message": "worker died"}}', "data: [DONE]"], "worker died"),
+        (["data: {"], "not an answer of OpenAI's API"),
+        (['data: {"usage": {"tokens": 1}}'], "not an answer of OpenAI's API"),
+    ],
+)
+async def test_a_broken_stream_is_a_failure_with_its_reason(frames: list[str], told: str) -> None:
+    async with client_of(*frames) as client:
+        assert told in (await answer(client, PATH, BODY, 0.0)).error
+
+
+async def test_refusals_and_servers_that_are_gone_are_failures() -> None:
+    async with client_of("busy", status=503) as client:
+        assert (await answer(client, PATH, BODY, 0.0)).error.startswith("503: busy")
+    async with httpx.AsyncClient(base_url="http://127.0.0.1:9") as client:
+        assert "ConnectError" in (await answer(client, PATH, BODY, 0.0)).error
+        with pytest.raises(LoadError, match="speed serve"):
+            await first_model(client)
+
+
+async def test_chat_streams_and_comments_are_read() -> None:
+    frames = [": waiting", 'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}']
+    frames += [f'data: {{"choices": [{{"delta": {{"content": "{text}"}}}}]}}' for text in "ab"]
+    frames += ['data: {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 2}}', "data: [DONE]"]
+    async with client_of(*frames) as client:
+        got = await answer(client, PATHS["chat"], BODY, 0.0)
+    assert (got.error, got.text, got.input_tokens, got.output_tokens) == ("", "ab", 4, 2)
+    assert len(got.itl) == 1
+    assert got.tpot is not None

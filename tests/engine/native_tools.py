@@ -1,0 +1,115 @@
+"""Passes of the native library over whole texts, for tests: rows of drawn shapes in, logits out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.network.looped import LoopedTransformer
+from model.passes.backend import BackendMaker
+from model.passes.native.backend import NativeOptions, NativePasses, RowArrays
+from model.passes.native.library import NativeUnavailableError, usable_levels
+from model.passes.native.weights import check_covered
+from model.passes.torch.backend import TorchMaker
+from tests.loose import Field
+from tests.native import HAS_LIBRARY
+
+LEVELS = usable_levels() if HAS_LIBRARY else []
+POSITIONS = 128
+Array = NDArray[np.float32]
+# What runs the passes of an engine whose backend a test doesn't care for: what users have, in full precision.
+MAKER: BackendMaker = NativeOptions(threads=1, half_cache=False) if HAS_LIBRARY else TorchMaker()
+
+
+def maker_for(model: LoopedTransformer) -> BackendMaker:
+    """`MAKER`, or torch for a model that the library doesn't cover."""
+    try:
+        check_covered(model.config, model.device)
+    except NativeUnavailableError:
+        return TorchMaker()
+    return MAKER
+
+
+def passes_for(model: LoopedTransformer, **options: Field) -> NativePasses:
+    """Passes of a model with K/V in fp32 unless said otherwise."""
+    return NativePasses(
+        model, 64 * 16, POSITIONS, NativeOptions(**{"half_cache": False, "threads": 2, **options})
+    )
+
+
+@dataclass
+class Text:
+    """Tokens, the pages that they lie on, and how they are read: chunks, each through all loops."""
+
+    tokens: list[int]
+    pages: list[int]
+    chunks: list[int]  # sizes, with the sum of all tokens
+    loops: int
+    state: Array | None = None  # (tokens, hidden) that the first loop starts from
+    logits: list[Array] = field(default_factory=list)
+    done: int = 0  # chunks times loops
+
+    @property
+    def is_read(self) -> bool:
+        """Whether nothing is left to run."""
+        return self.done == len(self.chunks) * self.loops
+
+    def rows(self) -> tuple[range, int]:
+        """Positions and loop of what runs next."""
+        chunk, loop = divmod(self.done, self.loops)
+        start = sum(self.chunks[:chunk])
+        return range(start, start + self.chunks[chunk]), loop
+
+
+def step(passes: NativePasses, texts: Sequence[Text]) -> None:
+    """One pass over the next rows of all `texts`; logits are kept of rows that end their last loop."""
+    columns: dict[str, list[int]] = {name: [] for name in ("tokens", "positions", "loops", "tables", "ends")}
+    pages, noises, noise, readouts = list[int](), list[int](), list[Array](), list[int]()
+    for text in texts:
+        positions, loop = text.rows()
+        is_last = loop == text.loops - 1
+        first = len(columns["tokens"])
+        columns["tokens"] += [text.tokens[p] for p in positions]
+        columns["positions"] += positions
+        columns["loops"] += [loop] * len(positions)
+        columns["tables"] += [len(pages)] * len(positions)
+        columns["ends"] += [is_last] * len(positions)
+        readouts += range(first, first + len(positions)) if is_last else []
+        start = text.state if loop == 0 else None
+        noises += [-1] * len(positions) if start is None else range(len(noise), len(noise) + len(positions))
+        noise += [] if start is None else [start[p] for p in positions]
+        pages += text.pages
+    arrays: dict[str, Field] = {name: np.array(column, np.int32) for name, column in columns.items()}
+    arrays["ends"] = arrays["ends"].astype(np.uint8)
+    rows = RowArrays(
+        **arrays,
+        pages=np.array(pages, np.int32),
+        noises=np.array(noises, np.int32) if noise else None,
+        noise=np.stack(noise).astype(np.float32) if noise else None,
+    )
+    result = passes.run(rows, np.array(readouts, np.int32), np.arange(len(readouts), dtype=np.int32))
+    assert (result.tokens == result.logits.argmax(-1)).all()
+    found = result.logits
+    for text in texts:
+        positions, loop = text.rows()
+        if loop == text.loops - 1:
+            text.logits.append(found[: len(positions)])
+            found = found[len(positions) :]
+        text.done += 1
+
+
+def whole_logits(
+    passes: NativePasses,
+    tokens: Sequence[int],
+    loops: int,
+    state: Array | None = None,
+    chunk: int = POSITIONS,
+) -> Array:
+    """Logits (tokens, vocab) of one text after `loops` loops, read in chunks of one size."""
+    count = len(tokens)
+    sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
+    text = Text(list(tokens), list(range(-(-count // 16))), sizes, loops, state)
+    while not text.is_read:
+        step(passes, [text])
+    return np.concatenate(text.logits)
