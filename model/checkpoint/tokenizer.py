@@ -28,6 +28,7 @@ OLDER_FORMS = (
 # What else says how a text is cut: the class of the tokenizer, and tokens outside of its vocabulary.
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CONVERSION_SECONDS = 300.0
+_refused: dict[str, str] = {}  # digest -> why: it is asked for several times, and each try takes seconds
 
 
 class TokenizerError(ValueError):
@@ -47,10 +48,17 @@ def tokenizer_file(folder: Path) -> Path | None:
     if form is None:
         return None
     contents = {name: read_file(folder / name) for name in (*form, *BESIDE) if (folder / name).is_file()}
-    kept = cache_folder() / "tokenizers" / _digest(contents) / TOKENIZER_FILE
+    digest = _digest(contents)
+    kept = cache_folder() / "tokenizers" / digest / TOKENIZER_FILE
     if not kept.is_file():
+        if digest in _refused:
+            raise TokenizerError(_refused[digest])
         log.info("%s is converted to %s, once", " and ".join(form), kept)
-        _convert(contents, kept)
+        try:
+            _convert(contents, kept)
+        except TokenizerError as error:
+            _refused[digest] = str(error)
+            raise
     return kept
 
 

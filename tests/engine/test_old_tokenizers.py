@@ -163,6 +163,24 @@ def test_what_cannot_be_converted_is_served_by_ids_with_a_warning(
     assert told in caplog.text
 
 
+def test_what_cannot_be_converted_is_tried_once_in_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+
+    def refuse(*_: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise TokenizerError("it can't be had")
+
+    monkeypatch.setattr(module, "_run", refuse)
+    (tmp_path / "tokenizer.model").write_text("damaged in its own way")
+    for _ in range(3):
+        with pytest.raises(TokenizerError, match="it can't be had"):
+            tokenizer_file(tmp_path)
+    assert tries == 1
+
+
 def test_code_of_a_checkpoint_is_never_run(pairs: Path, tmp_path: Path) -> None:
     for file in pairs.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -185,6 +203,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(module, "_refused", {})
     with pytest.raises(TokenizerError, match="Not a directory"):
         tokenizer_file(pairs)
 
