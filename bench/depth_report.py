@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.depth_variants import Variant
+from training.pyplot import pyplot
 from training.recipe import Recipe
 
 NAME = "depth_for_free"
@@ -150,12 +151,9 @@ def _name(variant: Variant) -> str:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Held-out loss against time per token: looped with SPEED, looped plain, layers of their own."""
-    import matplotlib as mpl  # noqa: PLC0415  (an optional extra: `bench`)
+    plt = pyplot()
 
-    mpl.use("svg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    mpl.rcParams["svg.hashsalt"] = NAME  # the same figures give the same file
+    plt.rcParams["svg.hashsalt"] = NAME  # the same figures give the same file
     shown = [row for row in rows if row.policy in (PLAIN, SPEED)]
     lines = {"layers of their own": [row for row in shown if row.variant.loops == 1]}
     for layers in sorted({row.variant.layers for row in shown if row.policy == SPEED}):

@@ -23,6 +23,7 @@ from model.engine import Engine
 from model.options import WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams
 from model.worker.build import build_engine
+from training.pyplot import pyplot
 
 CONTEXT, LOOPS, REQUESTS = "context", "loops", "requests"
 UNITS = {CONTEXT: "tokens of context", LOOPS: "loops", REQUESTS: "requests at once"}
@@ -163,12 +164,9 @@ def report(best: dict[Point, float]) -> Iterator[str]:
 
 def plot(best: dict[Point, float], file: Path) -> None:
     """One panel a curve, with its line."""
-    import matplotlib as mpl  # noqa: PLC0415, an optional extra: `bench`
+    plt = pyplot()
 
-    mpl.use("svg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    mpl.rcParams["svg.hashsalt"] = "growth"  # the same figures give the same file
+    plt.rcParams["svg.hashsalt"] = "growth"  # the same figures give the same file
     figure, axes = plt.subplots(1, len(UNITS), figsize=(12, 3.6), layout="constrained")
     panels = dict(zip(UNITS, axes, strict=True))
     for curve, speculation, sizes, times, line in curves(best):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.load_client import Answer
+from training.pyplot import pyplot
 
 METRICS: dict[str, tuple[str, Callable[[Answer], Sequence[float]]]] = {
     "ttft": ("time to first token", lambda answer: [answer.ttft]),
@@ -126,10 +127,7 @@ def details(answers: list[Answer]) -> dict[str, object]:
 
 def plot(answers: list[Answer], file: Path) -> None:
     """For each metric the share of requests, or of pieces, that waited at most so long."""
-    import matplotlib as mpl  # noqa: PLC0415, an optional extra: `bench`
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    plt = pyplot()
 
     done = [answer for answer in answers if not answer.error]
     figure, axes = plt.subplots(1, len(METRICS), figsize=(3.2 * len(METRICS), 3.2), sharey=True)

@@ -25,6 +25,7 @@ from model.options import POLICIES, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams, SequenceStats
 from model.schedule.drafts import Experience
 from model.worker.build import build_engine
+from training.pyplot import pyplot
 
 ROW_BUDGET = 64  # above the rows of any one sequence: batch 1 is never short of them
 PLAIN = "none"
@@ -97,10 +98,7 @@ def summary(costs: dict[str, list[Cost]]) -> dict[str, dict[str, float]]:
 
 def plot(report: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
     """Passes per token and tokens/s of each policy, a group of bars for each workload."""
-    import matplotlib as mpl  # noqa: PLC0415, an optional extra: `bench`
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    plt = pyplot()
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     for axis, name in zip(axes, ("passes_per_token", "tokens_per_second"), strict=True):

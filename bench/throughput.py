@@ -27,6 +27,7 @@ from model.engine import Engine
 from model.options import ENGINE_DEFAULTS, POLICIES, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams
 from model.worker.build import build_engine
+from training.pyplot import pyplot
 
 
 class Block(NamedTuple):
@@ -172,10 +173,7 @@ def randomised(model: str, folder: Path) -> str:
 
 def plot(points: list[Point], file: Path) -> None:
     """Tokens/s over concurrency."""
-    import matplotlib as mpl  # noqa: PLC0415, an optional extra: `bench`
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    plt = pyplot()
 
     figure, axis = plt.subplots(figsize=(7, 4))
     levels = [point.concurrency for point in points]

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from training.pyplot import pyplot
 from training.trainer import read_log
 
 SMOOTHED = 0.9  # share of the running mean that each entry keeps
@@ -13,10 +14,7 @@ def plot_losses(folder: Path) -> None:
     entries = list(read_log(folder))
     if not entries or find_spec("matplotlib") is None:
         return
-    import matplotlib as mpl  # noqa: PLC0415  (an optional extra)
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    plt = pyplot()
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for loop in range(max(len(entry["loss"]) for entry in entries)):

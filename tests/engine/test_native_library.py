@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from bench.native_fuzz import rounded_to_int4
 from model import LoadedModel, load_model
 from model.engine import Engine
 from model.network.config import ACTIVATIONS as NAMES
@@ -45,16 +46,6 @@ def held(model: LoopedTransformer, weights: str) -> tuple[LoopedTransformer, dic
     if weights == "int8":
         quantize_linears(model)
     return model.to(torch.bfloat16) if weights == "bf16" else model, {"int4": weights == "int4"}
-
-
-def rounded_to_int4(weight: torch.Tensor) -> torch.Tensor:
-    """What 4 bits leave of a weight: groups of 32 inputs, the number of largest magnitude at -8."""
-    rows, inputs = weight.shape
-    groups = nn.functional.pad(weight, (0, -inputs % 32)).view(rows, -1, 32)
-    top = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scale = (top / -8).half().float()
-    units = torch.where(scale == 0, 0, groups / scale).round().clamp(-8, 7)
-    return (units * scale).view(rows, -1)[:, :inputs]
 
 
 def widened(model: LoopedTransformer, weights: str) -> LoopedTransformer:
