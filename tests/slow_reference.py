@@ -410,7 +410,7 @@ def raven_head_dim(raw: dict[str, Json], kind: str) -> int:
 def raven_shapes(raw: dict[str, Json], kind: str) -> Shapes:
     hidden, inner, vocab = raw["n_embd"], raw["intermediate_size"], raw["vocab_size"]
     dim = raven_head_dim(raw, kind)
-    groups: int = raw.get("num_key_value_heads", raw["n_heads"])
+    groups: int = raw["num_key_value_heads"] if "num_key_value_heads" in raw else raw["n_heads"]
     layer: Shapes = {
         "attn.Wqkv.weight": ((raw["n_heads"] + 2 * groups) * dim, hidden),
         "attn.proj.weight": (hidden, raw["n_heads"] * dim),

@@ -77,7 +77,7 @@ class Trainer:
             self.model.device.type, torch.bfloat16, enabled=multiplies_bf16(self.model.device)
         ):
             losses = self.task.losses(self.model, stage, self.step)
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        losses.total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         for optimizer in self.optimizers:
             optimizer.step()

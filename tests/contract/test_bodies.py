@@ -173,7 +173,13 @@ async def test_long_answers_are_written_in_a_thread_and_say_the_same(
     served: Served, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     """An echo of long prompts with 20 log-probabilities took seconds in the event loop."""
-    fields = {"prompt": ["hello", "world"], "echo": True, "logprobs": 3, "seed": 1, "stream": stream}
+    fields: dict[str, Json] = {
+        "prompt": ["hello", "world"],
+        "echo": True,
+        "logprobs": 3,
+        "seed": 1,
+        "stream": stream,
+    }
     at_once = await served.post(**fields)
     threads = []
     original = json_bytes

@@ -205,7 +205,7 @@ async def test_no_limit(fields: dict[str, Json]) -> None:
     async with chatting() as served:
         await answer(served, **fields)
         assert served.engine.requests[-1].max_tokens == room - len(PROMPT_IDS)
-        assert (await served.post(**{"max_tokens": ...} | fields)).status_code == 200
+        assert (await served.post(**{"max_tokens": ..., **fields})).status_code == 200
         assert served.engine.requests[-1].max_tokens == room - 2
 
 
@@ -293,6 +293,7 @@ async def test_other_ways_to_ask_for_a_format(
         await answer(served, **fields)
         assert (await served.post(**fields)).status_code == 200
         for request in served.engine.requests:
+            assert request.grammar is not None
             assert request.grammar.kind == kind
             assert text in (None, json.loads(request.grammar.text) if text else None)
 

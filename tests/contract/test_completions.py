@@ -59,7 +59,7 @@ def joined(chunks: list[dict[str, Json]]) -> dict[int, dict[str, Json]]:
 
 async def test_a_float_without_a_fraction_is_an_integer(served: Served) -> None:
     """As in JSON Schema, in which the OpenAPI document is written; with a fraction it is a 400."""
-    fields = {"n": 2.0, "max_tokens": 3.0, "seed": -7.0, "stop_token_ids": [1.0]}
+    fields: dict[str, Json] = {"n": 2.0, "max_tokens": 3.0, "seed": -7.0, "stop_token_ids": [1.0]}
     assert (await served.post(prompt=[[104.0, 105], [104]], **fields)).status_code == 200
     first, *others = served.engine.requests
     assert (first.prompt_token_ids, first.max_tokens, first.sampling.seed) == ([104, 105], 3, -7)
@@ -90,7 +90,7 @@ async def test_whole_answer(served: Served) -> None:
 
 
 async def test_every_field_reaches_the_engine() -> None:
-    sampling = {
+    sampling: dict[str, Json] = {
         "temperature": 0.5,
         "top_p": 0.9,
         "min_p": 0.1,
@@ -99,7 +99,7 @@ async def test_every_field_reaches_the_engine() -> None:
         "repetition_penalty": 1.1,
         "seed": -7,
     }
-    others = {
+    others: dict[str, Json] = {
         "max_tokens": 9,
         "min_tokens": 3,
         "stop_token_ids": [7, 8],
@@ -181,7 +181,7 @@ async def test_joined_stream_is_the_whole_answer(
     prompt: Sequence[object] | str, fields: dict[str, Json], tokens_per_event: int
 ) -> None:
     async with serving(FakeEngine(varied, tokens_per_event=tokens_per_event)) as served:
-        fields = {"prompt": prompt, "seed": 3, "return_token_ids": True} | fields
+        fields = {"prompt": prompt, "seed": 3, "return_token_ids": True, **fields}
         whole = (await served.post(**fields)).json()
         chunks = await served.chunks(stream_options={"include_usage": True}, **fields)
     choices = joined(chunks)
@@ -347,7 +347,12 @@ async def test_suffix_asks_for_what_stands_between(prompt: list[int] | str) -> N
 async def test_prompts_are_cut_at_their_beginning_if_asked(
     served: Served, limit: int, max_tokens: int, kept: str
 ) -> None:
-    fields = {"truncate_prompt_tokens": limit, "max_tokens": max_tokens, "echo": True, "logprobs": 0}
+    fields: dict[str, Json] = {
+        "truncate_prompt_tokens": limit,
+        "max_tokens": max_tokens,
+        "echo": True,
+        "logprobs": 0,
+    }
     body = (await served.post(prompt=["0123456789", "ab"], **fields)).json()
     assert [bytes(request.prompt_token_ids).decode() for request in served.engine.requests] == [kept, "ab"]
     assert [choice["text"] for choice in body["choices"]] == [kept + TEXT, "ab" + TEXT]

@@ -216,7 +216,8 @@ async def test_unsupported_option_of_a_stream(served: Served) -> None:
 
 
 async def test_unknown_field_with_a_name_that_is_no_utf8(served: Served) -> None:
-    error_of(await served.post(**{"\ud800": 1}), 400)
+    fields: dict[str, Json] = {"\ud800": 1}
+    error_of(await served.post(**fields), 400)
 
 
 async def test_unknown_fields_may_be_allowed() -> None:

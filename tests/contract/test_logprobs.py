@@ -13,7 +13,8 @@ from tests.text_tools import ids_of
 async def choice_of(served: Served, **fields: Json) -> dict[str, Json]:
     response = await served.post(**fields)
     assert response.status_code == 200, response.text
-    return response.json()["choices"][0]
+    choice: dict[str, Json] = response.json()["choices"][0]
+    return choice
 
 
 def check_shape(choice: dict[str, Json]) -> None:

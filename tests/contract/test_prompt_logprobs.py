@@ -6,10 +6,11 @@ from tests.contract.conftest import serving
 from tests.contract.test_chat import answer, chat, chatting
 from tests.contract.test_logprobs import choice_of
 from tests.fake_engine import logprobs_of
+from tests.loose import Json
 from tests.text_tools import ids_of
 
 
-def check_scores(entries: list, token_ids: list[int], most: int) -> None:
+def check_scores(entries: list[Json], token_ids: list[int], most: int) -> None:
     """One entry a token: the engine's own numbers, its `most` likeliest and no others."""
     assert len(entries) == len(token_ids)
     assert entries[0] is None
@@ -53,7 +54,7 @@ async def test_an_echo_shows_what_it_asked_for_and_no_more(logprobs: int, most: 
 
 
 @pytest.mark.parametrize("fields", [{"prompt_logprobs": 21}, {"prompt_logprobs": -1}], ids=str)
-async def test_numbers_out_of_range_are_refused(fields: dict[str, int]) -> None:
+async def test_numbers_out_of_range_are_refused(fields: dict[str, Json]) -> None:
     async with chatting() as served:
         assert (await chat(served, **fields)).json()["error"]["param"] == "prompt_logprobs"
 

@@ -15,6 +15,7 @@ from server.serve import ENGINE_FAILED, DrainingServer, EngineServer, uvicorn_co
 from server.settings import Settings
 from tests.contract.conftest import TEXT, until
 from tests.fake_engine import FakeEngine
+from tests.loose import Field
 from tests.text_tools import byte_codec, ids_of
 
 BODY = {"model": "default", "prompt": "hi", "max_tokens": 100}
@@ -22,7 +23,7 @@ BODY = {"model": "default", "prompt": "hi", "max_tokens": 100}
 
 @asynccontextmanager
 async def running(
-    engine: FakeEngine, drain_timeout: float, **options: object
+    engine: FakeEngine, drain_timeout: float, **options: Field
 ) -> AsyncIterator[tuple[DrainingServer, str]]:
     settings = Settings(port=0, log_level="critical", **options)
     app = create_app(engine, byte_codec(), settings)

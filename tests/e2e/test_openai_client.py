@@ -27,7 +27,8 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 def complete(client: openai.OpenAI, **fields: Json) -> Json:
     """A completion, or with `stream` its chunks."""
-    return client.completions.create(**{"model": "default", "prompt": PROMPT, "temperature": 0} | fields)
+    defaults: dict[str, Json] = {"model": "default", "prompt": PROMPT, "temperature": 0}
+    return client.completions.create(**defaults | fields)
 
 
 def chat(client: openai.OpenAI, **fields: Json) -> Json:

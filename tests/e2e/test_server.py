@@ -14,7 +14,7 @@ from tests.loose import Field, Json
 PROMPTS = ["The water of", "import os\nimport ", "class Queue:\n    def first(self", "    for i in"]
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 11}
 # Some seconds of work: four passes a token.
-LONG = {
+LONG: dict[str, Json] = {
     "model": "default",
     "prompt": "x",
     "max_tokens": 1500,
@@ -66,6 +66,7 @@ def test_the_openai_package_reads_whole_and_streamed_answers(server: ServerProce
     with client.completions.create(**fields, stream=True) as stream:
         streamed = "".join(chunk.choices[0].text for chunk in stream)
     assert streamed == whole.choices[0].text
+    assert whole.usage is not None
     assert whole.usage.completion_tokens == 24 or whole.choices[0].finish_reason == "stop"
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(**{**fields, "model": "nobody"})

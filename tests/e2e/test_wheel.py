@@ -13,7 +13,7 @@ BUILD = "import sys; from setuptools.build_meta import build_wheel; print(build_
 
 def modules_of_a_wheel(tree: Path) -> set[str]:
     """Builds the wheel of a source tree, in the tree, and lists its modules."""
-    command = [sys.executable, "-c", BUILD, tree / "wheels"]
+    command = [sys.executable, "-c", BUILD, str(tree / "wheels")]
     environment = {**os.environ, "SPEED_NATIVE": "0"}  # nothing is compiled here, which takes half a minute
     done = subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, text=True)
     with zipfile.ZipFile(tree / "wheels" / done.stdout.split()[-1]) as wheel:

@@ -42,7 +42,8 @@ def llama(tmp_path: Path) -> Path:
 def reference(folder: Path) -> Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return model(torch.tensor([IDS])).logits[0]
+        logits: Tensor = model(torch.tensor([IDS])).logits[0]
+    return logits
 
 
 def test_a_head_of_its_own_in_a_tied_model_is_used(llama: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -177,11 +177,11 @@ def test_attention_for_training_equals_the_fused_one_forwards_and_backwards() ->
     out = causal_attention(q, k, v)
     torch.testing.assert_close(out.detach(), wanted)
     weights = torch.randn(wanted.shape, generator=seeded)
-    torch.autograd.backward((out * weights).sum())
+    (out * weights).sum().backward()
     fused = [tensor.clone().requires_grad_(True) for tensor in tensors]
     q, k, v = (tensor.transpose(1, 2) for tensor in fused)
     plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    torch.autograd.backward((plain * weights).sum())
+    (plain * weights).sum().backward()
     for mine, theirs in zip(trained, fused, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
 

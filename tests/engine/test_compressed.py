@@ -218,7 +218,8 @@ def test_a_tied_head_that_is_stored_too_is_tied_only_if_it_is_equal(tmp_path: Pa
         loaded = load_model(tmp_path, int8=int8)
         assert not loaded.config.tie_embeddings
         embedding, head = loaded.model.embedding.weight, loaded.model.head
-        wide = head.weight * head.scales[:, None] if int8 else head.weight
+        assert isinstance(head, Int8Linear) == int8
+        wide = head.weight * head.scales[:, None] if isinstance(head, Int8Linear) else head.weight
         torch.testing.assert_close(wide, 2 * embedding)
 
 

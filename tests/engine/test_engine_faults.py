@@ -129,7 +129,10 @@ def test_a_request_that_cannot_be_taken_is_answered(monkeypatch: pytest.MonkeyPa
     assert [event.finish_reason for event in events["a"]] == ["error"]
 
 
-@pytest.mark.parametrize("maker", sorted({MAKER, TorchMaker()}, key=lambda maker: maker.name))
+MAKERS: dict[str, BackendMaker] = {maker.name: maker for maker in (MAKER, TorchMaker())}
+
+
+@pytest.mark.parametrize("maker", [MAKERS[name] for name in sorted(MAKERS)])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 @pytest.mark.parametrize("logprobs", [None, 2])

@@ -199,7 +199,7 @@ def test_an_answer_is_the_same_alone_and_six_at_once_and_where_its_lexer_meets_a
 ) -> None:
     """In fresh engines and one that has used the grammar, with and without drafts: text, end and words."""
 
-    def seen(events: list[TokenEvent]) -> tuple[object, ...]:
+    def seen(events: list[TokenEvent]) -> tuple[list[int], str | None, str | None]:
         return [i for event in events for i in event.token_ids], events[-1].finish_reason, events[-1].error
 
     requests = [

@@ -51,7 +51,8 @@ VARIANTS = {
 def reference(options: dict[str, Json]) -> LlamaForCausalLM:
     """A random model; norms and biases too, which transformers would leave at 1 and 0."""
     torch.manual_seed(5)
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **options, "attn_implementation": "eager"})).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **options, "attn_implementation": "eager"}))
+    model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)

@@ -45,7 +45,7 @@ def obvious(
 
 def gradients(model: LoopedTransformer, total: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
-    torch.autograd.backward(total)
+    total.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

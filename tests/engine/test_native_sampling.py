@@ -233,7 +233,7 @@ def test_structures_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "fields", [{"logprobs": 3}, {"prompt_logprobs": 2}, {"logprobs": 0, "prompt_logprobs": 0}]
 )
-def test_what_an_engine_says_is_what_torch_says(fields: dict[str, int]) -> None:
+def test_what_an_engine_says_is_what_torch_says(fields: dict[str, Field]) -> None:
     """Tokens drawn with filters and penalties, and their scores, through whole engines."""
     asked = [
         GenerationRequest(

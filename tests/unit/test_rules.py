@@ -12,6 +12,7 @@ from server.errors import InvalidRequestError
 from server.planning import ANYONE, _check_asked, _options
 from server.schemas.completions import CompletionRequest
 from server.tokenizer import TextCodec
+from tests.loose import Field
 
 INFO = EngineInfo(
     family="test",
@@ -70,7 +71,7 @@ OF_BODIES = [{"num_loops": 5}, {"init_scale": 0.5}, {"draft_policy": "best"}, {"
 
 
 @pytest.mark.parametrize("asked", OF_BODIES)
-def test_the_server_refuses_an_option_in_the_engines_words(asked: dict[str, object]) -> None:
+def test_the_server_refuses_an_option_in_the_engines_words(asked: dict[str, Field]) -> None:
     with pytest.raises(RuleError) as engines:
         check_request(msgspec.structs.replace(GOOD, **asked), INFO)
     body = CompletionRequest(model="m", prompt=[1], **asked)

@@ -1,5 +1,6 @@
 """Detokenisation and stop strings, against the tokenizer and the obvious definition."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -73,7 +74,7 @@ def test_endless_garbage_is_not_held_for_ever() -> None:
     """DecodeStream held it, and decoded it all anew at each token: 4 s for 8000 tokens."""
     calls = []
 
-    def counting(ids: list[int]) -> str:
+    def counting(ids: Sequence[int]) -> str:
         calls.append(len(ids))
         return decode(ids)
 
@@ -86,7 +87,7 @@ def test_endless_garbage_is_not_held_for_ever() -> None:
 def test_invisible_tokens_do_not_pile_up() -> None:
     sizes = []
 
-    def counting(ids: list[int]) -> str:
+    def counting(ids: Sequence[int]) -> str:
         sizes.append(len(ids))
         return decode(ids)
 
