@@ -1,8 +1,9 @@
 """`python -m bench.determinism`: thousands of requests, each alone and in a batch, with and without drafts.
 
 The native library promises that all ways give one text; `--backend torch` says how many do without it.
-The reference is plain decoding, one request at a time. A long run: finished groups are kept in a state
-file, so it can be stopped at any time and goes on where it was (`--max-minutes` stops it by itself).
+The reference is plain decoding, one request at a time, prompts read in chunks of 64 by one thread; batches
+take turns between chunks of 1, 7 and 64 and between one thread and two. A long run: finished groups are kept
+in a state file, so it can be stopped at any time and goes on where it was (`--max-minutes` stops it).
 The last line printed is one JSON object; exit status 1 if a text differs that the backend promised.
 """
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from bench.exactness import texts
 from bench.latency import DEFAULT_MODEL
-from bench.options import count, positive, reporting
+from bench.options import positive, reporting
 from bench.prompts import prompts_for
 from model.engine import Engine
 from model.options import DEFAULT_ROW_BUDGET, WorkerOptions
@@ -37,21 +38,23 @@ WAYS = {  # speculation, how many at once; the slower half of them only for ever
 ALWAYS, SUBSET = "speculative in a batch", 8
 
 
+BATCHES = ((1, 2), (7, 1), (64, 2))  # prompt chunks and threads that groups of requests get in turn
+
+
 class Engines(NamedTuple):
-    """One model twice; single requests and batches get prompt chunks of different size."""
+    """One model several times: for single requests, and for batches as `BATCHES` has them."""
 
     alone: Engine
-    together: Engine
+    together: list[Engine]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
-    parser.add_argument("--quantization", default="none", choices=("none", "int8"))
+    parser.add_argument("--quantization", default="none", choices=("none", "int8", "int4"))
     parser.add_argument("--backend", default="native", choices=("native", "torch"))
     parser.add_argument("--num-requests", type=positive, default=10_000)
-    parser.add_argument("--threads", type=count, default=0, help="CPU threads (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-minutes", type=float, default=None, help="stop after so long")
     parser.add_argument(
@@ -87,7 +90,8 @@ def compare(engines: Engines, prompts: list[list[int]], indices: range, seed: in
         if way != ALWAYS and indices.start // AT_ONCE % SUBSET:
             continue
         requests = [request_of(index, prompts, seed, speculation) for index in indices]
-        engine = engines.alone if at_once == 1 else engines.together
+        batching = engines.together[indices.start // AT_ONCE % len(engines.together)]
+        engine = engines.alone if at_once == 1 else batching
         got = texts(engine, requests, at_once, way)
         for record, text, wanted in zip(records, got, expected, strict=True):
             record[way] = text == wanted
@@ -128,12 +132,20 @@ def build_engines(args: argparse.Namespace) -> Engines:
         dtype=args.dtype,
         quantization=args.quantization,
         backend=args.backend,
-        threads=args.threads,
+        threads=1,
     )
-    small = msgspec.structs.replace(
-        options, max_num_seqs=AT_ONCE, prefill_chunk_size=24, prefill_rows=96, row_budget=DEFAULT_ROW_BUDGET
-    )
-    return Engines(build_engine(options), build_engine(small))
+    batches = [
+        msgspec.structs.replace(
+            options,
+            max_num_seqs=AT_ONCE,
+            prefill_chunk_size=chunk,
+            prefill_rows=96,
+            row_budget=DEFAULT_ROW_BUDGET,
+            threads=threads,
+        )
+        for chunk, threads in BATCHES
+    ]
+    return Engines(build_engine(options), [build_engine(batch) for batch in batches])
 
 
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
@@ -157,7 +169,8 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
         if deadline is not None and time.monotonic() > deadline:
             break
     engines.alone.check_integrity()
-    engines.together.check_integrity()
+    for engine in engines.together:
+        engine.check_integrity()
     return records
 
 

@@ -7,6 +7,7 @@ speculative together. The last line printed is one JSON object; exit status 1 if
 
 import argparse
 import json
+from typing import get_args
 
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from bench.options import device, positive, reporting
 from bench.prompts import prompts_for
 from model.checkpoint.loader import DTYPES
 from model.engine import Engine
-from model.options import BACKENDS, DEFAULT_BACKEND, WorkerOptions
+from model.options import BACKENDS, DEFAULT_BACKEND, QuantizationName, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams
 from model.worker.build import build_engine, choose
 
@@ -63,7 +64,7 @@ def main() -> int:
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--device", type=device, default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
-    parser.add_argument("--quantization", default="auto", choices=["auto", "none", "int8"])
+    parser.add_argument("--quantization", default="auto", choices=get_args(QuantizationName))
     parser.add_argument("--backend", default=DEFAULT_BACKEND, choices=BACKENDS)
     parser.add_argument("--num-prompts", type=positive, default=200)
     parser.add_argument("--max-tokens", type=positive, default=64)

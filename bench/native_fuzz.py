@@ -24,7 +24,8 @@ from tqdm import tqdm
 from bench.options import count, positive, reporting
 from model.checkpoint.loader import LoadedModel
 from model.network.config import ACTIVATIONS, InitialState, LoopedConfig, NormPlacement, RopeConfig
-from model.network.int8 import ADAPTER, quantize_linears
+from model.network.int4 import round_linears_to_int4
+from model.network.int8 import quantize_linears
 from model.network.looped import LoopedTransformer
 from model.passes.native import backend, weights
 from model.passes.native.backend import NativeOptions, NativePasses, RowArrays
@@ -174,20 +175,8 @@ def held(config: LoopedConfig, kind: str, seed: int) -> tuple[LoopedTransformer,
     reference = draw_model(config, seed)
     if kind == "bf16":
         return given.to(torch.bfloat16), reference.to(torch.bfloat16).float()
-    for name, module in reference.named_modules():
-        if isinstance(module, nn.Linear) and module.out_features > 1 and name != ADAPTER:
-            module.weight = nn.Parameter(rounded_to_int4(module.weight), requires_grad=False)
+    round_linears_to_int4(reference)
     return given, reference
-
-
-def rounded_to_int4(weight: torch.Tensor) -> torch.Tensor:
-    """What 4 bits leave of a weight: groups of 32 inputs, the number of largest magnitude at -8."""
-    rows, inputs = weight.shape
-    groups = nn.functional.pad(weight, (0, -inputs % 32)).view(rows, -1, 32)
-    top = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scale = (top / -8).half().float()
-    units = torch.where(scale == 0, 0, groups / scale).round().clamp(-8, 7)
-    return (units * scale).view(rows, -1)[:, :inputs]
 
 
 def run_pass(passes: NativePasses, texts: list[Text], rng: random.Random) -> None:

@@ -203,8 +203,9 @@ class Settings(BaseSettings):
     quantization: QuantizationName = Field(
         "auto",
         json_schema_extra=MODEL,
-        description="none; int8: weights of one byte (speed inspect says what it costs in loss); auto: int8 "
-        "for a model that is stored so, where native passes run",
+        description="none; int8: weights of one byte; int4: of half a byte, native passes alone (speed "
+        "inspect --text says what they cost in loss); auto: int8 for a model that is stored so, where native "
+        "passes run",
     )
     max_model_len: int | None = Field(
         None,

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from tokenizers import Tokenizer
 from torch import nn
@@ -17,8 +17,9 @@ from model.checkpoint.hub import model_folder
 from model.checkpoint.loader import DTYPES, load_model, load_skeleton
 from model.checkpoint.tokenizer import tokenizer_file
 from model.network.config import LoopedConfig
+from model.network.int4 import BYTES_PER_WEIGHT, round_linears_to_int4
 from model.network.looped import LoopedTransformer
-from model.options import BACKENDS, DEFAULT_BACKEND, SchedulerLimits, WorkerOptions
+from model.options import BACKENDS, DEFAULT_BACKEND, QuantizationName, SchedulerLimits, WorkerOptions
 from model.passes.memory import cache_memory, free_memory
 from model.schedule.drafts import default_depths
 from model.study.quality import Decoding, TextQuality, decode_prompts, judge_text
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a Hugging Face id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:i")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
-    parser.add_argument("--quantization", default="auto", choices=["auto", "none", "int8"])
+    parser.add_argument("--quantization", default="auto", choices=get_args(QuantizationName))
     parser.add_argument("--backend", default=DEFAULT_BACKEND, choices=BACKENDS)
     parser.add_argument("--max-loops", type=int, default=None, help="as of speed serve")
     parser.add_argument(
@@ -123,9 +124,13 @@ def inspect(args: argparse.Namespace) -> Report:
     window = min(args.window, model.config.max_positions)
     text = judge_text(model, ids, window, drafts or ())
     quantized = None
-    if choice.quantization == "int8":
-        model = load_model(folder, device, name, int8=True).model
-        quantized = judge_text(model, ids, window, drafts or ())
+    if choice.quantization != "none":
+        is_int8 = choice.quantization == "int8"
+        rounded = load_model(folder, device, name, int8=is_int8).model
+        if not is_int8:
+            round_linears_to_int4(rounded)
+        quantized = judge_text(rounded, ids, window, drafts or ())
+        model = rounded if is_int8 else model  # which the library rounds by itself
     decoding = decode_prompts(model, ids, drafts, args.num_prompts, choice.maker)
     return Report(facts, text, quantized, decoding)
 
@@ -228,13 +233,14 @@ def as_json(report: Report) -> dict[str, Any]:
 def as_text(report: Report) -> str:
     """The report as a table."""
     lines = _facts_lines(report.facts)
-    for title, text in (("", report.text), (", int8 weights", report.quantized)):
+    kind = report.facts.quantization
+    for title, text in (("", report.text), (f", {kind} weights", report.quantized)):
         if text is not None:
             lines += ["", *_quality_lines(title, text)]
     if report.text is not None and report.quantized is not None:
         change = report.quantized.loss - report.text.loss
         share = change / report.text.loss
-        lines += ["", f"int8 changes the held-out loss by {change:+.4f} nats per token ({share:+.2%})"]
+        lines += ["", f"{kind} changes the held-out loss by {change:+.4f} nats per token ({share:+.2%})"]
     if report.decoding is not None:
         lines += ["", _decoding_line(report.decoding)]
     return "\n".join(lines)
@@ -242,7 +248,7 @@ def as_text(report: Report) -> str:
 
 def _facts_lines(f: Facts) -> list[str]:
     state = f" and {f.state_bytes_per_token:,} of states" if f.state_bytes_per_token else ""
-    quantized = " (int8 weights)" if f.quantization == "int8" else ""
+    quantized = "" if f.quantization == "none" else f" ({f.quantization} weights)"
     rows = {
         "model": f.model,
         "family": f"{f.family}, {f.layers} layers (prelude + block + coda), {f.num_loops} loops",
@@ -294,13 +300,13 @@ def _decoding_line(decoding: Decoding) -> str:
 
 
 def _weight_bytes(model: LoopedTransformer, quantization: str) -> int:
-    """Bytes of the weights in memory; a tied head counts once, unless int8 parts it from the embedding."""
+    """Bytes of the weights in memory; a tied head counts once, unless quantising parts the two."""
     everything = sum(parameter.nbytes for parameter in model.parameters())
     if quantization == "none":
         return everything
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features > 1]
     tied = [m.weight for m in linears if m.weight is model.embedding.weight]
     own = sum(m.weight.numel() for m in linears) - sum(weight.numel() for weight in tied)
-    return (
-        everything - own * model.dtype.itemsize + sum(m.weight.numel() + 4 * m.out_features for m in linears)
-    )
+    per_weight, per_output = (1, 4) if quantization == "int8" else (BYTES_PER_WEIGHT, 0)
+    held = sum(int(m.weight.numel() * per_weight) + per_output * m.out_features for m in linears)
+    return everything - own * model.dtype.itemsize + held

@@ -1,5 +1,6 @@
 """From options to a loaded engine: device, dtype, threads, warm-up. Used by the worker and the benchmarks."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from model.grammar.state import Vocabulary
 from model.machine import usable_cores
 from model.network.arithmetic import multiplies_bf16
 from model.network.config import LoopedConfig
-from model.options import WorkerOptions
+from model.options import QuantizationName, WorkerOptions
 from model.passes.backend import BackendMaker
 from model.passes.native.backend import NativeOptions
 from model.passes.native.library import NativeUnavailableError, load
@@ -38,7 +39,7 @@ class Choice(NamedTuple):
     """
 
     device: torch.device
-    quantization: str  # "none" or "int8"
+    quantization: QuantizationName  # what "auto" came to, if that was asked
     maker: BackendMaker
     why_torch: str = ""
 
@@ -96,6 +97,11 @@ def choose(options: WorkerOptions) -> Choice:
     if quantization == "auto":
         keeps = not runs_in_torch and is_stored_in_int8(options.model_path)
         quantization = "int8" if keeps else "none"
+    if quantization == "int4":
+        if not isinstance(maker, NativeOptions):
+            reason = f": {why_torch}" if why_torch else ""
+            raise ValueError(f"quantization int4: only native passes on a CPU multiply it{reason}")
+        maker = dataclasses.replace(maker, int4=True)
     return Choice(device, quantization, maker, why_torch)
 
 

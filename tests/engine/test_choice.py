@@ -50,6 +50,34 @@ def test_int8_is_kept_where_native_runs_the_passes(folder_in_int8: Path, asked: 
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("stored", ["folder", "folder_in_int8"])
+def test_int4_is_what_the_library_makes_of_the_weights(stored: str, request: pytest.FixtureRequest) -> None:
+    asked = options(request.getfixturevalue(stored), quantization="int4")
+    choice = choose(asked)
+    assert (choice.quantization, choice.maker) == ("int4", NativeOptions(threads=1, int4=True))
+    weights = [
+        build_engine(options(Path(asked.model_path), quantization=q)).backend.facts.weight_bytes
+        for q in ("none", "int4")
+    ]
+    assert weights[0] / 7.2 < weights[1] < weights[0] / 5  # 4.5 bits of 32, in whole groups
+
+
+@pytest.mark.parametrize("way", ["backend", "environment"])
+def test_int4_is_refused_where_torch_would_run_the_passes(
+    folder: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "environment":
+        monkeypatch.setenv(library.VARIABLE, "0")
+    asked = options(folder, quantization="int4", backend="torch" if way == "backend" else "auto")
+    with pytest.raises(
+        ValueError,
+        match="quantization int4: only native passes"
+        + (".*SPEED_NATIVE is 0" if way == "environment" else ""),
+    ):
+        choose(asked)
+
+
+@pytest.mark.native
 def test_a_model_that_is_not_stored_in_int8_stays_as_it_is(folder: Path) -> None:
     assert choose(options(folder)).quantization == "none"
 

@@ -121,14 +121,15 @@ def test_loss_is_that_of_the_text_and_windows_are_read_on_their_own() -> None:
         judge_text(model, [1], 16)
 
 
+@pytest.mark.parametrize("quantization", ["int8", pytest.param("int4", marks=pytest.mark.native)])
 def test_a_text_is_judged_before_and_after_quantisation_and_decoded(
-    capsys: pytest.CaptureFixture[str], folder: Path
+    capsys: pytest.CaptureFixture[str], folder: Path, quantization: str
 ) -> None:
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 20)
     options = [folder, "--text", text, "--window", 64, "--max-tokens", 300, "--draft-depths", "2"]
-    report = inspected(capsys, *options, "--quantization", "int8")
+    report = inspected(capsys, *options, "--quantization", quantization)
     losses = [report[name]["depths"][-1]["loss"] for name in ("text", "text_quantized")]
     assert report["quantization_loss_change"] == losses[1] - losses[0] != 0
     assert report["text"]["num_tokens"] == 299

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from bench.native_fuzz import rounded_to_int4
 from model import LoadedModel, load_model
 from model.engine import Engine
 from model.network.config import ACTIVATIONS as NAMES
 from model.network.config import RopeConfig
-from model.network.int8 import ADAPTER, quantize_linears
+from model.network.int4 import round_linears_to_int4
+from model.network.int8 import quantize_linears
 from model.network.looped import LoopedTransformer
 from model.options import EngineOptions
 from model.passes.native import library, structs
@@ -56,9 +56,7 @@ def widened(model: LoopedTransformer, weights: str) -> LoopedTransformer:
     if weights == "int8":
         quantize_linears(model)
     if weights == "int4":
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and module.out_features > 1 and name != ADAPTER:
-                module.weight = nn.Parameter(rounded_to_int4(module.weight), requires_grad=False)
+        round_linears_to_int4(model)
     return model
 
 
