@@ -1,6 +1,7 @@
 """The peer llama.cpp of `bench.peers`, by xllamacpp: `python -m bench.peer_llama GGUF THREADS REQUESTS`.
 
-Runs in the environment that scripts/peers makes, with nothing else of this project installed.
+With `ids` behind them the model has our tokenizer, and gets a job's token ids, not its texts. Runs in the
+environment that scripts/peers makes, with nothing else of this project installed.
 """
 
 import sys
@@ -18,7 +19,8 @@ CONTEXT = 1024  # positions of a request
 class Llama:
     """A llama.cpp server without its sockets."""
 
-    def __init__(self, file: str, threads: int, requests: int) -> None:
+    def __init__(self, file: str, threads: int, requests: int, by: str = "texts") -> None:
+        self._takes_texts = by == "texts"
         parameters = xllamacpp.CommonParams()
         parameters.model.path = file
         parameters.n_ctx = CONTEXT * requests
@@ -33,7 +35,8 @@ class Llama:
     def run(self, job: Job) -> Figures:
         """Does the job; a piece of a stream is a token."""
         watch = Watch()
-        prompts = [TEMPLATE.format(text) for text in job.texts] or job.token_ids
+        texts = [TEMPLATE.format(text) for text in job.texts] if self._takes_texts else []
+        prompts = texts or job.token_ids
 
         def one(prompt: str | list[int]) -> None:
             body = {
@@ -59,4 +62,4 @@ class Llama:
 
 
 if __name__ == "__main__":
-    answer_jobs(Llama(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])).run)
+    answer_jobs(Llama(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]).run)

@@ -3,7 +3,8 @@
 Ours, llama.cpp with SmolLM2-135M (twice the size and the teacher of our model) in Q4_1 and Q8_0, and
 transformers' `generate` on our weights unrolled, each in a process of its own, job by job in turn. Three
 jobs: one question at a time, several at once, and a long prompt of which the first token is waited for.
-`scripts/peers` makes the environment of llama.cpp first.
+`scripts/peers` makes the environment of llama.cpp first. With `--gguf` llama.cpp runs the very model as well,
+unrolled, if that is of Nanbeige's layout: `speed export MODEL --gguf FILE` makes the file.
 """
 
 import argparse
@@ -85,6 +86,8 @@ def peers_of(args: argparse.Namespace) -> list[Peer]:
             "transformers", [sys.executable, "-m", "bench.peer_transformers", args.model, str(args.threads)]
         ),
     ]
+    if args.gguf is not None:
+        peers.append(Peer("the same in llama.cpp", [*llama, str(args.gguf.resolve()), *common, "ids"]))
     return [peer for peer in peers if peer.name not in args.without]
 
 
@@ -138,8 +141,8 @@ def report(found: dict[str, dict[str, list[Figures]]], args: argparse.Namespace)
         "first token",
         "memory",
     )
-    lines = [f"{'':<16}" + "".join(f"{name:>15}" for name in head)]
-    lines.append(f"{'':<16}" + "".join(f"{unit:>15}" for unit in ("tokens/s", "", "tokens/s", "", "s", "MB")))
+    lines = [f"{'':<22}" + "".join(f"{name:>15}" for name in head)]
+    lines.append(f"{'':<22}" + "".join(f"{unit:>15}" for unit in ("tokens/s", "", "tokens/s", "", "s", "MB")))
     for peer in found[ALONE]:
         cells = []
         for name in (ALONE, TOGETHER):
@@ -149,7 +152,7 @@ def report(found: dict[str, dict[str, list[Figures]]], args: argparse.Namespace)
             cells += [f"{statistics.median(rates):.1f}", f"{ratio:.2f}x"]
         cells.append(f"{statistics.median(each.first for each in found[LONG][peer]):.2f}")
         memory = max(each.memory for job in found.values() for each in job[peer])
-        lines.append(f"{peer:<16}" + "".join(f"{cell:>15}" for cell in [*cells, f"{memory / 1e6:.0f}"]))
+        lines.append(f"{peer:<22}" + "".join(f"{cell:>15}" for cell in [*cells, f"{memory / 1e6:.0f}"]))
     return lines
 
 
@@ -158,6 +161,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument("--model", default=str(DEFAULT_MODEL), help="a chat model (default: embedded)")
+    parser.add_argument("--gguf", type=Path, default=None, help="the model again, by `speed export`")
     parser.add_argument("--threads", type=positive, default=usable_cores())
     parser.add_argument("--requests", type=positive, default=8, help="at once")
     parser.add_argument("--max-tokens", type=positive, default=40)

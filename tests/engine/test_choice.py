@@ -12,7 +12,7 @@ from model import save_checkpoint
 from model.network.int8 import Int8Linear
 from model.options import DtypeName, WorkerOptions
 from model.passes.native import library
-from model.passes.native.backend import NativeOptions
+from model.passes.native.backend import NativeBackend, NativeOptions
 from model.passes.torch.backend import TorchMaker
 from model.worker.build import Choice, build_engine, choose, warnings_of
 from tests.loose import Field
@@ -55,10 +55,11 @@ def test_int4_is_what_the_library_makes_of_the_weights(stored: str, request: pyt
     asked = options(request.getfixturevalue(stored), quantization="int4")
     choice = choose(asked)
     assert (choice.quantization, choice.maker) == ("int4", NativeOptions(threads=1, int4=True))
-    weights = [
-        build_engine(options(Path(asked.model_path), quantization=q)).backend.facts.weight_bytes
-        for q in ("none", "int4")
-    ]
+    weights = []
+    for quantization in ("none", "int4"):
+        backend = build_engine(msgspec.structs.replace(asked, quantization=quantization)).backend
+        assert isinstance(backend, NativeBackend)
+        weights.append(backend.passes.packed.weight_bytes)
     assert weights[0] / 7.2 < weights[1] < weights[0] / 5  # 4.5 bits of 32, in whole groups
 
 

@@ -6,7 +6,7 @@ from scripts.arrows import ROOMS, ROOT, arrows, imports_of
 
 # One line a package: all that it may import of this project.
 MAY_IMPORT: dict[str, set[str]] = {
-    "cli": {"bench", "training", "server", "model.study"},
+    "cli": {"bench", "training", "server", "model.study", "model.checkpoint"},
     "bench": {"training", "server", "model.worker", "model.engine", "model.passes", "model.checkpoint"}
     | {"model.schedule", "model.network", "model.options", "model.protocol", "model.machine"},
     "training": {"model.worker", "model.checkpoint", "model.network"},

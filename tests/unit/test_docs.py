@@ -18,7 +18,7 @@ PAGES += [ROOT / "bench" / "results" / "README.md", *sorted((ROOT / "docs").glob
 OPERATING = ROOT / "docs" / "operating.md"
 # Of other programs, and those that every command has.
 OTHERS = {"--help", "--version", "--print-completion", "--build-arg", "--build", "--profile", "--no"}
-OTHERS |= {"--text"}  # of `speed inspect`
+OTHERS |= {"--text", "--gguf", "--type"}  # of `speed inspect` and `speed export`
 # Of containers.
 OTHERS |= {"--cap-drop", "--cpus", "--from-literal", "--gpus", "--memory", "--read-only", "--rm"}
 OTHERS |= {"--security-opt", "--user"}
