@@ -121,6 +121,29 @@ def test_tokens_are_those_of_the_torch_sampler(
     assert chosen(logits, readouts) == by_torch(logits, readouts)
 
 
+SMALLEST, LARGEST = 5e-324, 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(top_k=LARGEST),
+        SamplingParams(top_k=-1),
+        SamplingParams(temperature=SMALLEST),
+        SamplingParams(top_p=SMALLEST),
+        SamplingParams(min_p=SMALLEST),
+        SamplingParams(repetition_penalty=SMALLEST),
+        SamplingParams(repetition_penalty=10),
+        SamplingParams(seed=-(2**63)),
+        SamplingParams(logit_bias=dict.fromkeys(range(VOCAB), 100.0)),
+    ],
+    ids=str,
+)
+def test_the_bounds_of_what_a_request_may_ask_give_a_token(params: SamplingParams) -> None:
+    """A top_k beyond 32 bits was an error of the pass, and a 500 for whoever asked."""
+    assert 0 <= chosen(logits_of(1, 3.0), [readout(params)])[0] < VOCAB
+
+
 @pytest.mark.parametrize("vocab_size", [1, 3, 16, 17, 4096])
 def test_any_size_of_vocabulary(vocab_size: int) -> None:
     params = [SamplingParams(temperature=0.7, top_p=p, top_k=k, seed=k) for k in (0, 2) for p in (1.0, 0.6)]

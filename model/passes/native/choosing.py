@@ -18,6 +18,7 @@ from model.schedule.sequence import Sequence, contained
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 _WORD = 2**64
+_MOST = 2**31 - 1  # that the library's whole numbers hold, more than a vocabulary has tokens
 CHOICE = np.dtype(Choice)  # an array of these is made at once from tuples, ten times as fast as of ctypes'
 _NOTHING = (0, 0)  # numbers, and where they lie
 
@@ -62,7 +63,7 @@ class Choices:
                 params.temperature if is_drawn(readout) else 0.0,
                 params.top_p,
                 params.min_p,
-                params.top_k,
+                min(params.top_k, _MOST),
                 params.repetition_penalty,
                 params.frequency_penalty,
                 params.presence_penalty,
