@@ -48,11 +48,11 @@ class ServerProcess:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
             return str(response.read().decode())
 
-    def post(self, path: str, body: object) -> str:
-        """The answer to a JSON body; raises OSError unless its status is 200."""
+    def post(self, path: str, body: object, *, timeout: float = 30) -> str:
+        """The answer to a JSON body; raises OSError unless its status is 200 within `timeout` seconds."""
         url, headers = f"http://127.0.0.1:{self.port}{path}", {"Content-Type": "application/json"}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
             return str(response.read().decode())
 
     def gauge(self, name: str) -> float:

@@ -42,11 +42,13 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     """What the generated text must match; `model.grammar.check.check_grammar` says whether `text` is valid.
 
     `text` is JSON (a schema, or a list of strings for `choice`), a regular expression or a grammar in
-    Lark's notation; empty for `json_object`, which is any JSON object.
+    Lark's notation; empty for `json_object`, which is any JSON object. `special_tokens` are those of the
+    model that a grammar in Lark's notation may name, such as `<tool_call>`; all others never come.
     """
 
     kind: GrammarKind
     text: str = ""
+    special_tokens: tuple[str, ...] = ()
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -3,7 +3,7 @@
 Invariant: a generation is closed however its answer ends.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Protocol, TypeVar
@@ -12,7 +12,7 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from server.choices import Choice, ChoiceDelta, Generation, join_deltas
+from server.choices import ChoiceDelta, Generation, join_deltas
 from server.json_parts import json_bytes
 from server.lanes import Lane
 from server.schemas.sampling import StreamOptions
@@ -148,7 +148,7 @@ def usage_of(generation: Generation) -> Usage:
         completion_tokens=num_tokens,
         total_tokens=num_prompt_tokens + num_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=_cached_tokens(generation)),
-        completion_tokens_details=_prediction_details(generation.choices),
+        completion_tokens_details=_completion_details(generation),
     )
 
 
@@ -158,9 +158,13 @@ def _cached_tokens(generation: Generation) -> int:
     return sum(choice.stats.cached_prompt_tokens for choice in firsts)
 
 
-def _prediction_details(choices: Iterable[Choice]) -> CompletionTokensDetails:
-    return CompletionTokensDetails(
+def _completion_details(generation: Generation) -> CompletionTokensDetails:
+    choices = generation.choices
+    details = CompletionTokensDetails(
         accepted_prediction_tokens=sum(choice.stats.accepted_drafts for choice in choices),
         rejected_prediction_tokens=sum(choice.stats.rejected_drafts for choice in choices),
         decode_passes=sum(choice.stats.passes for choice in choices),
     )
+    if generation.plan.output.finds_thoughts:
+        details.reasoning_tokens = sum(choice.num_reasoning_tokens for choice in choices)
+    return details

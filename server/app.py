@@ -27,8 +27,9 @@ from server.middleware import (
     RootPathMiddleware,
 )
 from server.openapi import install_document
+from server.output.formats import PLAIN, OutputFormats, output_formats
 from server.routes import chat, completions, models, operations, playground, tokenize
-from server.settings import Settings
+from server.settings import Settings, SettingsError
 from server.state import ServerState
 from server.tokenizer import TextCodec
 from server.version import package_version
@@ -67,6 +68,7 @@ def create_app(
         metrics=metrics,
         codec=tokenizer,
         chat_template=chat_template,
+        formats=_formats(settings, chat_template, tokenizer),
         defaults=defaults,
         lanes=Lanes(),
         settings=settings,
@@ -86,6 +88,25 @@ def create_app(
         open_paths=open_paths(settings) if keys else None,
     )
     return app
+
+
+def _formats(settings: Settings, template: ChatTemplate | None, codec: TextCodec) -> OutputFormats:
+    """In which format the model writes thoughts and calls; raises SettingsError for a contradiction."""
+    if template is None:
+        return PLAIN
+    if template.describes_tools and settings.tool_call_parser not in ("auto", "hermes"):
+        raise SettingsError(
+            "--tool-template generic asks the model for calls in the format hermes, which "
+            f"--tool-call-parser {settings.tool_call_parser} does not read"
+        )
+    return output_formats(
+        settings.reasoning_parser,
+        settings.tool_call_parser,
+        template=template.source,
+        describes_tools=template.describes_tools,
+        added_tokens=codec.added_tokens,
+        special_tokens=codec.special_ids,
+    )
 
 
 def _add_middleware(app: FastAPI, settings: Settings, keys: list[str], routes: Sequence[BaseRoute]) -> None:

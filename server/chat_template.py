@@ -22,6 +22,7 @@ from model.checkpoint.hub import LfsPointerError, read_file
 from server.content_format import ContentFormat, content_use
 from server.errors import InvalidRequestError, quote
 from server.settings import SettingsError
+from server.template_tools import tool_places
 
 TEMPLATE_FILE = "chat_template.jinja"
 END_OF_THOUGHTS = "</think>"
@@ -78,6 +79,7 @@ class ChatTemplate:
     """A compiled template with the special tokens it may write. Threads may share it.
 
     `trusts_content`: whether special tokens in the texts of messages are meant, and not only quoted.
+    `describes_tools`: whether tools are told to the model in general words, not by the template.
     """
 
     def __init__(
@@ -87,16 +89,20 @@ class ChatTemplate:
         *,
         content_format: Literal["auto"] | ContentFormat = "auto",
         trusts_content: bool = False,
+        describes_tools: bool = False,
     ) -> None:
         """Raises ChatTemplateError if `source` is no template."""
         environment = _environment()
         try:
             self._template = environment.from_string(source)
             use = content_use(environment.parse(source))
+            self.places = tool_places(environment, source)
         except TemplateError as error:
             raise ChatTemplateError(f"the chat template is not Jinja: {error}") from None
         self._special_tokens = dict(special_tokens or {})
+        self.source = source
         self.trusts_content = trusts_content
+        self.describes_tools = describes_tools
         self.content_format: ContentFormat = "openai" if use.loops else "string"
         # A template that asks whether a content is a text shows a text as its maker meant it.
         self._splits_strings = not use.asks_for_strings
@@ -108,6 +114,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text. The content of a message is a text, or a list of the texts of its parts.
@@ -116,7 +123,7 @@ class ChatTemplate:
         """
         known = {
             "messages": [{**message, "content": self._shaped(message["content"])} for message in messages],
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -194,6 +201,7 @@ def load_chat_template(
     *,
     content_format: Literal["auto"] | ContentFormat = "auto",
     trusts_content: bool = False,
+    describes_tools: bool = False,
 ) -> ChatTemplate | None:
     """The template in `file`, else the one of the model in `folder`, else None.
 
@@ -204,7 +212,13 @@ def load_chat_template(
     if source is None:
         return None
     special_tokens = _special_tokens(folder, config)
-    return ChatTemplate(source, special_tokens, content_format=content_format, trusts_content=trusts_content)
+    return ChatTemplate(
+        source,
+        special_tokens,
+        content_format=content_format,
+        trusts_content=trusts_content,
+        describes_tools=describes_tools,
+    )
 
 
 def _own_source(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -17,14 +17,16 @@ import msgspec
 from model.protocol import GenerationRequest, SequenceStats, TokenEvent, TokenLogprobs
 from server.batcher import EventStream, RequestBatcher
 from server.errors import EngineFailureError, RefusedError
+from server.output.pieces import CallStart, OutputParser, PassThrough, Piece, join_pieces
+from server.output.rules import CallEnd
 from server.planning import Plan
 from server.prompts import EncodedPrompt
 from server.schemas.sampling import SamplingFields
-from server.text import CompletionText, Detokenizer, StopChecker, StopPattern
+from server.text import Checker, CompletionText, Detokenizer, StopChecker, StopPattern
 from server.tokenizer import TextCodec
 
 CONTEXT_TOKENS = 8  # of the prompt, for decoders whose text depends on what came before
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "tool_calls", "length", "abort"]  # the second one: stopped after calls
 
 
 class SpecialStop(NamedTuple):
@@ -46,7 +48,11 @@ class ShownToken(NamedTuple):
 
 
 class ChoiceDelta(NamedTuple):
-    """What an event adds to a choice; `echoed` are tokens of the prompt, if those are shown one by one."""
+    """What an event adds to a choice; `echoed` are tokens of the prompt, if those are shown one by one.
+
+    `pieces` is what the text comes to: thoughts, calls, the answer. A piece may come later than its text,
+    when it is certain what it is. Without a parser it is the text itself.
+    """
 
     choice_index: int
     text: str
@@ -54,11 +60,12 @@ class ChoiceDelta(NamedTuple):
     echoed: list[ShownToken]
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    pieces: Sequence[Piece] = ()
 
     @property
     def has_news(self) -> bool:
         """Whether a client that asked for no tokens can see a difference."""
-        return bool(self.text or self.finish_reason or self.echoed)
+        return bool(self.pieces or self.finish_reason or self.echoed)
 
 
 def join_deltas(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
@@ -67,6 +74,7 @@ def join_deltas(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
         text="".join(delta.text for delta in deltas),
         tokens=[token for delta in deltas for token in delta.tokens],
         echoed=[token for delta in deltas for token in delta.echoed],
+        pieces=join_pieces([piece for delta in deltas for piece in delta.pieces]),
     )
 
 
@@ -80,8 +88,10 @@ class Choice:
         text: CompletionText,
         echo: EncodedPrompt,
         special_stops: Mapping[int, SpecialStop] = MappingProxyType({}),
+        *,
+        parser: OutputParser | None = None,
     ) -> None:
-        """`special_stops` are found by the ids of their tokens."""
+        """`special_stops` are found by the ids of their tokens; `parser` takes the text apart."""
         self.index = index
         self.request = request
         self.stats = SequenceStats()
@@ -89,6 +99,9 @@ class Choice:
         self.prompt_scores: list[TokenLogprobs | None] | None = None  # of the prompt's tokens, if asked
         self.finished = False
         self._sum_logprobs = 0.0
+        self._parser = parser or PassThrough()
+        self._has_calls = False
+        self._num_thoughts = 0  # tokens that are, or may be, part of them
         self._text = text
         self._special_stops = special_stops
         self._echo = echo
@@ -99,6 +112,11 @@ class Choice:
     def mean_logprob(self) -> float:
         """The mean log-probability of the choice's tokens; 0 if there are none or none was asked for."""
         return self._sum_logprobs / max(self.num_tokens, 1)
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """The tokens of the thoughts, with those of their tags."""
+        return self._num_thoughts if self._parser.has_thoughts else 0
 
     def add(self, event: TokenEvent, *, include_stop: bool) -> ChoiceDelta:
         """The delta of an event. Raises EngineFailureError or RefusedError if the event says so."""
@@ -170,7 +188,15 @@ class Choice:
         for start in starts:
             token_id, logprobs = self._waiting.popleft()
             tokens.append(ShownToken(token_id, offset + start, logprobs))
-        return ChoiceDelta(self.index, echo + text, tokens, echoed, finish_reason, stop_reason)
+        pieces = self._parser.push(echo + text)
+        if self.finished:
+            pieces += self._parser.flush()
+        end = self._parser.thoughts_end
+        self._num_thoughts += sum(1 for token in tokens if end is None or token.start < end)
+        self._has_calls = self._has_calls or any(isinstance(piece, CallStart) for piece in pieces)
+        if self._has_calls and finish_reason == "stop":
+            finish_reason = "tool_calls"
+        return ChoiceDelta(self.index, echo + text, tokens, echoed, finish_reason, stop_reason, pieces)
 
 
 def _likeliest(logprobs: TokenLogprobs | None, most: int) -> TokenLogprobs | None:
@@ -184,6 +210,9 @@ def make_choices(fields: SamplingFields, plan: Plan, codec: TextCodec) -> list[C
     """The choices of a plan, candidates that may be dropped included, without text yet."""
     patterns = [StopPattern(stop) for stop in fields.stop_strings]
     decode = partial(codec.decode, skip_special_tokens=fields.skip_special_tokens)
+    tags = frozenset(codec.special_stops(plan.output.tags))
+    if fields.skip_special_tokens and tags:
+        decode = partial(codec.decode_showing, shown=tags)
     appended = fields.include_stop_str_in_output and fields.skip_special_tokens
     special_stops = {
         token_id: SpecialStop(text, text if appended else "")
@@ -194,10 +223,12 @@ def make_choices(fields: SamplingFields, plan: Plan, codec: TextCodec) -> list[C
     def make_choice(index: int, request: GenerationRequest) -> Choice:
         prompt = plan.prompts[index // fields.num_candidates]
         detokenizer = Detokenizer(decode, prompt.token_ids[-CONTEXT_TOKENS:])
-        checker = StopChecker(patterns, include_stop=fields.include_stop_str_in_output)
+        checker: Checker = StopChecker(patterns, include_stop=fields.include_stop_str_in_output)
+        if plan.output.ends_behind_calls:
+            checker = CallEnd(checker, plan.output.parser())
         text = CompletionText(detokenizer, checker, fields.min_tokens)
         echo = prompt if fields.echoes else EncodedPrompt([])
-        return Choice(index, request, text, echo, special_stops)
+        return Choice(index, request, text, echo, special_stops, parser=plan.output.parser())
 
     return [make_choice(index, request) for index, request in enumerate(plan.requests)]
 

@@ -54,18 +54,18 @@ class Disguise:
         self._plain = _plain(tokenizer, self._ids, self._mark)
         self._mark_id = self._plain.token_to_id(self._mark)
 
-    def hide(self, value: Value) -> Value:
+    def hide(self, value: Value, *, with_names: bool = False) -> Value:
         """`value` with every control token in its texts disguised, and every part that may become one.
 
-        Texts may stand in lists and objects, whose names are left alone. Returns `value` itself if there is
-        nothing to hide. Raises InvalidRequestError for a control token beside the characters that hide it.
+        Texts may stand in lists and objects, whose names are left alone unless `with_names`. Returns `value`
+        itself if there is nothing to hide. Raises InvalidRequestError for a control token beside the
+        characters that hide it.
         """
         try:
-            texts = list(dict.fromkeys(_texts_in(value)))
+            texts = list(dict.fromkeys(_texts_in(value, with_names=with_names)))
         except RecursionError:
-            raise InvalidRequestError(
-                "chat_template_kwargs is nested too deeply", param="chat_template_kwargs"
-            ) from None
+            field = "tools" if with_names else "chat_template_kwargs"
+            raise InvalidRequestError(f"{field} is nested too deeply", param=field) from None
         suspects = [text for text in texts if self._beginning.search(text)]
         spans = dict(zip(suspects, self._find(suspects), strict=True))
         hidden = {text: self._hide(text, spans.get(text, [])) for text in texts}
@@ -78,7 +78,7 @@ class Disguise:
                 "plane, which this server needs to hide it",
                 param="messages",
             )
-        exchanged: Value = _exchange(value, changed)
+        exchanged: Value = _exchange(value, changed, with_names=with_names)
         return exchanged
 
     def show(self, text: str) -> str:
@@ -201,20 +201,27 @@ def _plain(tokenizer: Tokenizer, control: Mapping[str, int], mark: str) -> Token
     return plain
 
 
-def _texts_in(value: object) -> Iterator[str]:
+def _texts_in(value: object, *, with_names: bool) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
+        if with_names:
+            yield from value
         for inner in value.values():
-            yield from _texts_in(inner)
+            yield from _texts_in(inner, with_names=with_names)
     elif isinstance(value, list):
         for inner in value:
-            yield from _texts_in(inner)
+            yield from _texts_in(inner, with_names=with_names)
 
 
-def _exchange(value: Any, texts: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
+def _exchange(value: Any, texts: Mapping[str, str], *, with_names: bool) -> Any:  # noqa: ANN401 - JSON
     if isinstance(value, str):
         return texts.get(value, value)
     if isinstance(value, dict):
-        return {key: _exchange(inner, texts) for key, inner in value.items()}
-    return [_exchange(inner, texts) for inner in value] if isinstance(value, list) else value
+        return {
+            texts.get(key, key) if with_names else key: _exchange(inner, texts, with_names=with_names)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_exchange(inner, texts, with_names=with_names) for inner in value]
+    return value

@@ -29,6 +29,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_CHOICES = 1024
 MAX_PROMPTS = 4096  # a server's --max-queued-requests is usually less
 MAX_IDS = 2**20  # of one prompt; the context is usually less
+MAX_TOOLS = 128  # as OpenAI has it
+MAX_TOOL_NAME = 128  # characters
 MAX_NAME = 1024  # characters of a stop string, a user, a salt, a name
 MAX_GRAMMAR = 2**16  # characters of an expression, grammar or schema; escaped they fit BODY_FLOOR
 

@@ -4,20 +4,21 @@ Checks what depends on the model, by the engine's own rules (`model.rules`). Inv
 that was made can be run; every refusal happens here or in `RequestBatcher.open`, before anything is sent.
 """
 
-import logging
 import secrets
 import uuid
 from typing import NamedTuple
 
 import msgspec
 
-from model.grammar.check import CheckUnavailableError, GrammarError, check_grammar
 from model.protocol import EngineInfo, GenerationRequest, RequestOptions, SamplingParams
 from model.rules import ContextError, TokenIdError, check_length, check_options, check_token_ids
 from server.chat_template import ChatTemplate
-from server.errors import ContextLengthError, InvalidRequestError, UnavailableError, quote, rules_as_refusals
+from server.errors import ContextLengthError, InvalidRequestError, quote, rules_as_refusals
+from server.guides import check_guide, check_now, check_tools, output_of
 from server.lanes import Lane, Lanes
 from server.limits import MAX_STOP_TOKEN_IDS
+from server.output.formats import OutputFormats
+from server.output.rules import PLAIN_TEXT, OutputRules
 from server.prompts import (
     EncodedPrompt,
     check_lengths,
@@ -29,8 +30,6 @@ from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.sampling import SamplingFields
 from server.tokenizer import TextCodec
-
-logger = logging.getLogger(__name__)
 
 
 class Caller(NamedTuple):
@@ -51,6 +50,7 @@ class Plan(NamedTuple):
     id: str
     prompts: list[EncodedPrompt]
     requests: list[GenerationRequest]
+    output: OutputRules = PLAIN_TEXT
 
 
 async def plan_completion(
@@ -87,6 +87,7 @@ async def plan_chat(
     info: EngineInfo,
     max_sequences: int,
     *,
+    formats: OutputFormats,
     lanes: Lanes,
     caller: Caller = ANYONE,
 ) -> Plan:
@@ -98,8 +99,16 @@ async def plan_chat(
     _check_asked(body, options, info)
     await _check_grammar(body, lanes.grammars)
     said = await lanes.templates.run(lambda: render(body.messages, body, codec, template, info))
+    check_tools(body, formats)
+    output = output_of(body, formats, opens_thoughts=said.opens_thoughts)
+    if output.grammar != options.grammar:
+        options = msgspec.structs.replace(options, grammar=output.grammar)
+        with rules_as_refusals(grammar=output.grammar_field):
+            check_options(options, info)
+        await lanes.grammars.run(lambda: check_guide(output))
     encode = lanes.texts(len(said.text)).run(lambda: encode_conversation(said, body, codec, info))
-    return _plan(("chatcmpl", "messages"), body, info, [await encode], options)
+    plan = _plan(("chatcmpl", "messages"), body, info, [await encode], options)
+    return plan._replace(output=output.rules)
 
 
 def _plan(
@@ -248,17 +257,4 @@ async def _check_grammar(fields: SamplingFields, lane: Lane) -> None:
     """Raises InvalidRequestError for a grammar that no engine could follow."""
     param = fields.format_field
     if param is not None:
-        await lane.run(lambda: _check_grammar_now(fields, param))
-
-
-def _check_grammar_now(fields: SamplingFields, param: str) -> None:
-    grammar = fields.grammar
-    if grammar is None:
-        return
-    try:
-        check_grammar(grammar)
-    except GrammarError as error:
-        raise InvalidRequestError(f"{param}: {quote(str(error))}", param=param) from None
-    except CheckUnavailableError as error:
-        logger.warning("a grammar could not be checked: %s", error)
-        raise UnavailableError(f"{param} could not be checked; try again", "check_unavailable") from error
+        await lane.run(lambda: check_now(fields.grammar, param))

@@ -6,11 +6,12 @@ be a prompt of the model.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from model.protocol import EngineInfo
 from model.rules import check_prompt, check_token_ids
 from server.chat_template import ChatTemplate
+from server.conversation import opens_thoughts, render_conversation, template_input
 from server.errors import InvalidRequestError, TextTooLongError, quote, rules_as_refusals
 from server.limits import longest_text, usual_text
 from server.schemas.chat import ChatRequest, Message, TemplateFields
@@ -32,10 +33,14 @@ class EncodedPrompt(NamedTuple):
 
 
 class RenderedChat(NamedTuple):
-    """What the template made of a conversation; `is_disguised`: with control tokens in it that are text."""
+    """What the template made of a conversation.
+
+    `is_disguised`: with control tokens in it that are text; `opens_thoughts`: what follows it is thoughts.
+    """
 
     text: str
     is_disguised: bool
+    opens_thoughts: bool = False
 
 
 def encode_completion(body: CompletionRequest, codec: TextCodec, info: EngineInfo) -> list[EncodedPrompt]:
@@ -111,23 +116,24 @@ def render(
             "--chat-template FILE, or use /v1/completions",
             param="messages",
         )
-    num_characters = sum(message.num_characters for message in messages)
-    if num_characters > longest_text(info, codec.longest_piece):
-        raise TextTooLongError(num_characters, info.max_model_len, param="messages")
-    told: list[Any] = [
-        [[message.texts, message.name, message.thoughts] for message in messages],
-        fields.template_variables,
-    ]
-    hidden = told if template.trusts_content else codec.disguise.hide(told)
-    seen = [
-        {"role": message.role, "content": texts}
-        | ({} if name is None else {"name": name})
-        | ({"reasoning_content": thoughts} if thoughts else {})
-        for message, (texts, name, thoughts) in zip(messages, hidden[0], strict=True)
-    ]
-    text = template.render(seen, add_generation_prompt=fields.add_generation_prompt, variables=hidden[1])
+    functions = fields.functions_shown
+    for param, num_characters in {
+        "tools": sum(function.num_characters for function in functions),
+        "messages": sum(message.num_characters for message in messages),
+    }.items():
+        if num_characters > longest_text(info, codec.longest_piece):
+            raise TextTooLongError(num_characters, info.max_model_len, param=param)
+    disguise = None if template.trusts_content else codec.disguise
+    given = template_input(messages, functions, fields.template_variables, disguise)
+    text = render_conversation(
+        template,
+        given,
+        add_generation_prompt=fields.add_generation_prompt and not fields.continue_final_message,
+        continue_final=fields.continue_final_message,
+    )
     check_length("messages", text, codec, info)
-    return RenderedChat(text, hidden is not told)
+    final = given.messages[-1] if fields.continue_final_message else None
+    return RenderedChat(text, given.is_disguised, opens_thoughts(text, final))
 
 
 def encode_conversation(

@@ -157,6 +157,7 @@ def _engine_server(settings: Settings, url: str) -> EngineServer:
         settings.chat_template,
         content_format=settings.chat_template_content_format,
         trusts_content=settings.allow_special_tokens_in_content,
+        describes_tools=settings.tool_template == "generic",
     )
     defaults = load_defaults(folder) if settings.generation_config == "auto" else NO_DEFAULTS
     patience = Patience(silence=settings.worker_timeout, loading=settings.load_timeout)

@@ -171,6 +171,24 @@ class Settings(BaseSettings):
         description="how the template wants the content of a message: string (one text), openai (a list of "
         "parts) or auto (parts if it loops over them)",
     )
+    reasoning_parser: Literal["auto", "none", "think"] = Field(
+        "auto",
+        json_schema_extra=MODEL,
+        description="think: what a model writes between <think> and </think> is answered as reasoning; none: "
+        "it is text; auto: think if the chat template or the tokenizer knows these tags",
+    )
+    tool_call_parser: Literal["auto", "none", "hermes", "qwen3_coder"] = Field(
+        "auto",
+        json_schema_extra=MODEL,
+        description="format in which the model calls tools: hermes (JSON between tags), qwen3_coder (a tag "
+        "for each parameter), none, or auto: the one that the chat template speaks of",
+    )
+    tool_template: Literal["model", "generic"] = Field(
+        "model",
+        json_schema_extra=MODEL,
+        description="how tools are told to the model: model, by its chat template; generic, in a system "
+        "message that any chat template can show, with calls in the format hermes",
+    )
     allow_special_tokens_in_content: bool = Field(
         False,
         json_schema_extra=MODEL,

@@ -12,6 +12,7 @@ from server.defaults import SamplingDefaults
 from server.errors import ModelNotFoundError, UnsupportedMediaTypeError, quote
 from server.lanes import Lanes
 from server.metrics import Metrics
+from server.output.formats import OutputFormats
 from server.planning import Caller
 from server.settings import Settings
 from server.tokenizer import TextCodec
@@ -25,6 +26,7 @@ class ServerState:
     metrics: Metrics
     codec: TextCodec
     chat_template: ChatTemplate | None
+    formats: OutputFormats
     defaults: SamplingDefaults
     lanes: Lanes
     settings: Settings

@@ -11,7 +11,7 @@ anew at every token (8000 tokens of 0xC3: 4 seconds).
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # So many tokens without a complete character at their end are garbage, not a character to wait for.
@@ -127,6 +127,16 @@ class StopChecker:
         return max(complete, key=len, default=None)
 
 
+class Checker(Protocol):
+    """What may end a text: a StopChecker, or something around one."""
+
+    def push(self, text: str) -> StopMatch:
+        """Adds text; after a match nothing more may be pushed."""
+
+    def flush(self) -> str:
+        """What is held back. Call once, at the end."""
+
+
 class TextDelta(NamedTuple):
     """What tokens add to a completion.
 
@@ -179,7 +189,7 @@ class TokenBorders:
 class CompletionText:
     """The text of one completion: detokenisation, then stop strings from token `min_tokens` on."""
 
-    def __init__(self, detokenizer: Detokenizer, checker: StopChecker, min_tokens: int) -> None:
+    def __init__(self, detokenizer: Detokenizer, checker: Checker, min_tokens: int) -> None:
         self._detokenizer = detokenizer
         self._checker = checker
         self._min_tokens = min_tokens

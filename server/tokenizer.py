@@ -60,6 +60,8 @@ class TextCodec:
         self.fill_tokens = self._find_fill_tokens()
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = {token.content: i for i, token in added.items() if token.special}
+        self.hidden_ids = frozenset(self.special_ids.values())
+        self.added_tokens = frozenset(token.content for token in added.values())
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TextCodec":
@@ -94,6 +96,11 @@ class TextCodec:
         """Text of ids, bytes that are no UTF-8 as U+FFFD."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def decode_showing(self, token_ids: Sequence[int], shown: frozenset[int]) -> str:
+        """Text of ids, of special tokens those in `shown` alone; bytes that are no UTF-8 as U+FFFD."""
+        kept = [i for i in token_ids if i in shown or i not in self.hidden_ids]
+        return self.decode(kept, skip_special_tokens=False)
 
     def decode_long(self, token_ids: Sequence[int]) -> str:
         """The text of many ids, special tokens included; other threads run meanwhile, at some cost."""
@@ -159,6 +166,8 @@ class TokenIdCodec(TextCodec):
     def __init__(self) -> None:
         self.fill_tokens = None
         self.special_ids = {}
+        self.hidden_ids = frozenset()
+        self.added_tokens = frozenset()
         self.longest_piece = 0
         self.token_bytes = lru_cache(TOKENS_REMEMBERED)(self._token_bytes)
 

@@ -13,15 +13,16 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from model.grammar.schemas import adapt_schema
+from model.grammar.schemas import JSON_BLANKS, adapt_schema
 from model.protocol import Grammar
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ MAX_STEP_FUEL = 100_000  # for one mask: up to 10 ms, in which nobody else is se
 # How a process ends that the grammar was too much for: no stack, no memory, a bug of the compiler.
 _DEATHS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP}
 _TOO_LARGE = "the grammar is too large or its rules lead too deep to be compiled"
-# A space, or a line break with its indentation: models may lay JSON out, but not write blanks for ever.
-_JSON_BLANKS: "JsonCompileOptions" = {"whitespace_pattern": r"( |\n[ \t]{0,20})"}
+_JSON_BLANKS = cast("JsonCompileOptions", JSON_BLANKS)
 
 _UNKNOWN_KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]", re.DOTALL)
 
@@ -206,33 +206,35 @@ def _verdict(grammar: Grammar) -> str:
 
 def _problems(grammar: Grammar) -> list[str]:
     """Compiles over single bytes, where the first mask says whether anything matches at all."""
-    failed, messages = LLMatcher.validate_grammar_with_warnings(llguidance_text(grammar), limits=_limits())
+    tokenizer = LLTokenizer(TokenizerWrapper(_Bytes(grammar.special_tokens)))
+    failed, messages = LLMatcher.validate_grammar_with_warnings(
+        llguidance_text(grammar), tokenizer if grammar.special_tokens else None, limits=_limits()
+    )
     unknown = [message for message in messages if "no tokenizer" in message]
     if unknown:
         return ["special tokens cannot stand in a grammar"]
     if failed:
         return [in_words(messages[0])]
-    matcher = LLMatcher(_byte_tokenizer(), llguidance_text(grammar), log_level=0, limits=_limits())
-    allowed = int.from_bytes(matcher.compute_bitmask(), "little") & (1 << 256) - 1
+    matcher = LLMatcher(tokenizer, llguidance_text(grammar), log_level=0, limits=_limits())
+    allowed = int.from_bytes(matcher.compute_bitmask(), "little") & ~(1 << _Bytes.eos_token_id)
     if matcher.is_error():
         return [in_words(matcher.get_error())]
     return [] if allowed else ["the grammar matches no text"]
 
 
 class _Bytes:
-    """A tokenizer of 257 tokens: the bytes and an end."""
+    """A tokenizer of the bytes, an end, and special tokens."""
 
     eos_token_id = 256
     bos_token_id = None
-    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
-    special_token_ids = (256,)
+
+    def __init__(self, special: Sequence[str]) -> None:
+        named = [b"<end>", *(text.encode() for text in special)]
+        self.tokens = [*(bytes([byte]) for byte in range(256)), *named]
+        self.special_token_ids = [*range(256, len(self.tokens))]
 
     def __call__(self, text: bytes) -> list[int]:
         return list(text)
-
-
-def _byte_tokenizer() -> LLTokenizer:
-    return LLTokenizer(TokenizerWrapper(_Bytes()))
 
 
 if __name__ == "__main__":

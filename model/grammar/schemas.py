@@ -29,9 +29,24 @@ _ONE = (
 )
 _MANY = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 _NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
+_ANNOTATIONS = frozenset(("$comment", "default", "description", "examples", "title"))
 _REFERENCE = re.compile(r"#/(\$defs|definitions)/([^/~%]+)")
 
 Schema = dict[str, Any]
+
+
+# A space, or a line break with its indentation: models may lay JSON out, but not write blanks for ever.
+JSON_BLANKS: dict[str, Any] = {"whitespace_pattern": r"( |\n[ \t]{0,20})"}
+
+
+def embedded_schema(schema: object) -> str:
+    """The schema as it stands behind `%json` in a grammar in Lark's notation, without annotations.
+
+    Raises RecursionError where it is nested too deeply.
+    """
+    adapted = _Adapter(schema, drops_annotations=True).adapted(schema)
+    whole = adapted if isinstance(adapted, dict) else {"allOf": [adapted]}
+    return json.dumps(whole | {"x-guidance": JSON_BLANKS})
 
 
 def adapt_schema(text: str) -> str:
@@ -47,14 +62,19 @@ def adapt_schema(text: str) -> str:
 class _Adapter:
     """Adapts one schema; `root` is where its references point into."""
 
-    def __init__(self, root: object) -> None:
+    def __init__(self, root: object, *, drops_annotations: bool = False) -> None:
         self._root = root
+        self._dropped = _ANNOTATIONS if drops_annotations else frozenset()
 
     def adapted(self, schema: Any) -> Any:  # noqa: ANN401 - JSON
         """The schema, or whatever stands in the place of one."""
         if not isinstance(schema, dict):
             return schema
-        new = {key: value for key, value in schema.items() if not _asks_for_nothing(key, value)}
+        new = {
+            key: value
+            for key, value in schema.items()
+            if key not in self._dropped and not _asks_for_nothing(key, value)
+        }
         for key, value in new.items():
             if key in _NAMED and isinstance(value, dict):
                 new[key] = {name: self.adapted(inner) for name, inner in value.items()}

@@ -5,8 +5,20 @@ from collections.abc import Sequence
 
 from server.choices import ChoiceDelta, Generation, ShownToken
 from server.formats.prompt_scores import clamp, prompt_scores
+from server.output.pieces import (
+    CallArguments,
+    CallStart,
+    ContentText,
+    ParsedMessage,
+    Piece,
+    join_pieces,
+    parsed_message,
+)
 from server.schemas.chat import (
+    AnsweredCall,
+    AnsweredFunction,
     AssistantMessage,
+    CallDelta,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -14,6 +26,7 @@ from server.schemas.chat import (
     ChatRequest,
     ChatResponse,
     Delta,
+    FunctionDelta,
     TokenLogprob,
     TopLogprob,
 )
@@ -52,9 +65,11 @@ class ChatFormat:
     def parts(self, delta: ChoiceDelta, *, first: bool) -> list[ChatChunkChoice]:
         """What each chunk for a delta adds to its choice; the role comes first, alone."""
         index = delta.choice_index
+        opening = [Delta(role="assistant", content="")] if first else []
+        *others, last = [_delta(piece) for piece in join_pieces(delta.pieces)] or [Delta()]
         part = ChatChunkChoice(
             index=index,
-            delta=Delta(content=delta.text) if delta.text else Delta(),
+            delta=last,
             logprobs=self._logprobs(delta.tokens),
             finish_reason=delta.finish_reason,
         )
@@ -62,9 +77,11 @@ class ChatFormat:
             part.stop_reason = delta.stop_reason
         if self._body.return_token_ids:
             part.token_ids = [token.token_id for token in delta.tokens]
-        opening = Delta(role="assistant", content="")
-        begin = ChatChunkChoice(index=index, delta=opening, logprobs=None, finish_reason=None)
-        return [begin, part] if first else [part]
+        before = [
+            ChatChunkChoice(index=index, delta=other, logprobs=None, finish_reason=None)
+            for other in [*opening, *others]
+        ]
+        return [*before, part]
 
     def nothing(self) -> ChatChunkChoice:
         """What a chunk adds that is sent only to be sent."""
@@ -93,7 +110,7 @@ class ChatFormat:
         assert delta.finish_reason is not None
         choice = ChatChoice(
             index=index,
-            message=AssistantMessage(role="assistant", content=delta.text, refusal=None),
+            message=_message(parsed_message(delta.pieces)),
             logprobs=self._logprobs(delta.tokens),
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
@@ -119,3 +136,35 @@ class ChatFormat:
     def _top(self, token_id: int, logprob: float) -> TopLogprob:
         token = self._codec.token_bytes(token_id)
         return TopLogprob(token=token.decode(errors="replace"), logprob=clamp(logprob), bytes=list(token))
+
+
+def _delta(piece: Piece) -> Delta:
+    """A piece as a chunk says it."""
+    if isinstance(piece, ContentText):
+        return Delta(content=piece.text)
+    if isinstance(piece, CallStart):
+        function = FunctionDelta(name=piece.name, arguments="")
+        return Delta(
+            tool_calls=[CallDelta(index=piece.index, id=piece.call_id, type="function", function=function)]
+        )
+    if isinstance(piece, CallArguments):
+        return Delta(tool_calls=[CallDelta(index=piece.index, function=FunctionDelta(arguments=piece.text))])
+    return Delta(reasoning_content=piece.text, reasoning=piece.text)
+
+
+def _message(parsed: ParsedMessage) -> AssistantMessage:
+    """The same for a whole answer. Fields that were not set are left out of the JSON."""
+    content = None if parsed.calls and not parsed.content else parsed.content
+    message = AssistantMessage(role="assistant", content=content, refusal=None)
+    if parsed.reasoning:
+        message.reasoning_content = message.reasoning = parsed.reasoning
+    if parsed.calls:
+        message.tool_calls = [
+            AnsweredCall(
+                id=call.call_id,
+                type="function",
+                function=AnsweredFunction(name=call.name, arguments=call.arguments),
+            )
+            for call in parsed.calls
+        ]
+    return message

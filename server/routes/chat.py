@@ -33,6 +33,7 @@ async def create_chat_completion(request: Request, body: ChatRequest, state: Sta
         state.chat_template,
         info,
         state.batcher.max_queued_requests,
+        formats=state.formats,
         lanes=state.lanes,
         caller=caller,
     )

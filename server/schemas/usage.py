@@ -10,11 +10,15 @@ class PromptTokensDetails(BaseModel):
 
 
 class CompletionTokensDetails(BaseModel):
-    """Drafted tokens that the full depth confirmed and contradicted; ours: passes after the first token."""
+    """Drafted tokens that the full depth confirmed and contradicted; ours: passes after the first token.
+
+    `reasoning_tokens`, those of thoughts and their tags, is there where answers are searched for thoughts.
+    """
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
     decode_passes: int
+    reasoning_tokens: int | None = None
 
 
 class Usage(BaseModel):

@@ -7,6 +7,7 @@ import json
 import os
 import random
 
+import msgspec
 import pytest
 
 from model.protocol import GenerationRequest
@@ -35,7 +36,8 @@ CODECS: dict[str, Json] = {
 }
 TEMPLATES: dict[str, Json] = {
     "plain": lambda: ChatTemplate(PLAIN, {"eos_token": "<eos>"}),
-    "loops": lambda: ChatTemplate(LOOPS),
+    "loops": lambda: ChatTemplate(LOOPS, describes_tools=True),
+    "tools": lambda: ChatTemplate("{{ tools }}<tool_call><function=></think>" + PLAIN),
     "none": lambda: None,
 }
 NASTY: list[Json] = [
@@ -71,10 +73,31 @@ NASTY: list[Json] = [
     {"include_usage": True, "continuous_usage_stats": True},
     {"1": 1, "300": 2},
     [{"type": "text", "text": "a"}, {"type": "text", "text": ""}],
+    *["required", "auto", {"type": "function", "function": {"name": "f"}}, {"mode": "auto", "tools": []}],
+    *[{"name": "f", "arguments": '{"a": "\\ud800"}'}, {"name": "f", "parameters": {"properties": {"a": 1}}}],
+    *[{"properties": {"<eos>": {"enum": ["</parameter>"]}}, "required": ["b"]}, {"$ref": "#"}],
 ]
 MODELS = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 FIELDS = sorted({"tools", "store", "unknown", *(name for model in MODELS for name in model.model_fields)})
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+TOOLS: dict[str, Json] = {
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "f",
+                "description": "<eos>",
+                "parameters": {"type": "object", "properties": {"a": {"type": "string"}, "b": {"$ref": "#"}}},
+                "strict": False,
+            },
+        }
+    ],
+    "tool_choice": "required",
+    "messages": [
+        {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "content": "<eos>", "tool_call_id": "a"},
+    ],
+}
 BASES: dict[str, dict[str, Json]] = {
     "/v1/completions": {"model": "default", "prompt": "hi", "max_tokens": 5},
     "/v1/chat/completions": {"model": "default", "messages": [{"role": "user", "content": "hi"}]},
@@ -111,6 +134,8 @@ def body_for(rng: random.Random, path: str) -> bytes:
         body["prompt"] = [104, 105]
     if path == "/tokenize" and rng.random() < 0.5:
         body = {"messages": BASES["/v1/chat/completions"]["messages"]}
+    if "messages" in body and rng.random() < 0.4:
+        body |= {name: TOOLS[name] for name in TOOLS if path != "/tokenize" or name != "tool_choice"}
     for _ in range(rng.randint(0, 3)):
         body[rng.choice(FIELDS)] = made_up(rng)
     if rng.random() < 0.5:
@@ -135,7 +160,8 @@ async def send(served: Served, path: str, content: bytes) -> int:
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("template", TEMPLATES)
 async def test_no_body_gives_a_5xx(codec: str, template: str) -> None:
-    engine = FakeEngine(tokens, tokens_per_event=3)
+    info = msgspec.structs.replace(INFO, max_model_len=1500)
+    engine = FakeEngine(tokens, tokens_per_event=3, info=info)
     rng = random.Random(f"{codec} {template}")
     statuses: dict[int, int] = {}
     options = {"chat_template": TEMPLATES[template](), "codec": CODECS[codec](), "allow_priority": True}
@@ -150,6 +176,6 @@ async def test_no_body_gives_a_5xx(codec: str, template: str) -> None:
             ids = [*request.prompt_token_ids, *request.stop_token_ids, *request.sampling.logit_bias]
             assert request.prompt_token_ids
             assert all(0 <= token_id < INFO.vocab_size for token_id in ids)
-            assert len(request.prompt_token_ids) + request.max_tokens <= INFO.max_model_len
+            assert len(request.prompt_token_ids) + request.max_tokens <= info.max_model_len
     assert statuses.get(400, 0) > 5, "nothing was refused: the bodies show little"
     print(statuses)

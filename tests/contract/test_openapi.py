@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -23,7 +24,7 @@ from server.chat_template import ChatTemplate
 from server.serve import DrainingServer, uvicorn_config
 from server.settings import Settings
 from tests.contract.conftest import TEXT, Served, serving
-from tests.fake_engine import FakeEngine
+from tests.fake_engine import INFO, FakeEngine
 from tests.loose import Json
 from tests.text_tools import byte_codec, ids_of
 
@@ -38,8 +39,10 @@ statuses: Counter[tuple[str, int]] = Counter()
 def url() -> Iterator[str]:
     """A server over a fake engine, in a thread of its own."""
     options = Settings(port=0, log_level="critical")
-    template = ChatTemplate("{% for message in messages %}{{ message.content }}\n{% endfor %}")
-    app = create_app(FakeEngine(lambda _: ids_of(TEXT)), byte_codec(), options, template)
+    source = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    template = ChatTemplate(source, describes_tools=True)
+    info = msgspec.structs.replace(INFO, max_model_len=2000)
+    app = create_app(FakeEngine(lambda _: ids_of(TEXT), info=info), byte_codec(), options, template)
     server = DrainingServer(uvicorn_config(app, options), app.state.server.batcher, 1)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()

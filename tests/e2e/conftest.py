@@ -112,5 +112,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(checkpoint: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(str(checkpoint), "--served-model-name", "default,alias") as running:
+    names = ("--served-model-name", "default,alias")
+    with ServerProcess(str(checkpoint), *names, "--tool-template", "generic") as running:
         yield running

@@ -66,6 +66,36 @@ def test_a_stream_joined_is_the_whole_answer_and_that_without_speculation(
     assert whole["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 0
 
 
+def test_a_tool_is_called_where_a_call_is_required() -> None:
+    """It was trained on no tools: a grammar makes the call, and the result goes back as text."""
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "days": {"enum": [1, 2, 3]}},
+        "required": ["city", "days"],
+    }
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters, "strict": True}}
+    question = {"role": "user", "content": "What is the weather in Paris?"}
+    with ServerProcess("--max-model-len", "640", "--tool-template", "generic") as running:
+
+        def ask(*messages: Json, **fields: Json) -> Json:
+            body = {"model": "default", "tools": [tool], "temperature": 0, "messages": messages} | fields
+            return httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=120).json()["choices"][
+                0
+            ]
+
+        choice, plain = (
+            ask(question, tool_choice="required", parallel_tool_calls=False, speculation=on)
+            for on in (True, False)
+        )
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"] == plain["message"]["tool_calls"][0]["function"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert (set(arguments), arguments["days"] in {1, 2, 3}) == ({"city", "days"}, True)
+        result = {"role": "tool", "tool_call_id": call["id"], "content": "Rain."}
+        answer = ask(question, choice["message"], result, max_tokens=20, tool_choice="none")
+        assert answer["message"]["content"]
+
+
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
 
 

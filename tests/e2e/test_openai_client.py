@@ -200,8 +200,48 @@ async def test_asynchronous_client(server: ServerProcess) -> None:
         assert "".join([chunk.choices[0].text async for chunk in stream]) == whole.choices[0].text
 
 
-def test_tools_are_refused_in_words(client: openai.OpenAI) -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-    with pytest.raises(openai.BadRequestError, match="not supported") as caught:
-        chat(client, tools=[tool])
-    assert caught.value.param == "tools"
+class GetWeather(BaseModel):
+    """The weather of a city."""
+
+    city: Annotated[str, Field(max_length=12)]
+    days: Annotated[int, Field(ge=1, le=9)]
+
+
+TOOL = openai.pydantic_function_tool(GetWeather)
+
+
+def test_tools_there_and_back(client: openai.OpenAI) -> None:
+    """A call that a grammar makes, its result, and an answer; then the same streamed."""
+    fields: dict[str, Json] = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+    fields |= {"temperature": 1.0, "seed": 4, "max_completion_tokens": 300}
+    (choice,) = chat(client, **fields).choices
+    (call,) = choice.message.tool_calls
+    assert (choice.finish_reason, call.function.name) == ("tool_calls", "GetWeather")
+    arguments = GetWeather.model_validate_json(call.function.arguments)
+    result = {"role": "tool", "tool_call_id": call.id, "content": f"Rain in {arguments.city}."}
+    history = [*MESSAGES, choice.message, result]
+    answer = chat(client, messages=history, tools=[TOOL], tool_choice="none")
+    assert answer.usage.prompt_tokens > 0
+    with client.chat.completions.stream(model="default", messages=MESSAGES, **fields) as stream:
+        events = [event.type for event in stream]
+        (streamed,) = stream.get_final_completion().choices
+    (function,) = [one.function for one in streamed.message.tool_calls or []]
+    assert function.arguments == call.function.arguments
+    assert function.parsed_arguments == arguments
+    assert events.count("tool_calls.function.arguments.delta") > 1
+
+
+def test_calls_are_the_same_with_and_without_speculation(client: openai.OpenAI) -> None:
+    named = {"type": "function", "function": {"name": "GetWeather"}}
+    fields = {"tools": [TOOL], "tool_choice": named, "n": 4, "temperature": 1.0, "seed": 5}
+    on, off = (
+        [
+            choice.message.tool_calls[0].function.arguments
+            for choice in chat(
+                client, max_completion_tokens=300, extra_body={"speculation": speculation}, **fields
+            ).choices
+        ]
+        for speculation in (True, False)
+    )
+    assert on == off
+    assert all(GetWeather.model_validate_json(arguments) for arguments in on)

@@ -1,0 +1,170 @@
+"""Calls of tools under load: whether all that `required` gives parse and match, with and without speculation.
+
+    python -m bench.tool_calls --output bench/results/tool_calls.txt
+
+Starts a server with the given model (default: the embedded one), which needs no sense of tools: a grammar
+makes the calls. Each request has its own question, seed and temperature. Fails if a call does not parse or
+match its schema, or differs without speculation.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import psutil
+
+from bench.options import Extra, output_file, positive, reporting
+from bench.server_process import ServerProcess
+
+jsonschema_rs: Any = Extra("jsonschema_rs")
+
+Json = dict[str, Any]
+ANSWER_SECONDS = 300  # an answer on a machine that has much else to do
+CITY = {"type": "string", "minLength": 1, "maxLength": 24}
+FUNCTIONS: dict[str, Json] = {
+    "get_weather": {"city": CITY, "unit": {"enum": ["celsius", "fahrenheit"]}},
+    "add": {name: {"type": "integer", "minimum": -999, "maximum": 999} for name in ("a", "b")},
+    "send_mail": {
+        "to": {
+            "type": "array",
+            "items": {"type": "string", "pattern": "^[a-z]{1,8}@[a-z]{1,8}\\.org$"},
+            "maxItems": 3,
+        },
+        "subject": {"type": "string", "maxLength": 60},
+        "urgent": {"type": "boolean"},
+    },
+    "book": {
+        "trip": {
+            "type": "object",
+            "properties": {
+                "from": CITY,
+                "to": CITY,
+                "seats": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
+            "required": ["from", "to", "seats"],
+            "additionalProperties": False,
+        },
+        "note": {"anyOf": [{"type": "null"}, {"type": "string", "maxLength": 30}]},
+    },
+    "stop": {},
+}
+QUESTIONS = (
+    "What is the weather in Oslo?",
+    "Add 17 and 4.",
+    "Tell Ann that I am late.",
+    "I want to go to Rome.",
+)
+
+
+class Outcome(NamedTuple):
+    """What one answer came to: its calls as text, how many there are, and what is wrong with them."""
+
+    calls: str
+    num_calls: int
+    num_tokens: int
+    problem: str
+
+
+def tools() -> list[Json]:
+    """All functions in OpenAI's shape."""
+    return [
+        {"type": "function", "function": {"name": name, "parameters": schema_of(name)}} for name in FUNCTIONS
+    ]
+
+
+def schema_of(name: str) -> Json:
+    """The schema of a function's arguments; all of them are required."""
+    properties = FUNCTIONS[name]
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [*properties],
+        "additionalProperties": False,
+    }
+
+
+def body_of(number: int, *, speculation: bool) -> Json:
+    """The request `number`: every second one allows several calls, every fifth one names its function."""
+    names = list(FUNCTIONS)
+    named = {"type": "function", "function": {"name": names[number // 5 % len(names)]}}
+    return {
+        "model": "default",
+        "messages": [{"role": "user", "content": f"{QUESTIONS[number % len(QUESTIONS)]} ({number})"}],
+        "tools": tools(),
+        "tool_choice": named if number % 5 == 0 else "required",
+        "parallel_tool_calls": number % 2 == 0,
+        "temperature": (0, 0.7, 1.0)[number % 3],
+        "seed": number,
+        "speculation": speculation,
+    }
+
+
+def judged(answer: Json) -> Outcome:
+    """What an answer came to."""
+    (choice,) = answer["choices"]
+    calls = [call["function"] for call in choice["message"].get("tool_calls", [])]
+    text = json.dumps([choice["message"]["content"], calls], ensure_ascii=False)
+    problem = "" if choice["finish_reason"] == "tool_calls" else f"finish reason {choice['finish_reason']}"
+    for call in calls:
+        try:
+            jsonschema_rs.validate(schema_of(call["name"]), json.loads(call["arguments"]))
+        except (ValueError, KeyError) as error:  # of the schema or of JSON
+            problem = f"{call}: {error}"
+    return Outcome(text, len(calls), answer["usage"]["completion_tokens"], problem)
+
+
+def run(server: ServerProcess, args: argparse.Namespace, *, speculation: bool) -> tuple[list[Outcome], float]:
+    """The outcomes of all requests, `concurrency` of which run at a time, and the seconds that they took."""
+
+    def ask(number: int) -> Outcome:
+        body = body_of(number, speculation=speculation)
+        return judged(json.loads(server.post("/v1/chat/completions", body, timeout=ANSWER_SECONDS)))
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(args.concurrency) as threads:
+        outcomes = list(threads.map(ask, range(args.requests)))
+    return outcomes, time.perf_counter() - begin
+
+
+def report(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
+    """Lines that say what was found, and for each whether it is as it should be."""
+    flags = [] if args.model is None else [args.model, "--served-model-name", "default"]
+    with ServerProcess(*flags, "--tool-template", "generic", "--tool-call-parser", "hermes") as server:
+        found = {on: run(server, args, speculation=on) for on in (True, False)}
+    size = f"{args.requests} requests with a call required, {args.concurrency} at once"
+    yield f"{size}, {psutil.cpu_count()} cores", True
+    for on, (outcomes, seconds) in found.items():
+        problems = [outcome.problem for outcome in outcomes if outcome.problem]
+        num_calls = sum(outcome.num_calls for outcome in outcomes)
+        num_tokens = sum(outcome.num_tokens for outcome in outcomes)
+        counts = f"{num_calls} calls, {len(problems)} that do not parse or match"
+        head = f"speculation {'on' if on else 'off'}: {counts}"
+        yield f"{head}, {num_tokens} tokens in {seconds:.1f} s", not problems
+        yield from ((f"  {problem}", False) for problem in problems[:5])
+    pairs = zip(found[True][0], found[False][0], strict=True)
+    differing = sum(on.calls != off.calls for on, off in pairs)
+    yield f"{differing} answers differ with and without speculation", not differing
+
+
+@reporting("python -m bench.tool_calls")
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tool_calls", description=__doc__)
+    parser.add_argument("--model", default=None, help="default: the embedded one")
+    parser.add_argument("--requests", type=positive, default=200)
+    parser.add_argument("--concurrency", type=positive, default=16)
+    parser.add_argument("--output", type=output_file, default=None, help="file for what is printed")
+    args = parser.parse_args()
+    lines = [*report(args)]
+    text = "".join(f"{line}\n" for line, _ in lines)
+    print(text, end="")
+    if args.output is not None:
+        args.output.write_text(text)
+    return 0 if all(is_good for _, is_good in lines) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
