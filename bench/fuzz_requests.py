@@ -12,7 +12,12 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+POSTS = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"),
+    *("/v1/messages/count_tokens", "/tokenize", "/detokenize"),
+)
+WEIGHTS = (25, 25, 20, 15, 5, 5, 5)
+LIMITS = {"/v1/responses": "max_output_tokens", "/v1/messages": "max_tokens"}  # of those without chat's names
 GETS = ("/v1/models", "/v1/models/x", "/health", "/ready", "/metrics", "/version", "/", "/openapi.json")
 METHODS = ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE")
 MAX_TOKENS = 6  # of nearly every answer: the fuzzer is after bad requests, not long ones
@@ -236,7 +241,7 @@ class RequestSource:
         return request._replace(method=rng.choice(METHODS), path=where, headers=headers)
 
     def _body(self, rng: random.Random) -> tuple[str, dict[str, Any]]:
-        path = rng.choices(POSTS, [40, 40, 10, 10])[0]
+        path = rng.choices(POSTS, WEIGHTS)[0]
         body = self.draw(self._bodies[path], rng)
         assert isinstance(body, dict)
         for name in ("n", "best_of"):
@@ -322,6 +327,9 @@ def damage_bytes(body: bytes, rng: random.Random) -> bytes:
 
 def _tidy(path: str, body: dict[str, Any], rng: random.Random) -> None:
     """Keeps rules between fields that a schema can't say, and answers short."""
+    if path in LIMITS:
+        body[LIMITS[path]] = rng.randint(1, MAX_TOKENS)
+        body.pop("min_tokens", None)
     if "completions" not in path:
         if path == "/tokenize":
             body.pop(rng.choice(("prompt", "messages")), None)

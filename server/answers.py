@@ -3,10 +3,10 @@
 Invariant: a generation is closed however its answer ends.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
@@ -17,7 +17,14 @@ from server.json_parts import json_bytes
 from server.lanes import Lane
 from server.schemas.sampling import StreamOptions
 from server.schemas.usage import CompletionTokensDetails, PromptTokensDetails, Usage
-from server.sse import CLIENT_CLOSED_REQUEST, ClientDisconnectedError, stream_response, unless_disconnected
+from server.sse import (
+    CLIENT_CLOSED_REQUEST,
+    ClientDisconnectedError,
+    Frame,
+    StreamStyle,
+    stream_response,
+    unless_disconnected,
+)
 from server.state import ServerState
 
 SHORT_ANSWER = 1000  # tokens, the likeliest ones beside each included, that are written in a few ms
@@ -27,11 +34,22 @@ STREAM_GRACE_MARGIN = 5.0
 Part = TypeVar("Part")
 
 
-class Format(Protocol[Part]):
-    """How an endpoint writes choices."""
+class Stream(NamedTuple):
+    """A stream that may be sent: its frames, and what is sent beside them."""
+
+    items: AsyncGenerator[Frame, None]
+    style: StreamStyle
+
+
+class WholeFormat(Protocol):
+    """How an endpoint writes an answer that isn't streamed."""
 
     def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> BaseModel:
         """The answer; `choices` are those to return, in order."""
+
+
+class Format(WholeFormat, Protocol[Part]):
+    """How an endpoint writes choices."""
 
     def parts(self, delta: ChoiceDelta, *, first: bool) -> list[Part]:
         """What each chunk for a delta adds to its choice; `first`: nothing was sent of it yet."""
@@ -46,7 +64,16 @@ class Format(Protocol[Part]):
 async def answer(
     request: Request, generation: Generation, form: Format[Part], state: ServerState
 ) -> Response:
-    """The whole answer or the beginning of a stream; takes over the generation.
+    """The whole answer or the beginning of a stream of chunks; takes over the generation."""
+    chunks = _chunks(generation, form, state.lanes.answers)
+    style = StreamStyle(filler=partial(_filler, generation, form))
+    return await respond(request, generation, form, state, Stream(chunks, style))
+
+
+async def respond(
+    request: Request, generation: Generation, form: WholeFormat, state: ServerState, stream: Stream
+) -> Response:
+    """The whole answer, or the beginning of `stream`; takes over the generation.
 
     What is long, such as an echo with log-probabilities, is written in a lane of its own.
     """
@@ -55,9 +82,9 @@ async def answer(
         if generation.fields.stream:
             return await stream_response(
                 request,
-                _chunks(generation, form, lane),
+                stream.items,
                 generation.close,
-                partial(_filler, generation, form),
+                stream.style,
                 shutdown_grace_period=settings.shutdown_timeout + STREAM_GRACE_MARGIN,
                 ping_seconds=settings.ping_interval,
             )
@@ -72,7 +99,7 @@ async def answer(
     return Response(content, media_type="application/json")
 
 
-async def _whole(generation: Generation, form: Format[Part], lane: Lane) -> str | bytes:
+async def _whole(generation: Generation, form: WholeFormat, lane: Lane) -> str | bytes:
     """The JSON of the answer."""
     deltas: list[list[ChoiceDelta]] = [[] for _ in generation.choices]
     async with aclosing(generation.deltas()) as stream:
@@ -80,21 +107,20 @@ async def _whole(generation: Generation, form: Format[Part], lane: Lane) -> str 
             deltas[delta.choice_index].append(delta)
     best = [join_deltas(deltas[choice.index]) for choice in generation.best()]
     usage = usage_of(generation)
-    if sum(map(_num_entries, best)) * _entry_size(generation) <= SHORT_ANSWER:
+    if is_short(best, generation):
         return _json(form.whole(best, usage))
     return await lane.run(lambda: json_bytes(form.whole(best, usage)))
 
 
-def _num_entries(delta: ChoiceDelta) -> int:
-    return len(delta.echoed) + len(delta.tokens)
+def is_short(deltas: Iterable[ChoiceDelta], generation: Generation) -> bool:
+    """Whether writing the deltas takes but a few milliseconds."""
+    num_entries = sum(len(delta.echoed) + len(delta.tokens) for delta in deltas)
+    # How many tokens, with their texts, are written for each token.
+    size = 1 if generation.fields.num_logprobs is None else 2 + generation.fields.num_logprobs
+    return num_entries * size <= SHORT_ANSWER
 
 
-def _entry_size(generation: Generation) -> int:
-    """How many tokens, with their texts, are written for each token."""
-    return 1 if generation.fields.num_logprobs is None else 2 + generation.fields.num_logprobs
-
-
-async def _chunks(generation: Generation, form: Format[Part], lane: Lane) -> AsyncGenerator[str, None]:
+async def _chunks(generation: Generation, form: Format[Part], lane: Lane) -> AsyncGenerator[Frame, None]:
     """The JSON of a stream's chunks. Deltas without anything to see are left out."""
     fields = generation.fields
     options = fields.stream_options or StreamOptions()
@@ -107,7 +133,7 @@ async def _chunks(generation: Generation, form: Format[Part], lane: Lane) -> Asy
             first = delta.choice_index not in begun
             begun.add(delta.choice_index)
             usage = _usage_of_chunk(generation, options)
-            if _num_entries(delta) * _entry_size(generation) <= SHORT_ANSWER:
+            if is_short([delta], generation):
                 chunks = [_json(form.chunk([part], **usage)) for part in form.parts(delta, first=first)]
             else:
                 chunks = await lane.run(partial(_write_chunks, form, delta, usage, first=first))

@@ -13,7 +13,7 @@ from server.batcher import AdmissionLimits, RequestBatcher
 from server.chat_template import ChatTemplate
 from server.defaults import NO_DEFAULTS, SamplingDefaults
 from server.encodings import GzipBodyMiddleware
-from server.errors import install_error_handlers
+from server.error_answers import install_error_handlers
 from server.hosts import HostMiddleware, allowed_hosts
 from server.http_counts import StatusCountMiddleware
 from server.lanes import Lanes
@@ -28,7 +28,7 @@ from server.middleware import (
 )
 from server.openapi import install_document
 from server.output.formats import PLAIN, OutputFormats, output_formats
-from server.routes import chat, completions, models, operations, playground, tokenize
+from server.routes import chat, completions, messages, models, operations, playground, responses, tokenize
 from server.settings import Settings, SettingsError
 from server.state import ServerState
 from server.tokenizer import TextCodec
@@ -76,7 +76,7 @@ def create_app(
     )
     install_error_handlers(app)
     routes = [*app.routes]
-    for module in (completions, chat, tokenize, models, operations, playground):
+    for module in (completions, chat, responses, messages, tokenize, models, operations, playground):
         app.include_router(module.router)
         routes += module.router.routes
     keys = load_api_keys(settings)

@@ -17,7 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import AuthenticationError, error_response
+from server.error_answers import error_response
+from server.errors import AuthenticationError
+from server.paths import route_path
 from server.settings import ApiKey, Settings, SettingsError
 
 ALWAYS_OPEN = ("/health", "/ready")  # for those who watch the process: they hold no key
@@ -55,17 +57,12 @@ def open_paths(settings: Settings) -> list[str]:
     return [*ALWAYS_OPEN] if settings.protect_metrics else [*ALWAYS_OPEN, "/metrics"]
 
 
-def route_path(scope: Scope) -> str:
-    """The path as the routes see it: behind the root path, whether or not the proxy has cut that off."""
-    path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    return path.removeprefix(root) if path.startswith(f"{root}/") else path
-
-
 class ApiKeyMiddleware:
     """Answers 401 unless a request brings one of `keys` or asks for one of `open_paths`.
 
-    A key is sent as `Authorization: Bearer KEY`, or as the password of basic authentication, which is
-    how a browser that opens the playground or the documentation asks for it.
+    A key is sent as `Authorization: Bearer KEY`, as `x-api-key: KEY`, which is Anthropic's way, or as the
+    password of basic authentication, which is how a browser that opens the playground or the documentation
+    asks for it. Of two that are sent one must be valid.
     """
 
     def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: Sequence[str]) -> None:
@@ -82,13 +79,19 @@ class ApiKeyMiddleware:
             await self._app(scope, receive, send)
             return
         is_page = "text/html" in Headers(scope=scope).get("accept", "")
-        await error_response(AuthenticationError(ask_browser=is_page))(scope, receive, send)
+        await error_response(AuthenticationError(ask_browser=is_page), scope)(scope, receive, send)
 
     def _tenant_of(self, scope: Scope) -> str | None:
         """Whose key the request brings; None without a valid one."""
-        given = _digest(_presented_key(Headers(scope=scope).get("authorization", "")))
-        # All keys are compared, whichever matches.
-        found = [tenant for digest, tenant in self._tenants.items() if hmac.compare_digest(given, digest)]
+        headers = Headers(scope=scope)
+        presented = (_presented_key(headers.get("authorization", "")), headers.get("x-api-key", "").encode())
+        # Both are compared with all keys, whichever matches.
+        found = [
+            tenant
+            for given in map(_digest, presented)
+            for digest, tenant in self._tenants.items()
+            if hmac.compare_digest(given, digest)
+        ]
         return found[0] if found else None
 
 

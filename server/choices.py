@@ -118,6 +118,11 @@ class Choice:
         """The tokens of the thoughts, with those of their tags."""
         return self._num_thoughts if self._parser.has_thoughts else 0
 
+    @property
+    def thoughts_end(self) -> int | None:
+        """Where in the text the thoughts end, as `OutputParser` has it."""
+        return self._parser.thoughts_end
+
     def add(self, event: TokenEvent, *, include_stop: bool) -> ChoiceDelta:
         """The delta of an event. Raises EngineFailureError or RefusedError if the event says so."""
         if event.finish_reason == "error":

@@ -10,7 +10,8 @@ import zlib
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import InvalidRequestError, UnsupportedMediaTypeError, error_response, quote
+from server.error_answers import error_response
+from server.errors import InvalidRequestError, UnsupportedMediaTypeError, quote
 
 PIECE = 2**16  # bytes
 GZIP_FORMAT = 16 + zlib.MAX_WBITS  # zlib's way to say: with gzip's header and checksum
@@ -38,7 +39,7 @@ class GzipBodyMiddleware:
             error = UnsupportedMediaTypeError(
                 f"the content encoding must be gzip, or none at all, not {quote(encoding)}"
             )
-            response = error_response(error)
+            response = error_response(error, scope)
             response.headers["Accept-Encoding"] = "gzip"
             await response(scope, receive, send)
 

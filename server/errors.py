@@ -1,4 +1,4 @@
-"""Every way a request can fail, each with its status, type and code, and the handlers that render them.
+"""Every way a request can fail, each with its status, type and code.
 
     ApiError
     ├── InvalidRequestError         400  a field is wrong (param names it)
@@ -22,19 +22,14 @@
 Before a request is whole, `connections` answers by itself, in the same shape: 400 bad_request, 408
 request_timeout, 431 headers_too_large, 503 too_many_connections.
 
-Invariant: every answer with a status >= 400 has the body {"error": {message, type, param, code}}, quotes
-at most `MAX_QUOTE` characters of the input, and says nothing about the inside of the server.
+Invariant: a message quotes at most `MAX_QUOTE` characters of the input, and says nothing about the inside of
+the server. How an error is written is `server.error_answers`' to say.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http import HTTPStatus
 from reprlib import Repr
 from typing import Any, ClassVar, Literal
-
-from fastapi import FastAPI, Request
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
 
 from model.rules import RuleError
 
@@ -87,8 +82,9 @@ class UnsupportedFieldError(InvalidRequestError):
 
     code = "unsupported_field"
 
-    def __init__(self, field: str, place: str = "") -> None:
-        super().__init__(f"{place}{field} is not supported by this server", param=field)
+    def __init__(self, field: str, place: str = "", hint: str = "") -> None:
+        """`hint` says what to send instead."""
+        super().__init__(f"{place}{field} is not supported by this server{hint and ': '}{hint}", param=field)
 
 
 class UnknownFieldError(InvalidRequestError):
@@ -137,6 +133,11 @@ class ContextLengthError(InvalidRequestError):
     def __init__(
         self, num_prompt_tokens: int, max_tokens: int | None, max_model_len: int, *, prompt_param: str
     ) -> None:
+        self.num_prompt_tokens, self.max_tokens, self.max_model_len = (
+            num_prompt_tokens,
+            max_tokens,
+            max_model_len,
+        )
         completion, where = (1, "at least to be generated")
         if max_tokens is not None:
             completion, where = max_tokens, "in max_tokens"
@@ -185,7 +186,9 @@ class AuthenticationError(ApiError):
     code = "invalid_api_key"
 
     def __init__(self, *, ask_browser: bool) -> None:
-        super().__init__("a valid API key is needed: send it as 'Authorization: Bearer KEY'")
+        super().__init__(
+            "a valid API key is needed: send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'"
+        )
         self._ask_browser = ask_browser
 
     @property
@@ -289,39 +292,5 @@ class UnavailableError(ApiError):
 
 
 def error_body(message: str, type_: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The one shape of an error."""
+    """An error as OpenAI's API writes it."""
     return {"error": {"message": message, "type": type_, "param": param, "code": code}}
-
-
-def error_response(error: ApiError) -> Response:
-    """The answer that says `error`."""
-    return JSONResponse(error.body(), error.status, error.headers)
-
-
-async def _handle_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error_response(error)
-
-
-async def _handle_http(request: Request, error: Exception) -> Response:
-    """What the framework itself refuses: no such route, wrong method, unreadable body, body too large."""
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {quote(request.url.path)}: {error.detail}"
-    code = HTTPStatus(error.status_code).name.lower()
-    body = error_body(message, "invalid_request_error", code=code)
-    return JSONResponse(body, error.status_code, error.headers)
-
-
-async def _handle_bug(request: Request, _: Exception) -> Response:
-    """The framework raises the exception again after this answer, so that the server logs it."""
-    # This handler runs outside every middleware: the request's id must be added by hand.
-    request_id = request.scope.get("request_id", "")
-    body = error_body("internal server error", "server_error", code="internal_error")
-    return JSONResponse(body, 500, {"X-Request-Id": request_id})
-
-
-def install_error_handlers(app: FastAPI) -> None:
-    """Makes every failure of `app` an answer of the one shape."""
-    app.add_exception_handler(ApiError, _handle_api_error)
-    app.add_exception_handler(HTTPException, _handle_http)
-    app.add_exception_handler(Exception, _handle_bug)

@@ -10,7 +10,8 @@ import ipaddress
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import ForbiddenHostError, error_response
+from server.error_answers import error_response
+from server.errors import ForbiddenHostError
 from server.settings import Settings
 
 
@@ -52,7 +53,7 @@ class HostMiddleware:
         if not host or self._is_allowed(_without_port(host)):
             await self._app(scope, receive, send)
         else:
-            await error_response(ForbiddenHostError(host))(scope, receive, send)
+            await error_response(ForbiddenHostError(host), scope)(scope, receive, send)
 
     def _is_allowed(self, name: str) -> bool:
         return is_local(name) or name in self._names or name.endswith(self._suffixes)

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.auth import route_path
 from server.logs import NO_ANSWER
 from server.metrics import Metrics
+from server.paths import route_path
 
 OTHER = "other"
 # What a route that generates or counts tokens answers sooner or later.

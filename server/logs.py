@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.auth import route_path
 from server.errors import quote
+from server.paths import route_path
 from server.settings import Settings
 
 access_logger = logging.getLogger("server.access")

@@ -12,7 +12,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ForbiddenOriginError, error_body, error_response
+from server.error_answers import error_answer
+from server.errors import ForbiddenOriginError, error_body
+from server.paths import is_messages
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -34,7 +36,10 @@ class RootPathMiddleware:
 
 
 class RequestIdMiddleware:
-    """Takes the client's X-Request-Id or makes one, and returns it with every answer."""
+    """Takes the client's X-Request-Id or makes one, and returns it with every answer.
+
+    Clients of Anthropic's API look for it under the name `request-id`.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -47,10 +52,13 @@ class RequestIdMiddleware:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope["request_id"] = request_id
+        names = ("X-Request-Id", "Request-Id") if is_messages(scope) else ("X-Request-Id",)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                for name in names:
+                    headers[name] = request_id
             await send(message)
 
         await self._app(scope, receive, send_with_id)
@@ -89,7 +97,7 @@ class BodyLimitMiddleware:
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > self._limit):
             body = error_body(self._message, "invalid_request_error", code="request_entity_too_large")
-            await JSONResponse(body, 413)(scope, receive, send)
+            await error_answer(scope, body, 413)(scope, receive, send)
             return
         if scope["method"] != "POST":  # nobody reads it, but who listens for a disconnect must meet no error
             await self._app(scope, receive, send)
@@ -120,7 +128,7 @@ class OriginMiddleware(CORSMiddleware):
             allow_origins=origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
-            expose_headers=("X-Request-Id", "Retry-After"),
+            expose_headers=("X-Request-Id", "Retry-After", "X-Speed-Warning"),
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:
@@ -128,6 +136,7 @@ class OriginMiddleware(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        refusal = error_response(ForbiddenOriginError(bytes(response.body).decode()))
+        error = ForbiddenOriginError(bytes(response.body).decode())
+        refusal = JSONResponse(error.body(), error.status)  # which a browser alone reads, whatever the path
         refusal.headers["Vary"] = response.headers["Vary"]
         return refusal

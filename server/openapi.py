@@ -10,8 +10,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
+from server.paths import MESSAGES
 from server.schemas.errors import ErrorResponse
+from server.schemas.messages import AnthropicErrorResponse
 
 Json = dict[str, Any]
 
@@ -41,16 +44,36 @@ EVENT_STREAM: Json = {
 
 def errors(*statuses: int) -> dict[int | str, Json]:
     """Documents errors of a route; goes into its `responses`."""
-    return {status: _error(status) for status in statuses}
+    return {status: _error(status, ErrorResponse) for status in statuses}
 
 
-def _error(status: int) -> Json:
-    found: Json = {"model": ErrorResponse, "description": DESCRIPTIONS[status]}
+def anthropic_errors(*statuses: int) -> dict[int | str, Json]:
+    """The same for a route of Anthropic's API."""
+    return {status: _error(status, AnthropicErrorResponse) for status in statuses}
+
+
+def _error(status: int, model: type[BaseModel]) -> Json:
+    found: Json = {"model": model, "description": DESCRIPTIONS[status]}
     return found | ({"headers": HEADERS[status]} if status in HEADERS else {})
 
 
 JSON_BODY = (400, 404, 413, 415)
 GENERATION = {200: {"content": EVENT_STREAM}, **errors(*JSON_BODY, 429, 500, 503)}
+EVENTS: Json = {
+    "content": {
+        "text/event-stream": {
+            "schema": {"type": "string", "description": "with stream: frames `event: name`, `data: {json}`"}
+        }
+    },
+    "headers": {
+        "X-Speed-Warning": {
+            "description": "which types of tools were left out",
+            "schema": {"type": "string"},
+        }
+    },
+}
+RESPONSES = {200: EVENTS, **errors(*JSON_BODY, 429, 500, 503)}
+ANTHROPIC_GENERATION = {200: EVENTS, **anthropic_errors(*JSON_BODY, 429, 500, 503)}
 
 
 def install_document(
@@ -125,9 +148,10 @@ def _close_bodies(document: Json) -> None:
 
 def _ask_for_keys(document: Json, open_paths: list[str]) -> None:
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    reference = {"$ref": "#/components/schemas/ErrorResponse"}
     for path, operation in _operations(document):
         if path not in open_paths:
             operation["security"] = [{"key": []}]
+            model = AnthropicErrorResponse if path.startswith(MESSAGES) else ErrorResponse
+            reference = {"$ref": f"#/components/schemas/{model.__name__}"}
             answer = {"description": DESCRIPTIONS[401], "headers": HEADERS[401]}
             operation["responses"]["401"] = answer | {"content": {"application/json": {"schema": reference}}}

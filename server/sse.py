@@ -2,7 +2,7 @@
 
 Invariants: a stream's resources are freed however it ends, also if it never began; a failure that shows
 within the interval of pings is an answer with a true status, a later one an error frame; no stream is
-silent for longer than that; [DONE] is always the last frame.
+silent for longer than that; the last frame is always the one that the API has for the end, such as [DONE].
 
 How a comment looks is decided by the clients that are out there. With a blank line behind it (": ping", "")
 it is an event without data, which openai-go before 3.43 gives to its JSON parser: the stream breaks. Without
@@ -16,11 +16,12 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
@@ -36,6 +37,28 @@ COMMENT = b": ping\n"
 # Characters at which clients that split text into lines, such as Python's splitlines, cut a frame.
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 CLIENT_CLOSED_REQUEST = 499  # nginx's status; nobody receives it, but access logs show it
+
+
+Frame = str | ServerSentEvent  # the data alone, or with the name of an event
+
+
+def _error_frames(error: ApiError) -> list[Frame]:
+    return [json.dumps(error.body()), DONE]
+
+
+@dataclass(frozen=True)
+class StreamStyle:
+    """What an API sends in a stream beside its items."""
+
+    filler: Callable[[], Frame] | None  # makes the frame that ends a pause, where clients need one
+    ping: bytes = COMMENT
+    last: Sequence[Frame] = (DONE,)
+    failure: Callable[[ApiError], Sequence[Frame]] = _error_frames  # what comes in place of `last`
+
+
+def named_frame(event: str, data: str) -> Frame:
+    """A frame with the name of its event. `data` is JSON."""
+    return ServerSentEvent(_escaped(data), event=event, sep="\n")
 
 
 class ClientDisconnectedError(Exception):
@@ -78,46 +101,53 @@ async def _cancelled(task: asyncio.Future[T]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def frames(items: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """The data of each frame: the items (JSON), an error if one is raised after the first item, [DONE]."""
+async def frames(items: AsyncGenerator[Frame, None], style: StreamStyle) -> AsyncGenerator[Frame, None]:
+    """Each frame: the items, and the last ones, which say so if an error is raised after the first item."""
     started = False
+    last = style.last
     try:
         async for item in items:
-            yield item if item.isascii() else LINE_ENDS.sub(_escape, item)
+            yield _escaped(item) if isinstance(item, str) else item
             started = True
     except Exception as error:
         if not started:
             raise
-        yield _error_data(error)
+        last = style.failure(_told(error))
     finally:
         await items.aclose()
-    yield DONE
+    for frame in last:
+        yield frame
+
+
+def _escaped(data: str) -> str:
+    return data if data.isascii() else LINE_ENDS.sub(_escape, data)
 
 
 def _escape(character: re.Match[str]) -> str:
     return f"\\u{ord(character[0]):04x}"
 
 
-def _error_data(error: Exception) -> str:
+def _told(error: Exception) -> ApiError:
+    """What the client is told of an error."""
     if isinstance(error, ApiError):
-        return json.dumps(error.body())
+        return error
     logger.error("a stream failed", exc_info=error)
-    return json.dumps(EngineFailureError().body())
+    return EngineFailureError()
 
 
 class StreamResponse(EventSourceResponse):
     """Sends frames, and calls `on_close` when that is over, for whatever reason.
 
-    `first` is the first frame, perhaps still to come, in which case its failure is an error frame; `filler`
-    makes a frame that says nothing; `quiet_since` is when the client last heard of us (time.monotonic).
+    `first` is the first frame, perhaps still to come, in which case its failure is an error frame;
+    `quiet_since` is when the client last heard of us (time.monotonic).
     """
 
     def __init__(
         self,
-        first: asyncio.Future[str],
-        rest: AsyncIterator[str],
+        first: asyncio.Future[Frame],
+        rest: AsyncIterator[Frame],
         on_close: Callable[[], None],
-        filler: Callable[[], str],
+        style: StreamStyle,
         *,
         shutdown_grace_period: float,
         ping_seconds: float,
@@ -134,7 +164,7 @@ class StreamResponse(EventSourceResponse):
         del self.headers["connection"]  # the server's business: it may have to say "close"
         self._first = first
         self._on_close = on_close
-        self._filler = filler
+        self._style = style
         self._ping_seconds = ping_seconds
         self._quiet_since = time.monotonic() if quiet_since is None else quiet_since
         self._is_sending = False
@@ -151,29 +181,29 @@ class StreamResponse(EventSourceResponse):
             self._first.cancel()
             self._on_close()
 
-    async def _frames(self, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    async def _frames(self, rest: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
         async for data in self._begin(rest):
             self._is_sending = True
-            if self._is_pause:
-                self._is_pause = False
-                yield self._filler()
+            if self._is_pause and self._style.filler is not None:
+                yield self._style.filler()
+            self._is_pause = False
             yield data
             self._is_sending = False
             self._quiet_since = time.monotonic()
 
-    async def _begin(self, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    async def _begin(self, rest: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
         try:
             first = await self._first
         except Exception as error:
-            yield _error_data(error)
-            yield DONE
+            for frame in self._style.failure(_told(error)):
+                yield frame
             return
         yield first
         async for data in rest:
             yield data
 
     async def _ping(self, send: Send) -> None:
-        """A comment when nothing was sent for a while. (The library's own come however busy a stream is.)"""
+        """A sign of life after a silence. (The library's own come however busy a stream is.)"""
         while self.active:
             pause = self._quiet_since + self._ping_seconds - time.monotonic()
             if pause > 0 or self._is_sending:
@@ -181,7 +211,7 @@ class StreamResponse(EventSourceResponse):
                 continue
             self._is_pause = True
             self._quiet_since = time.monotonic()
-            message = {"type": "http.response.body", "body": COMMENT, "more_body": True}
+            message = {"type": "http.response.body", "body": self._style.ping, "more_body": True}
             async with self._send_lock:
                 if self.active:
                     await self._send_with_timeout(send, message)
@@ -189,16 +219,16 @@ class StreamResponse(EventSourceResponse):
 
 async def stream_response(
     request: Request,
-    items: AsyncGenerator[str, None],
+    items: AsyncGenerator[Frame, None],
     on_close: Callable[[], None],
-    filler: Callable[[], str],
+    style: StreamStyle,
     *,
     shutdown_grace_period: float,
     ping_seconds: float,
 ) -> StreamResponse:
     """Waits `ping_seconds` for the first item, then answers. Raises what `items` raises within that time."""
     began = time.monotonic()
-    data = frames(items)
+    data = frames(items, style)
     first = asyncio.ensure_future(anext(data))
     try:
         await _until_done(first, request, ping_seconds)
@@ -211,7 +241,7 @@ async def stream_response(
         first,
         data,
         on_close,
-        filler,
+        style,
         shutdown_grace_period=shutdown_grace_period,
         ping_seconds=ping_seconds,
         quiet_since=began,

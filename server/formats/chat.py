@@ -4,7 +4,8 @@ import time
 from collections.abc import Sequence
 
 from server.choices import ChoiceDelta, Generation, ShownToken
-from server.formats.prompt_scores import clamp, prompt_scores
+from server.formats.prompt_scores import prompt_scores
+from server.formats.token_scores import token_logprobs
 from server.output.pieces import (
     CallArguments,
     CallStart,
@@ -27,8 +28,6 @@ from server.schemas.chat import (
     ChatResponse,
     Delta,
     FunctionDelta,
-    TokenLogprob,
-    TopLogprob,
 )
 from server.schemas.usage import Usage
 from server.tokenizer import TextCodec
@@ -123,19 +122,7 @@ class ChatFormat:
         if not self._body.logprobs:
             return None
         # Ours, and there may be a million: not checked.
-        return ChatLogprobs.model_construct(content=[self._token(token) for token in tokens], refusal=None)
-
-    def _token(self, token: ShownToken) -> TokenLogprob:
-        assert token.logprobs is not None
-        chosen = self._top(token.token_id, token.logprobs.logprob)
-        likeliest = [self._top(token_id, logprob) for token_id, logprob in token.logprobs.top]
-        return TokenLogprob(
-            token=chosen.token, logprob=chosen.logprob, bytes=chosen.bytes, top_logprobs=likeliest
-        )
-
-    def _top(self, token_id: int, logprob: float) -> TopLogprob:
-        token = self._codec.token_bytes(token_id)
-        return TopLogprob(token=token.decode(errors="replace"), logprob=clamp(logprob), bytes=list(token))
+        return ChatLogprobs.model_construct(content=token_logprobs(tokens, self._codec), refusal=None)
 
 
 def _delta(piece: Piece) -> Delta:

@@ -4,7 +4,7 @@ Invariant: no field is dropped in silence. One that is unknown stays in `model_e
 `reject_extra_fields` finds it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Annotated, ClassVar, get_args
 
@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from server.errors import UnknownFieldError, UnsupportedFieldError
+from server.errors import UnknownFieldError, UnsupportedFieldError, quote
 from server.limits import MAX_NAME
 
 INT64_MAX = 2**63 - 1
@@ -38,6 +38,28 @@ def complain(text: str) -> PydanticCustomError:
     """An error for validators to raise; `text` follows the place of the value, and the client reads it."""
     # As an argument: braces in `text` are no fields to fill in.
     return PydanticCustomError("request.complaint", "{text}", {"text": text})
+
+
+def type_of(value: object, default: str = "") -> str:
+    """The `type` of an object, as it came or validated; `default` where it has none."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    if kind is None:
+        return default
+    return kind if isinstance(kind, str) else ""
+
+
+def check_type(value: object, served: Sequence[str]) -> object:
+    """Complains about an object whose `type` isn't served. A missing one is let through."""
+    if not isinstance(value, dict | BaseModel):
+        raise complain(f"must be an object, not {quote(value)}")
+    if type_of(value, served[0]) not in served:
+        kind = value.get("type") if isinstance(value, dict) else None
+        raise complain(f"has the type {quote(kind)}, which is not supported: {_listed(served)}")
+    return value
+
+
+def _listed(served: Sequence[str]) -> str:
+    return f"{', '.join(served)} {'is' if len(served) == 1 else 'are'}"
 
 
 def at_most(most: int) -> BeforeValidator:
@@ -60,6 +82,8 @@ def each_of(most: int, least: int = 0) -> FieldInfo:
 def _allow_null(schema: JsonSchemaValue) -> None:
     if "$ref" in schema:
         schema["anyOf"] = [{"$ref": schema.pop("$ref")}]
+    if "oneOf" in schema:
+        schema["anyOf"] = [{"oneOf": schema.pop("oneOf")}]
     if "anyOf" not in schema:
         schema["type"] = [schema["type"], "null"]
     elif {"type": "null"} not in schema["anyOf"]:
@@ -101,6 +125,8 @@ class RequestModel(BaseModel):
 
     # Fields of the API that are not served, with the values that ask for nothing.
     unserved: ClassVar[dict[str, tuple[object, ...]]] = {}
+    # What to send in place of some of these.
+    hints: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -149,7 +175,7 @@ class RequestModel(BaseModel):
                 if not allow_unknown:
                     raise UnknownFieldError(name, place)
             elif not self._is_neutral(name, value):
-                raise UnsupportedFieldError(name, place)
+                raise UnsupportedFieldError(name, place, self.hints.get(name, ""))
         for inner, part in self.parts():
             part.reject_extra_fields(allow_unknown=allow_unknown, place=f"{place}{inner}.")
 

@@ -42,12 +42,9 @@ def agreed_limit(first: int | None, second: int | None) -> int | None:
     return second if first is None else first
 
 
-class SamplingFields(RequestModel):
-    """How tokens are chosen, and what ends a generation."""
+class TokenFields(RequestModel):
+    """How tokens are chosen and what ends a generation, under names that all our routes share."""
 
-    model: str
-    n: int = Field(1, ge=1, le=128)
-    stop: NonEmpty | Annotated[list[NonEmpty], each_of(MAX_STOP_STRINGS)] = Field(default=[])
     stop_token_ids: Annotated[list[TokenId], each_of(MAX_STOP_TOKEN_IDS)] = Field(default=[])
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -65,6 +62,33 @@ class SamplingFields(RequestModel):
     seed: int | None = Field(
         None, ge=-(2**63), le=INT64_MAX, description="choice i uses seed + i, wrapped to 64 bits"
     )
+    priority: int = Field(
+        0,
+        ge=-(2**63),
+        le=INT64_MAX,
+        description="smaller is served first; other than 0 only where the server allows it",
+    )
+    cache_salt: NonEmpty | None = Field(
+        None, description="prefixes are shared only with requests of the same salt"
+    )
+    skip_special_tokens: bool = True
+    speculation: bool = Field(True, description="false: the same text, one loop after the other")
+    num_loops: int | None = Field(None, ge=1, description="run at another depth than the model's own")
+    init_scale: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="recurrent-depth models: scale of the noise that the state starts from (by the seed)",
+    )
+    draft_policy: NonEmpty | None = Field(None, description="one of the engine's; the text is the same")
+
+
+class SamplingFields(TokenFields):
+    """What a request for completions asks of each of them, in whatever way it gives its prompt."""
+
+    model: str
+    n: int = Field(1, ge=1, le=128)
+    stop: NonEmpty | Annotated[list[NonEmpty], each_of(MAX_STOP_STRINGS)] = Field(default=[])
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonSchema | GrammarText | None = Field(None, description="structured_outputs.json")
@@ -77,29 +101,10 @@ class SamplingFields(RequestModel):
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, le=INT64_MAX, description="keep so many tokens of the prompt's end; -1: what fits"
     )
-    priority: int = Field(
-        0,
-        ge=-(2**63),
-        le=INT64_MAX,
-        description="smaller is served first; other than 0 only where the server allows it",
-    )
-    cache_salt: NonEmpty | None = Field(
-        None, description="prefixes are shared only with requests of the same salt"
-    )
     return_token_ids: bool = False
     prompt_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens beside each of the prompt's; not streamed"
     )
-    skip_special_tokens: bool = True
-    speculation: bool = Field(True, description="false: the same text, one loop after the other")
-    num_loops: int | None = Field(None, ge=1, description="run at another depth than the model's own")
-    init_scale: float = Field(
-        0.0,
-        ge=0,
-        le=10,
-        description="recurrent-depth models: scale of the noise that the state starts from (by the seed)",
-    )
-    draft_policy: NonEmpty | None = Field(None, description="one of the engine's; the text is the same")
 
     @model_validator(mode="after")
     def _check_shared_combinations(self) -> Self:

@@ -63,7 +63,7 @@ async def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.Monkey
         for key in ("a", "c", "d"):
             compared.clear()
             await served.client.get("/version", headers=bearer(key))
-            assert len(compared) == 3
+            assert len(compared) == 2 * 3, "what either header brings, with each key"
 
 
 async def test_a_body_is_not_read_without_a_key() -> None:

@@ -14,6 +14,8 @@ from model.protocol import GenerationRequest
 from server.chat_template import ChatTemplate
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
+from server.schemas.messages import CountTokensRequest, MessagesRequest
+from server.schemas.responses import ResponsesRequest
 from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from server.tokenizer import TokenIdCodec
 from tests.contract.conftest import Served, serving
@@ -77,9 +79,27 @@ NASTY: list[Json] = [
     *[{"name": "f", "arguments": '{"a": "\\ud800"}'}, {"name": "f", "parameters": {"properties": {"a": 1}}}],
     *[{"properties": {"<eos>": {"enum": ["</parameter>"]}}, "required": ["b"]}, {"$ref": "#"}],
 ]
-MODELS = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+MODELS = (
+    *(CompletionRequest, ChatRequest, ResponsesRequest, MessagesRequest, CountTokensRequest),
+    *(TokenizeRequest, DetokenizeRequest),
+)
 FIELDS = sorted({"tools", "store", "unknown", *(name for model in MODELS for name in model.model_fields)})
-PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+PROMPT: dict[str, Json] = {
+    "system": [{"type": "text", "text": "be"}],
+    "messages": [
+        {"role": "user", "content": "hi"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": ""},
+                {"type": "tool_use", "id": "c", "name": "f", "input": {}},
+            ],
+        },
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "ok"}]},
+    ],
+    "tools": [{"name": "f", "input_schema": {"type": "object"}}, {"type": "bash_20250124", "name": "bash"}],
+    "tool_choice": {"type": "auto"},
+}
 TOOLS: dict[str, Json] = {
     "tools": [
         {
@@ -101,9 +121,32 @@ TOOLS: dict[str, Json] = {
 BASES: dict[str, dict[str, Json]] = {
     "/v1/completions": {"model": "default", "prompt": "hi", "max_tokens": 5},
     "/v1/chat/completions": {"model": "default", "messages": [{"role": "user", "content": "hi"}]},
+    "/v1/responses": {
+        "model": "default",
+        "max_output_tokens": 5,
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+            {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c", "output": "ok"},
+        ],
+        "tools": [
+            {"type": "function", "name": "f", "parameters": {"type": "object"}},
+            {"type": "web_search"},
+        ],
+        "tool_choice": {
+            "type": "allowed_tools",
+            "mode": "auto",
+            "tools": [{"type": "function", "name": "f"}],
+        },
+        "text": {"format": {"type": "text"}},
+    },
+    "/v1/messages": {"model": "default", "max_tokens": 5, **PROMPT},
+    "/v1/messages/count_tokens": {"model": "default", **PROMPT},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [104, 105]},
 }
+PATHS = tuple(BASES)
 
 
 def made_up(rng: random.Random, depth: int = 2) -> Json:

@@ -11,7 +11,7 @@ from sse_starlette.sse import SendTimeoutError
 from starlette.types import Message
 
 from server import sse
-from server.sse import StreamResponse
+from server.sse import Frame, StreamResponse, StreamStyle
 from tests.contract.conftest import TEXT, serving, until
 from tests.fake_engine import FakeEngine
 from tests.loose import Field
@@ -116,8 +116,8 @@ async def test_slow_reader_gets_everything_in_few_chunks_and_blocks_nobody() -> 
         await call.finished()
 
 
-def _first() -> asyncio.Future[str]:
-    future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+def _first() -> asyncio.Future[Frame]:
+    future: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
     future.set_result("first")
     return future
 
@@ -129,7 +129,7 @@ async def test_client_that_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPa
         first,
         _never(),
         lambda: closed.append(1),
-        lambda: "",
+        StreamStyle(filler=None),
         shutdown_grace_period=1,
         ping_seconds=15,
         send_timeout=0.01,
@@ -150,7 +150,12 @@ async def test_stream_that_never_starts_frees_its_resources() -> None:
     """The generator's own finally does not run then."""
     closed: list[int] = []
     response = StreamResponse(
-        _first(), _never(), lambda: closed.append(1), lambda: "", shutdown_grace_period=1, ping_seconds=15
+        _first(),
+        _never(),
+        lambda: closed.append(1),
+        StreamStyle(filler=None),
+        shutdown_grace_period=1,
+        ping_seconds=15,
     )
 
     async def send(message: Message) -> None:
@@ -161,7 +166,7 @@ async def test_stream_that_never_starts_frees_its_resources() -> None:
     assert closed == [1]
 
 
-async def _never() -> AsyncIterator[str]:
+async def _never() -> AsyncIterator[Frame]:
     await asyncio.Event().wait()
     yield ""
 

@@ -29,7 +29,9 @@ from tests.loose import Json
 from tests.text_tools import byte_codec, ids_of
 
 NUM_REQUESTS = int(os.environ.get("SPEED_FUZZ_REQUESTS", "200"))
-POSTS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
+OPENAI = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"]
+ANTHROPIC = ["/v1/messages", "/v1/messages/count_tokens"]
+POSTS = [*OPENAI, *ANTHROPIC]
 GETS = ["/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics", "/version"]
 DEPENDS_ON_THE_MODEL = [checks.positive_data_acceptance]
 statuses: Counter[tuple[str, int]] = Counter()
@@ -107,7 +109,8 @@ async def test_every_route_is_documented_and_422_is_not(served: Served) -> None:
             for status, answer in operation["responses"].items():
                 if int(status) >= 400:
                     schema = answer["content"]["application/json"]["schema"]
-                    assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
+                    name = "AnthropicErrorResponse" if path in ANTHROPIC else "ErrorResponse"
+                    assert schema == {"$ref": f"#/components/schemas/{name}"}
         if path in POSTS:
             assert {"400", "404", "413", "415", "503"} <= set(item["post"]["responses"])
     assert "HTTPValidationError" not in document["components"]["schemas"]

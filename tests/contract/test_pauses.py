@@ -1,5 +1,6 @@
 """Streams in which nothing comes for a while: what is sent meanwhile, read by every kind of client."""
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 
@@ -143,3 +144,64 @@ async def test_separators_of_lines_in_a_text_do_not_cut_a_frame() -> None:
     assert "世" in response.text
     chunks = [json.loads(frame) for frame in by_blocks(response.content) if frame != "[DONE]"]
     assert "".join(map(text, chunks)) == said
+
+
+SAYS = ChatTemplate("{{ messages[0].content }}")
+
+
+async def test_a_pause_of_a_response_is_a_comment() -> None:
+    """Its events are read by the standard alone: no frame in between is needed."""
+    async with serving(
+        FakeEngine(lambda _: ids_of("abc"), delay=3 * PAUSE), chat_template=SAYS, ping_interval=PAUSE
+    ) as served:
+        fields = {"prompt": ..., "max_tokens": ..., "input": "hi"}
+        response = await served.post("/v1/responses", stream=True, **fields)
+    assert response.content.count(b": ping\n") >= 3
+    events = [json.loads(data) for data in by_the_standard(response.content)]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert (
+        "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta") == "abc"
+    )
+    names = [event.event for event in SSEDecoder().iter_bytes(iter([response.content]))]
+    assert names == [event["type"] for event in events]
+
+
+async def test_a_pause_of_a_message_is_an_event() -> None:
+    async with serving(
+        FakeEngine(lambda _: ids_of("abc"), delay=3 * PAUSE), chat_template=SAYS, ping_interval=PAUSE
+    ) as served:
+        fields = {"prompt": ..., "messages": [{"role": "user", "content": "hi"}]}
+        response = await served.post("/v1/messages", stream=True, **fields)
+    frames = [part.split("\n") for part in response.text.split("\n\n") if part]
+    assert all(len(frame) == 2 for frame in frames)
+    events = [json.loads(data.removeprefix("data: ")) for _, data in frames]
+    assert [name for name, _ in frames] == [f"event: {event['type']}" for event in events]
+    assert events[0] == {"type": "ping"}
+    assert sum(event["type"] == "ping" for event in events) >= 3
+    texts = [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"]
+    assert "".join(texts) == "abc"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "expected"),
+    [
+        ("/v1/responses", {"input": "hi"}, ["response.created", "response.in_progress", "response.failed"]),
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}, ["error"]),
+    ],
+    ids=["responses", "messages"],
+)
+async def test_a_failure_after_the_first_ping_ends_a_stream_of_events(
+    path: str, fields: dict[str, Json], expected: list[str]
+) -> None:
+    """Nothing of the answer had come."""
+    engine = FakeEngine(lambda _: ids_of("abc"), delay=1000)
+    async with serving(engine, chat_template=SAYS, ping_interval=PAUSE) as served:
+        body = {"model": "default", "stream": True, **fields}
+        asked = asyncio.create_task(served.client.post(path, json=body))
+        await until(lambda: engine.requests)
+        await asyncio.sleep(4 * PAUSE)
+        engine.fail()
+        response = await asked
+    events = [json.loads(data) for data in by_the_standard(response.content)]
+    assert [event["type"] for event in events if event["type"] != "ping"] == expected
+    assert "the engine failed" in response.text

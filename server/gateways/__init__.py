@@ -1,0 +1,1 @@
+"""Requests of other APIs as requests of the chat API, by which they are planned and generated."""
