@@ -22,18 +22,19 @@ from bench.server_process import ServerProcess
 jsonschema_rs: Any = Extra("jsonschema_rs")
 
 Json = dict[str, Any]
+ROW_BUDGET = 64  # rows of a pass: speculation must not depend on how busy the machine is
 ANSWER_SECONDS = 300  # an answer on a machine that has much else to do
-CITY = {"type": "string", "minLength": 1, "maxLength": 24}
+CITY = {"type": "string", "minLength": 1, "maxLength": 12}
 FUNCTIONS: dict[str, Json] = {
     "get_weather": {"city": CITY, "unit": {"enum": ["celsius", "fahrenheit"]}},
     "add": {name: {"type": "integer", "minimum": -999, "maximum": 999} for name in ("a", "b")},
     "send_mail": {
         "to": {
             "type": "array",
-            "items": {"type": "string", "pattern": "^[a-z]{1,8}@[a-z]{1,8}\\.org$"},
+            "items": {"type": "string", "pattern": "^[a-z]{1,6}@[a-z]{1,6}\\.org$"},
             "maxItems": 3,
         },
-        "subject": {"type": "string", "maxLength": 60},
+        "subject": {"type": "string", "maxLength": 20},
         "urgent": {"type": "boolean"},
     },
     "book": {
@@ -47,7 +48,7 @@ FUNCTIONS: dict[str, Json] = {
             "required": ["from", "to", "seats"],
             "additionalProperties": False,
         },
-        "note": {"anyOf": [{"type": "null"}, {"type": "string", "maxLength": 30}]},
+        "note": {"anyOf": [{"type": "null"}, {"type": "string", "maxLength": 12}]},
     },
     "stop": {},
 }
@@ -60,11 +61,12 @@ QUESTIONS = (
 
 
 class Outcome(NamedTuple):
-    """What one answer came to: its calls as text, how many there are, and what is wrong with them."""
+    """What one answer came to: its calls as text, how many, what it took, what is wrong with them."""
 
     calls: str
     num_calls: int
     num_tokens: int
+    num_drafts: int  # that the full depth confirmed
     problem: str
 
 
@@ -87,7 +89,7 @@ def schema_of(name: str) -> Json:
 
 
 def body_of(number: int, *, speculation: bool) -> Json:
-    """The request `number`: every second one allows several calls, every fifth one names its function."""
+    """The request `number`: every tenth one allows several calls, every fifth one names its function."""
     names = list(FUNCTIONS)
     named = {"type": "function", "function": {"name": names[number // 5 % len(names)]}}
     return {
@@ -95,7 +97,7 @@ def body_of(number: int, *, speculation: bool) -> Json:
         "messages": [{"role": "user", "content": f"{QUESTIONS[number % len(QUESTIONS)]} ({number})"}],
         "tools": tools(),
         "tool_choice": named if number % 5 == 0 else "required",
-        "parallel_tool_calls": number % 2 == 0,
+        "parallel_tool_calls": number % 10 == 1,
         "temperature": (0, 0.7, 1.0)[number % 3],
         "seed": number,
         "speculation": speculation,
@@ -113,7 +115,9 @@ def judged(answer: Json) -> Outcome:
             jsonschema_rs.validate(schema_of(call["name"]), json.loads(call["arguments"]))
         except (ValueError, KeyError) as error:  # of the schema or of JSON
             problem = f"{call}: {error}"
-    return Outcome(text, len(calls), answer["usage"]["completion_tokens"], problem)
+    usage = answer["usage"]
+    num_drafts = usage["completion_tokens_details"]["accepted_prediction_tokens"]
+    return Outcome(text, len(calls), usage["completion_tokens"], num_drafts, problem)
 
 
 def run(server: ServerProcess, args: argparse.Namespace, *, speculation: bool) -> tuple[list[Outcome], float]:
@@ -132,7 +136,8 @@ def run(server: ServerProcess, args: argparse.Namespace, *, speculation: bool) -
 def report(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
     """Lines that say what was found, and for each whether it is as it should be."""
     flags = [] if args.model is None else [args.model, "--served-model-name", "default"]
-    with ServerProcess(*flags, "--tool-template", "generic", "--tool-call-parser", "hermes") as server:
+    flags += ["--tool-template", "generic", "--row-budget", str(ROW_BUDGET)]
+    with ServerProcess(*flags) as server:
         found = {on: run(server, args, speculation=on) for on in (True, False)}
     size = f"{args.requests} requests with a call required, {args.concurrency} at once"
     yield f"{size}, {psutil.cpu_count()} cores", True
@@ -142,7 +147,9 @@ def report(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
         num_tokens = sum(outcome.num_tokens for outcome in outcomes)
         counts = f"{num_calls} calls, {len(problems)} that do not parse or match"
         head = f"speculation {'on' if on else 'off'}: {counts}"
-        yield f"{head}, {num_tokens} tokens in {seconds:.1f} s", not problems
+        num_drafts = sum(outcome.num_drafts for outcome in outcomes)
+        work = f"{num_tokens} tokens, {num_drafts} of them drafts that held, in {seconds:.1f} s"
+        yield f"{head}, {work}", not problems and (num_drafts > 0) == on
         yield from ((f"  {problem}", False) for problem in problems[:5])
     pairs = zip(found[True][0], found[False][0], strict=True)
     differing = sum(on.calls != off.calls for on, off in pairs)

@@ -18,6 +18,7 @@ RestartReason = Literal[
     "exited", "failed", "silent", "stopped", "load_timeout", "not_started", "not_understood"
 ]
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+MOST_WAVE_PASSES = 64  # that one event tells of
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +81,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # requests share cached prefixes only with those of the same salt
     tenant: str = ""  # whose it is, empty without keys: tenants take turns in the queue
     draft_policy: str | None = None  # None: the engine's own
+    include_wave: bool = False  # tell what each pass did for it
 
 
 class GenerationRequest(RequestOptions, frozen=True, kw_only=True):
@@ -110,6 +112,48 @@ class SequenceStats(msgspec.Struct, frozen=True, kw_only=True):
     queue_seconds: float = 0.0  # from its arrival at the engine to its first pass
 
 
+class WaveToken(msgspec.Struct, frozen=True, array_like=True):
+    """A committed token. `guesses` are what the readouts at its place said, as (depth, token), the last
+    depth's own at the end; a depth that was not read out is missing.
+    """
+
+    token_id: int
+    guesses: list[tuple[int, int]]
+
+
+class WavePass(msgspec.Struct, frozen=True, array_like=True):
+    """What one pass did for one request.
+
+    `runs` are the rows that took part, as (first position, number, loops done behind the pass). `position`
+    is that of the first token that was not final before; from there on stand `committed`, the tokens that
+    the pass made final, and behind them `drafts`, what is guessed now. `flushed` is the position of the
+    first draft that was dropped and the depth that contradicted it.
+    """
+
+    runs: list[tuple[int, int, int]]
+    position: int
+    committed: list[WaveToken]
+    drafts: list[int]
+    flushed: tuple[int, int] | None
+
+
+class WaveRecord(msgspec.Struct, frozen=True, array_like=True):
+    """The latest passes of one request, at most `MOST_WAVE_PASSES`, and how many before them are left out."""
+
+    num_loops: int
+    passes: list[WavePass]
+    omitted: int = 0
+
+    def followed_by(self, later: "WaveRecord | None") -> "WaveRecord":
+        """What this record and a later one say together."""
+        if later is None:
+            return self
+        passes = [*self.passes, *later.passes] if later.omitted == 0 else later.passes
+        kept = passes[-MOST_WAVE_PASSES:]
+        total = self.omitted + len(self.passes) + later.omitted + len(later.passes)
+        return WaveRecord(self.num_loops, kept, total - len(kept))
+
+
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of one request. Exactly one event of a request has a `finish_reason`, the last.
 
@@ -117,7 +161,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     `stats` comes with the finish reason; `error` says what went wrong when that is "error", for the log or,
     if `is_refusal`, for whoever sent the request: it is at fault and would meet the same again.
     `logprobs` has one entry for each of `token_ids` if the request asked; `prompt_logprobs` comes once,
-    with or before the first token: one entry for each prompt token, None for the first.
+    with or before the first token: one entry for each prompt token, None for the first. `wave` tells of the
+    passes since the event before, if the request asked for it.
     """
 
     request_id: str
@@ -129,6 +174,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     stats: SequenceStats | None = None
     error: str | None = None
     is_refusal: bool = False
+    wave: WaveRecord | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

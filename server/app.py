@@ -58,8 +58,8 @@ def create_app(
         title="SPEED",
         version=package_version(),
         lifespan=_lifespan,
+        docs_url=None,  # the library's page loads its scripts from elsewhere; ours is among the routes
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
     )
     metrics = Metrics(engine, settings.model_names[0])
     limits = AdmissionLimits(settings.max_queued_requests, settings.max_queued_tokens)

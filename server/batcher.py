@@ -64,6 +64,7 @@ def merge_events(first: TokenEvent, second: TokenEvent) -> TokenEvent:
         token_ids=first.token_ids,
         logprobs=first.logprobs,
         prompt_logprobs=second.prompt_logprobs or first.prompt_logprobs,
+        wave=first.wave.followed_by(second.wave) if first.wave else second.wave,
     )
 
 

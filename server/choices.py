@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from model.protocol import GenerationRequest, SequenceStats, TokenEvent, TokenLogprobs
+from model.protocol import GenerationRequest, SequenceStats, TokenEvent, TokenLogprobs, WaveRecord
 from server.batcher import EventStream, RequestBatcher
 from server.errors import EngineFailureError, RefusedError
 from server.output.pieces import CallStart, OutputParser, PassThrough, Piece, join_pieces
@@ -61,11 +61,12 @@ class ChoiceDelta(NamedTuple):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     pieces: Sequence[Piece] = ()
+    wave: WaveRecord | None = None
 
     @property
     def has_news(self) -> bool:
         """Whether a client that asked for no tokens can see a difference."""
-        return bool(self.pieces or self.finish_reason or self.echoed)
+        return bool(self.pieces or self.finish_reason or self.echoed or self.wave)
 
 
 def join_deltas(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
@@ -277,7 +278,7 @@ class Generation:
                 continue
             if choice.finished:
                 self.stream.abort(event.request_id)
-            yield delta
+            yield delta._replace(wave=event.wave) if event.wave else delta
 
     def best(self) -> list[Choice]:
         """The choices to return: of each prompt the `n` of highest mean log-probability, best first."""

@@ -191,6 +191,7 @@ def _options(body: SamplingFields, codec: TextCodec, info: EngineInfo, caller: C
         cache_salt="\n".join(filter(None, [caller.cache_salt, body.cache_salt])),
         draft_policy=body.draft_policy,
         tenant=caller.tenant,
+        include_wave=body.includes_wave,
     )
 
 

@@ -14,6 +14,9 @@ from model.protocol import (
     SequenceStats,
     TokenEvent,
     TokenLogprobs,
+    WavePass,
+    WaveRecord,
+    WaveToken,
 )
 
 EOS = 256
@@ -41,6 +44,13 @@ def logprobs_of(token_id: int, position: int, num_top: int) -> TokenLogprobs:
     ranked = [(other, -0.25 * (rank + 1) - position / 64) for rank, other in enumerate(order)]
     rank = order.index(token_id)
     return TokenLogprobs(token_id=token_id, logprob=ranked[rank][1], rank=rank + 1, top=ranked[:num_top])
+
+
+def wave_of(chunk: list[int], position: int) -> WaveRecord:
+    """One pass that made `chunk` final and flushed what the first loop had guessed: byte 0."""
+    committed = [WaveToken(token_id, [(1, 0), (INFO.num_loops, token_id)]) for token_id in chunk]
+    run = (position - 1, len(chunk), INFO.num_loops)
+    return WaveRecord(INFO.num_loops, [WavePass([run], position, committed, [1], (position, 1))])
 
 
 class FakeEngine:
@@ -147,9 +157,15 @@ class FakeEngine:
             finish_reason=("stop" if stopped else "length") if finished else None,
             stop_token_id=chunk[-1] if stopped else None,
             stats=STATS if finished else None,
+            wave=wave_of(chunk, self._position(request, num_tokens - len(chunk)))
+            if request.include_wave
+            else None,
         )
+
+    def _position(self, request: GenerationRequest, num_tokens: int) -> int:
+        return len(request.prompt_token_ids) + num_tokens
 
     def _logprobs(self, request: GenerationRequest, chunk: list[int], end: int) -> list[TokenLogprobs]:
         assert request.logprobs is not None
-        start = len(request.prompt_token_ids) + end - len(chunk)
+        start = self._position(request, end - len(chunk))
         return [logprobs_of(token_id, start + i, request.logprobs) for i, token_id in enumerate(chunk)]

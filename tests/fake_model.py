@@ -142,6 +142,7 @@ class Harness:
         ending: frozenset[int] = frozenset(),
         priority: int = 0,
         tenant: str = "",
+        include_wave: bool = False,
     ) -> None:
         """Queues a request."""
         request = GenerationRequest(
@@ -151,6 +152,7 @@ class Harness:
             sampling=SamplingParams(temperature=0),
             priority=priority,
             tenant=tenant,
+            include_wave=include_wave,
         )
         depths = policy_depths(policy, num_loops, (), draft_depths)
         drafts = make_policy(policy, depths, self.experience)

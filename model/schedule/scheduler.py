@@ -400,7 +400,7 @@ class Scheduler:
             sequence.passes += 1
             sequence.rows += sum(run.num_rows for run in runs)
         before = wave.accepted_drafts, wave.rejected_drafts
-        committed = wave.update(runs, predictions)
+        committed = sequence.update(runs, predictions)
         self._count(wave, before, len(committed))
         self._register(sequence)
         if wave.ending is None:
@@ -438,6 +438,7 @@ def _event(sequence: Sequence, committed: list[int]) -> TokenEvent:
         token_ids=committed,
         logprobs=sequence.take_logprobs(len(committed)),
         prompt_logprobs=sequence.take_prompt_logprobs(),
+        wave=sequence.take_wave(),
     )
 
 

@@ -4,13 +4,14 @@ Made by the engine from a `GenerationRequest`, changed by the scheduler alone, r
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from model.protocol import GenerationRequest, SequenceStats, TokenLogprobs
+from model.protocol import GenerationRequest, SequenceStats, TokenLogprobs, WaveRecord
 from model.schedule.counts import TokenCounts
 from model.schedule.pages import PageTable, PrefixKeys
-from model.schedule.wave import Wave
+from model.schedule.record import WaveRecorder
+from model.schedule.wave import Run, Wave
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Sequence:
     def __init__(self, request: GenerationRequest, wave: Wave, keys: PrefixKeys) -> None:
         self.request = request
         self.wave = wave
+        self._recorder = WaveRecorder(wave) if request.include_wave else None
         self.keys = keys
         self.table: PageTable | None = None
         self.arrival = 0  # its number in order of arrival
@@ -61,6 +63,14 @@ class Sequence:
         if self._counts is None:
             self._counts = TokenCounts()
         return self._counts
+
+    def update(self, runs: list[Run], predictions: Mapping[int, int]) -> list[int]:
+        """As `Wave.update`; notes what the pass did if the request asks for that."""
+        return (self._recorder or self.wave).update(runs, predictions)
+
+    def take_wave(self) -> WaveRecord | None:
+        """What the passes since the last call did; None unless the request asks for it."""
+        return None if self._recorder is None else self._recorder.take()
 
     def take_logprobs(self, count: int) -> list[TokenLogprobs]:
         """Log-probabilities of the `count` tokens committed last; empty unless the request asks for them."""

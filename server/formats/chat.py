@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from server.choices import ChoiceDelta, Generation, ShownToken
 from server.formats.prompt_scores import prompt_scores
 from server.formats.token_scores import token_logprobs
+from server.formats.wave import shown_wave
 from server.output.pieces import (
     CallArguments,
     CallStart,
@@ -76,6 +77,8 @@ class ChatFormat:
             part.stop_reason = delta.stop_reason
         if self._body.return_token_ids:
             part.token_ids = [token.token_id for token in delta.tokens]
+        if delta.wave is not None:
+            part.wave = shown_wave(delta.wave, self._codec)
         before = [
             ChatChunkChoice(index=index, delta=other, logprobs=None, finish_reason=None)
             for other in [*opening, *others]

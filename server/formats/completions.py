@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from server.choices import ChoiceDelta, Generation, ShownToken
 from server.formats.prompt_scores import clamp, prompt_scores
+from server.formats.wave import shown_wave
 from server.schemas.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -63,6 +64,8 @@ class CompletionFormat:
             part.token_ids = [token.token_id for token in delta.tokens]
             if first:
                 part.prompt_token_ids = self._generation.choices[delta.choice_index].request.prompt_token_ids
+        if delta.wave is not None:
+            part.wave = shown_wave(delta.wave, self._codec)
         choice = self._generation.choices[delta.choice_index]
         if self._body.prompt_logprobs is not None and choice.prompt_scores is not None:
             part.prompt_logprobs = prompt_scores(

@@ -1,11 +1,16 @@
-"""GET /: one page to try the model with. Its files are static and ask nobody but this server."""
+"""GET / and /docs: the page to try the model with, and the API's description to read.
+
+Their files are static and ask nobody but this server.
+"""
 
 from pathlib import Path
 
 from fastapi import APIRouter
+from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
 FOLDER = Path(__file__).resolve().parent.parent / "playground"
+NAMES = frozenset(path.name for path in FOLDER.iterdir() if path.suffix in {".css", ".html", ".js"})
 # Nothing from elsewhere, no scripts within the page, no framing.
 POLICY = "; ".join(
     [
@@ -29,23 +34,25 @@ HEADERS = {
 router = APIRouter(include_in_schema=False)
 
 
-def _file(name: str) -> FileResponse:
-    return FileResponse(FOLDER / name, headers=HEADERS)
-
-
 @router.get("/")
 async def page() -> FileResponse:
-    """The page."""
+    """The page to try the model with."""
     return _file("index.html")
 
 
-@router.get("/playground/app.js")
-async def script() -> FileResponse:
-    """What the page does."""
-    return _file("app.js")
+@router.get("/docs")
+async def docs() -> FileResponse:
+    """The API's description, drawn from /openapi.json."""
+    return _file("docs.html")
 
 
-@router.get("/playground/style.css")
-async def style() -> FileResponse:
-    """How it looks."""
-    return _file("style.css")
+@router.get("/playground/{name}")
+async def part(name: str) -> FileResponse:
+    """Scripts and styles of both."""
+    if name not in NAMES:
+        raise HTTPException(404)
+    return _file(name)
+
+
+def _file(name: str) -> FileResponse:
+    return FileResponse(FOLDER / name, headers=HEADERS)

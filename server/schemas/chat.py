@@ -12,6 +12,7 @@ from server.schemas.prompt_scores import PromptScores
 from server.schemas.sampling import MAX_LOGPROBS, NO_LIMIT, SamplingFields, agreed_limit
 from server.schemas.tools import FunctionDefinition, ToolCallMessage, ToolChoice, ToolChoiceObject, Tools
 from server.schemas.usage import Usage
+from server.schemas.wave import Wave
 
 MAX_METADATA = 16
 
@@ -390,6 +391,7 @@ class ChatChunkChoice(BaseModel):
     finish_reason: Literal["stop", "tool_calls", "length", "abort"] | None = None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
+    wave: Wave | None = None
 
 
 class ChatChunk(BaseModel):

@@ -16,6 +16,7 @@ from server.schemas.base import Text, TokenId, each_of
 from server.schemas.prompt_scores import PromptScores
 from server.schemas.sampling import MAX_LOGPROBS, NO_LIMIT, SamplingFields, agreed_limit
 from server.schemas.usage import Usage
+from server.schemas.wave import Wave
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -145,6 +146,7 @@ class CompletionChoice(BaseModel):
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptScores | None = None
+    wave: Wave | None = None
 
 
 class CompletionResponse(BaseModel):

@@ -24,6 +24,7 @@ class StreamOptions(RequestModel):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_wave: bool = Field(False, description="ours: what each pass did for this request")
 
 
 NO_LIMIT = -1  # of max_tokens, as vLLM and llama.cpp understand it
@@ -142,6 +143,11 @@ class SamplingFields(TokenFields):
         if self.response_format is not None and self.response_format.type != "text":
             found["response_format"] = self.response_format
         return found
+
+    @property
+    def includes_wave(self) -> bool:
+        """Whether the stream tells what each pass did."""
+        return self.stream_options is not None and self.stream_options.include_wave
 
     @property
     def format_field(self) -> str | None:

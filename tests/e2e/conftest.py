@@ -26,10 +26,10 @@ GREEDY = {"temperature": 0, "repetition_penalty": 1}  # a model may have other d
 class ServerProcess:
     """`speed serve` with the given arguments; a context manager. `output` is there when it has ended."""
 
-    def __init__(self, *arguments: str, stdout: int | None = None) -> None:
+    def __init__(self, *arguments: str, stdout: int | None = None, port: int | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+            self.port = port or probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-P", "-m", "cli.main", "serve", "--port", str(self.port)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "SPEED_THREADS": "1"}

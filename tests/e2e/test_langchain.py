@@ -15,6 +15,7 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 from tests.e2e.conftest import ServerProcess
 from tests.loose import Json
 
+BOTH_VERSIONS = pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
 pytestmark = pytest.mark.filterwarnings("default")  # the suite's own, and its libraries'
 
 
@@ -78,9 +79,27 @@ class TestChatOpenAI(ChatModelIntegrationTests):
     def model_override_value(self) -> str:
         return "alias"
 
-    @pytest.mark.xfail(reason="LangChain sends classes of pydantic 1 as tools", strict=True)
-    def test_structured_output_pydantic_2_v1(self, model: BaseChatModel) -> None:
-        super().test_structured_output_pydantic_2_v1(model)
+    @pytest.mark.xfail(reason="a grammar makes the call, but the number in it is the model's", strict=True)
+    @BOTH_VERSIONS
+    def test_tool_calling(self, model: BaseChatModel) -> None:
+        super().test_tool_calling(model)
+
+    @pytest.mark.xfail(reason="a grammar makes the call, but the number in it is the model's", strict=True)
+    async def test_tool_calling_async(self, model: BaseChatModel) -> None:
+        await super().test_tool_calling_async(model)
+
+    @pytest.mark.xfail(reason="a model of noise doesn't write what a prompt asks for", strict=True)
+    def test_unicode_tool_call_integration(self, model: BaseChatModel, **_: Json) -> None:
+        super().test_unicode_tool_call_integration(model)
+
+    @pytest.mark.xfail(reason="greedy noise does not end a string that has no limit", strict=True)
+    def test_bind_runnables_as_tools(self, model: BaseChatModel) -> None:
+        super().test_bind_runnables_as_tools(model)
+
+    @pytest.mark.xfail(reason="a model of noise doesn't choose to call a tool", strict=True)
+    @BOTH_VERSIONS
+    def test_agent_loop(self, model: BaseChatModel) -> None:
+        super().test_agent_loop(model)
 
     @pytest.mark.xfail(reason="a model of noise doesn't write the keys that a prompt asks for", strict=True)
     def test_json_mode(self, model: BaseChatModel) -> None:

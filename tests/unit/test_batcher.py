@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 import pytest
 
-from model.protocol import GenerationRequest, SamplingParams, TokenEvent
+from model.protocol import MOST_WAVE_PASSES, GenerationRequest, SamplingParams, TokenEvent
 from server.batcher import AdmissionLimits, RequestBatcher
 from server.errors import QueueFullError, UnavailableError
 from server.metrics import Metrics
@@ -46,6 +46,20 @@ async def test_slow_reader_finds_its_deltas_merged() -> None:
     events = await drained(stream)
     assert [(event.request_id, event.token_ids) for event in events] == [("a", IDS), ("b", IDS)]
     assert all(event.finish_reason == "length" and event.stats for event in events)
+    await batcher.close()
+
+
+async def test_slow_reader_finds_the_latest_passes_of_its_wave() -> None:
+    ids = [7] * 150
+    batcher = await started(FakeEngine(lambda _: ids))
+    asked = msgspec.structs.replace(request("a", len(ids)), include_wave=True)
+    stream = batcher.open([asked])
+    await until(lambda: batcher.num_in_flight == 0)
+    (event,) = await drained(stream)
+    assert event.token_ids == ids
+    assert event.wave is not None
+    assert event.wave.omitted == len(ids) - MOST_WAVE_PASSES
+    assert [one.position for one in event.wave.passes] == list(range(1 + event.wave.omitted, 1 + len(ids)))
     await batcher.close()
 
 
