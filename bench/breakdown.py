@@ -1,9 +1,10 @@
 """Where a pass goes: matrix products, attention, other tensor work, Python.
 
-Two measurements of the same requests. Timers around the tensor work of a pass, without a profiler: what
-is left is our own Python (scheduler, wave, the backend's bookkeeping). And torch's profiler, whose
-top-level operators are sorted by name; the rest of its wall time is all Python, nn.Module's calls and the
-profiler's own cost included: an upper bound.
+Timers around the tensor work of a pass, without a profiler: what is left is our own Python (scheduler, wave,
+the backend's bookkeeping). The native library says itself which of its parts take how long. Of torch's
+passes the same requests are measured again by torch's profiler, whose top-level operators are sorted by
+name; the rest of its wall time is all Python, nn.Module's calls and the profiler's own cost included: an
+upper bound.
 """
 
 import time
@@ -13,13 +14,14 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 
 from model.engine import Engine
-from model.passes.native.backend import NativeBackend
+from model.passes.native.backend import NativeBackend, NativePasses
 from model.passes.torch.backend import TorchBackend
 from model.protocol import GenerationRequest
 
 MATRIX = ("linear", "matmul", "mm", "addmm")
 ATTENTION = ("scaled_dot_product_attention", "_scaled_dot_product")
 TENSOR_WORK = ("angles", "enter", "loop", "finish", "head")  # of the model
+LIBRARY_CALLS = ("speed_run", "speed_choose", "speed_score")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,10 +51,11 @@ class Breakdown(NamedTuple):
 
 
 class LibraryBreakdown(NamedTuple):
-    """Microseconds a pass of the native library: in all, and outside of the library."""
+    """Microseconds a pass of the native library: in all, outside of the library, and in its parts."""
 
     pass_us: float
     own_python_us: float
+    parts_us: dict[str, float]
 
     @property
     def own_python_share(self) -> float:
@@ -60,20 +63,28 @@ class LibraryBreakdown(NamedTuple):
         return self.own_python_us / self.pass_us
 
     def __str__(self) -> str:
-        own = f"{self.own_python_us:.0f} us, {self.own_python_share:.1%}"
-        return f"a pass takes {self.pass_us:.0f} us\nscheduler, wave and bookkeeping: {own}"
+        parts = {**self.parts_us, "scheduler, wave and bookkeeping": self.own_python_us}
+        lines = (f"{us:8.0f} us {us / self.pass_us:6.1%}  {name}" for name, us in parts.items())
+        return "\n".join([f"a pass takes {self.pass_us:.0f} us:", *lines])
 
 
 def break_down(engine: Engine, requests: list[GenerationRequest]) -> Breakdown | LibraryBreakdown:
     """Runs the requests, those of torch twice, and says where the passes went."""
     if isinstance(engine.backend, NativeBackend):
-        backend = engine.backend
-        wrapped: list[tuple[object, str]] = [(backend.passes, name) for name in ("run", "choose", "score")]
-        return LibraryBreakdown(*_timed(engine, requests, wrapped))
+        return _of_library(engine, engine.backend.passes, requests)
     assert isinstance(engine.backend, TorchBackend)
     tensor_work = [(engine.model, name) for name in TENSOR_WORK]
-    pass_us, own_python_us = _timed(engine, requests, [*tensor_work, (engine.backend.sampler, "sample")])
-    return Breakdown(pass_us, own_python_us, *_profiled(engine, requests))
+    taken = _timed(engine, requests, [*tensor_work, (engine.backend.sampler, "sample")])
+    return Breakdown(taken.pass_us, taken.outside_us, *_profiled(engine, requests))
+
+
+def _of_library(engine: Engine, passes: NativePasses, requests: list[GenerationRequest]) -> LibraryBreakdown:
+    passes.times()  # of earlier passes
+    taken = _timed(engine, requests, [(passes.library, name) for name in LIBRARY_CALLS])
+    parts = {part: seconds / taken.passes * 1e6 for part, seconds in passes.times().items() if seconds}
+    inside = taken.pass_us - taken.outside_us
+    parts["choosing tokens; waking threads and waiting for them"] = inside - sum(parts.values())
+    return LibraryBreakdown(taken.pass_us, taken.outside_us, parts)
 
 
 class _Stopwatch:
@@ -92,11 +103,25 @@ class _Stopwatch:
         return timed
 
 
-def _timed(
-    engine: Engine, requests: list[GenerationRequest], methods: list[tuple[object, str]]
-) -> tuple[float, float]:
-    """Microseconds a pass, and those of them outside of the methods."""
+class _Taken(NamedTuple):
+    """What passes took: their number, seconds in all, and those within the methods that were timed."""
+
+    passes: int
+    seconds: float
+    inside: float
+
+    @property
+    def pass_us(self) -> float:
+        return self.seconds / self.passes * 1e6
+
+    @property
+    def outside_us(self) -> float:
+        return (self.seconds - self.inside) / self.passes * 1e6
+
+
+def _timed(engine: Engine, requests: list[GenerationRequest], methods: list[tuple[object, str]]) -> _Taken:
     watch, passes = _Stopwatch(), 0
+    before = [vars(owner).get(name) for owner, name in methods]
     for owner, name in methods:  # found before the class's methods and nn.Module's children
         vars(owner)[name] = watch.around(getattr(owner, name))
     try:
@@ -108,9 +133,11 @@ def _timed(
             passes += 1
         wall = time.perf_counter() - started
     finally:
-        for owner, name in methods:
+        for (owner, name), value in zip(methods, before, strict=True):
             del vars(owner)[name]
-    return wall / passes * 1e6, (wall - watch.seconds) / passes * 1e6
+            if value is not None:  # a function of a library, with the types that it was given
+                vars(owner)[name] = value
+    return _Taken(passes, wall, watch.seconds)
 
 
 def _profiled(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, float, float, float]:

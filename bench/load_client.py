@@ -48,11 +48,13 @@ class LoadError(ValueError):
 
 def connect(url: str, api_key: str | None, timeout: float) -> "httpx.AsyncClient":
     """A client with as many connections as it needs; `timeout` is in seconds without a byte."""
+    client = httpx.AsyncClient  # first of all: where httpx is missing, this says so
+    from bench.plain_transport import PlainTransport  # noqa: PLC0415
+
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=None)
     try:
-        return httpx.AsyncClient(
-            base_url=url.rstrip("/"), headers=headers, timeout=timeout, limits=limits, trust_env=False
+        return client(
+            base_url=url.rstrip("/"), headers=headers, transport=PlainTransport(timeout), trust_env=False
         )
     except httpx.InvalidURL as error:
         raise LoadError(f"{url!r} is no address of a server: {error}") from None
@@ -117,7 +119,7 @@ async def _read(client: "httpx.AsyncClient", path: str, body: Json, result: Answ
             result.error = f"{response.status_code}: {told[:300]}"
             return
         async for data in _events(response):
-            if data == "[DONE]":
+            if data == b"[DONE]":
                 is_whole = True
                 break
             text = _take(cast("Json", json.loads(data)), result)
@@ -136,11 +138,14 @@ async def _read(client: "httpx.AsyncClient", path: str, body: Json, result: Answ
         result.error = "the stream ended before [DONE]"
 
 
-async def _events(response: "httpx.Response") -> AsyncIterator[str]:
+async def _events(response: "httpx.Response") -> AsyncIterator[bytes]:
     """The data of the events of a stream; comments and other fields are left out."""
-    async for line in response.aiter_lines():
-        if line.startswith("data:"):
-            yield line.removeprefix("data:").strip()
+    rest = b""  # of a line that isn't whole
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line.removeprefix(b"data:").strip()
 
 
 def _take(frame: Json, result: Answer) -> str:

@@ -210,7 +210,7 @@ def run_pass(passes: NativePasses, texts: list[Text], rng: random.Random) -> Non
         noise=np.stack(noise) if noise else None,
     )
     result = passes.run(rows, np.array(readouts, np.int32), np.arange(len(readouts), dtype=np.int32))
-    if (result.tokens != result.logits.argmax(-1)).any():
+    if result.tokens != result.logits.argmax(-1).tolist():
         raise ValueError("a token is not the likeliest one")
     start = 0
     for text, size in ending:

@@ -1,7 +1,7 @@
 """The engine: requests in, token events out, one pass a step.
 
     batch  = scheduler.schedule()
-    result = backend.run(Rows.of(batch), Readouts.of(batch))
+    result = backend.run(Rows(batch), Readouts.of(batch))
     events = scheduler.update(batch, result)
 
 Synchronous and single-threaded; `worker` gives it a process of its own. Invariant: every request that
@@ -212,7 +212,7 @@ class Engine:
 
     def run_pass(self, batch: list[ScheduledRun]) -> PassResult:
         """One pass over rows that have pages; commits nothing."""
-        return self.backend.run(Rows.of(batch), Readouts.of(batch))
+        return self.backend.run(Rows(batch), Readouts.of(batch))
 
     def _pass(self) -> list[TokenEvent]:
         """Runs the rows that are due. Where that fails, nothing has been committed, and it is tried again."""
@@ -245,7 +245,7 @@ class Engine:
             request_id="self-test", prompt_token_ids=[0], max_tokens=1, sampling=SamplingParams(temperature=0)
         )
         sequence = self._sequence(request, Unconstrained())
-        sequence.table = self.pool.open([], 1, 1)
+        sequence.table = self.pool.open([], 1)
         if sequence.table is None:
             return False
         try:

@@ -19,6 +19,7 @@ RestartReason = Literal[
 ]
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 MOST_WAVE_PASSES = 64  # that one event tells of
+GREEDY_BELOW = 1e-5  # a temperature below is greedy: dividing by it would overflow
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +38,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     seed: int = 0
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether chance has a part in a token."""
+        return self.temperature > GREEDY_BELOW
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token's score depends on how often it came before."""
+        neutral = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) == (0, 0, 1)
+        return not neutral
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):

@@ -69,6 +69,8 @@ class LifetimeCounts:
     def update(self) -> None:
         """Takes the engine's latest counts. To be called whenever it says anything."""
         stats = self._engine.stats()
+        if stats is self._latest:
+            return  # the engine has said nothing of its counts
         if (num_restarts := _num_restarts(self._engine)) != self._num_restarts:
             self._num_restarts = num_restarts
             self._ended = add_counts(self._ended, self._latest)

@@ -24,7 +24,7 @@ import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server.errors import ApiError, EngineFailureError
 
@@ -135,6 +135,11 @@ def _told(error: Exception) -> ApiError:
     return EngineFailureError()
 
 
+def _encoded(frame: Frame) -> bytes:
+    """Text is JSON, which has no line breaks, or DONE."""
+    return f"data: {frame}\n\n".encode() if isinstance(frame, str) else frame.encode()
+
+
 class StreamResponse(EventSourceResponse):
     """Sends frames, and calls `on_close` when that is over, for whatever reason.
 
@@ -167,7 +172,8 @@ class StreamResponse(EventSourceResponse):
         self._style = style
         self._ping_seconds = ping_seconds
         self._quiet_since = time.monotonic() if quiet_since is None else quiet_since
-        self._is_sending = False
+        self._send_timeout = send_timeout
+        self._sending_since: float | None = None
         self._is_pause = False  # a comment was the last that was sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -175,20 +181,20 @@ class StreamResponse(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
-            logger.warning("a client took nothing for %.0f seconds and was dropped", self.send_timeout)
+            logger.warning("a client took nothing for %.0f seconds and was dropped", self._send_timeout)
         finally:
             # Not in a generator: one that never started never runs its finally.
             self._first.cancel()
             self._on_close()
 
-    async def _frames(self, rest: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
-        async for data in self._begin(rest):
-            self._is_sending = True
+    async def _frames(self, rest: AsyncIterator[Frame]) -> AsyncIterator[bytes]:
+        async for frame in self._begin(rest):
+            self._sending_since = time.monotonic()
             if self._is_pause and self._style.filler is not None:
-                yield self._style.filler()
+                yield _encoded(self._style.filler())
             self._is_pause = False
-            yield data
-            self._is_sending = False
+            yield _encoded(frame)
+            self._sending_since = None
             self._quiet_since = time.monotonic()
 
     async def _begin(self, rest: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
@@ -202,19 +208,29 @@ class StreamResponse(EventSourceResponse):
         async for data in rest:
             yield data
 
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        """Sends a frame, watched by `_ping`: a clock for each, as the library has it, takes long to set."""
+        await send(message)
+
     async def _ping(self, send: Send) -> None:
-        """A sign of life after a silence. (The library's own come however busy a stream is.)"""
+        """A sign of life after a silence. (The library's own come however busy a stream is.)
+
+        Raises SendTimeoutError when the client doesn't take a frame.
+        """
         while self.active:
-            pause = self._quiet_since + self._ping_seconds - time.monotonic()
-            if pause > 0 or self._is_sending:
-                await anyio.sleep(max(pause, self._ping_seconds / 10))
+            now = time.monotonic()
+            if self._sending_since is not None and now >= self._sending_since + self._send_timeout:
+                raise SendTimeoutError
+            pause = self._quiet_since + self._ping_seconds - now
+            if pause > 0 or self._sending_since is not None:
+                await anyio.sleep(min(max(pause, self._ping_seconds / 10), self._send_timeout))
                 continue
             self._is_pause = True
-            self._quiet_since = time.monotonic()
+            self._quiet_since = now
             message = {"type": "http.response.body", "body": self._style.ping, "more_body": True}
             async with self._send_lock:
                 if self.active:
-                    await self._send_with_timeout(send, message)
+                    await super()._send_with_timeout(send, message)
 
 
 async def stream_response(

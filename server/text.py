@@ -104,6 +104,8 @@ class StopChecker:
 
     def push(self, text: str) -> StopMatch:
         """Adds text; after a match nothing more may be pushed."""
+        if not self._patterns:
+            return StopMatch(text, None)
         buffer = self._held + text
         for end, character in enumerate(text, len(self._held) + 1):
             stop = self._advance(character)

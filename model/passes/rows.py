@@ -4,8 +4,8 @@ Invariant: the rows of a run stand side by side, and those of one sequence never
 """
 
 from collections import abc
-from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -45,51 +45,51 @@ class Noise(NamedTuple):
     scale: float
 
 
-@dataclass(frozen=True)
 class Rows:
-    """All rows of a pass. `first_rows[i]` is the index of the first row of `runs[i]`.
+    """All rows of a pass, those of `batch` in its order.
 
-    `entering_rows` are the indices of the rows before their first loop and `tokens` what they read. Arrays
-    are made when they are first asked for: `positions`, `cells` (where positions lie in the cache) and
-    `loops` have one entry a row, (rows,), `entering` and `token_ids` one for each row that enters.
+    All else is made when it is first asked for: `first_rows[i]` is the index of the first row of `runs[i]`;
+    `positions`, `cells` (where positions lie in the cache) and `loops` have one entry a row, (rows,),
+    `entering` (the indices of the rows before their first loop) and `token_ids` (what these read) one for
+    each row that enters.
     """
 
-    runs: list[RowRun]
-    first_rows: list[int]
-    ends_loops: list[bool]  # of each run: whether it does its last loop
-    num_rows: int
-    entering_rows: list[int]
-    tokens: list[int]
-    noises: list[Noise]
-
-    @classmethod
-    def of(cls, batch: abc.Sequence[ScheduledRun]) -> "Rows":
-        """The rows of a batch, in its order."""
-        runs: list[RowRun] = []
-        firsts: list[int] = []
-        ends: list[bool] = []
-        entering: list[int] = []
-        tokens: list[int] = []
-        noises: list[Noise] = []
-        total = 0
-        for sequence, start, num_rows, loop, _ in batch:
-            table, wave = sequence.table, sequence.wave
-            assert table is not None
-            runs.append(RowRun(table, start, num_rows, loop, wave.prefix))
-            firsts.append(total)
-            ends.append(loop + 1 == wave.num_loops)
-            if loop == 0:
-                request = sequence.request
-                if request.init_scale > 0:
-                    seed, scale = request.sampling.seed, request.init_scale
-                    noises.append(Noise(len(tokens), num_rows, seed, start, scale))
-                entering.extend(range(total, total + num_rows))
-                tokens.extend(wave.tokens[start : start + num_rows])
-            total += num_rows
-        return cls(runs, firsts, ends, total, entering, tokens, noises)
+    def __init__(self, batch: abc.Sequence[ScheduledRun]) -> None:
+        self.batch = batch
+        self.num_rows = sum(run.num_rows for run in batch)
 
     def __len__(self) -> int:
         return self.num_rows
+
+    @cached_property
+    def runs(self) -> list[RowRun]:
+        """The rows that stand side by side, with what they need of their sequences."""
+        runs = []
+        for sequence, start, num_rows, loop, _ in self.batch:
+            assert sequence.table is not None
+            runs.append(RowRun(sequence.table, start, num_rows, loop, sequence.wave.prefix))
+        return runs
+
+    @cached_property
+    def first_rows(self) -> list[int]:
+        """The index of each run's first row."""
+        return [0, *accumulate(run.num_rows for run in self.batch[:-1])]
+
+    @cached_property
+    def ends_loops(self) -> list[bool]:
+        """Of each run: whether it does its last loop."""
+        return [run.is_last_loop for run in self.batch]
+
+    def noises(self) -> list[Noise]:
+        """The entering rows whose states start from noise."""
+        noises, first = list[Noise](), 0
+        for sequence, start, num_rows, loop, _ in self.batch:
+            if loop:
+                continue
+            if (scale := sequence.request.init_scale) > 0:
+                noises.append(Noise(first, num_rows, sequence.request.sampling.seed, start, scale))
+            first += num_rows
+        return noises
 
     @cached_property
     def positions(self) -> Ints:
@@ -108,13 +108,15 @@ class Rows:
 
     @cached_property
     def entering(self) -> Ints:
-        """`entering_rows`."""
-        return np.array(self.entering_rows, np.int64)
+        """The indices of the rows before their first loop."""
+        return np.flatnonzero(self.loops == 0)
 
     @cached_property
     def token_ids(self) -> Ints:
-        """`tokens`."""
-        return np.array(self.tokens, np.int64)
+        """What the entering rows read."""
+        entering = (run for run in self.batch if run.loop == 0)
+        parts = (run.sequence.wave.tokens[run.start : run.start + run.num_rows] for run in entering)
+        return np.fromiter(chain.from_iterable(parts), np.int64)
 
     def rows_of(self, chosen: abc.Sequence[int]) -> Ints:
         """The indices of all rows of the runs with these indices, in order."""

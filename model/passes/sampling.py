@@ -20,7 +20,6 @@ from model.schedule.batch import Readout
 from model.schedule.counts import Counted
 from model.schedule.sequence import Sequence, contained
 
-GREEDY_BELOW = 1e-5  # a temperature below is greedy: dividing by it would overflow
 USUALLY_ENOUGH = 512  # tokens that nearly always hold the nucleus; all are sorted when they don't
 NOISE_ROWS_KEPT = 128  # a draft and its confirmation, a few passes apart, need the same noise
 
@@ -46,7 +45,7 @@ class Sampler:
             # torch raises RuntimeErrors of the device and of memory wherever it is called next
             with contained(readout.sequence, faults, beyond=(RuntimeError, MemoryError)):
                 self._adjust(scores[row], readout)
-        drawn = [row for row, r in enumerate(readouts) if is_drawn(r)]
+        drawn = [row for row, r in enumerate(readouts) if r.sequence.request.sampling.is_drawn]
         if len(drawn) == len(readouts):
             return self._draw_scores(scores, readouts).argmax(-1)
         if drawn:
@@ -82,7 +81,7 @@ class Sampler:
         """Penalties, bias, constraint and banned endings of one row, in place."""
         params = readout.sequence.request.sampling
         wave = readout.sequence.wave
-        if has_penalties(params):
+        if params.has_penalties:
             apply_penalties(scores, readout.sequence.counts.upto(wave, readout.position), params)
         if params.logit_bias:
             ids = self._tensor(list(params.logit_bias))
@@ -146,30 +145,13 @@ def apply_penalties(scores: Tensor, counts: Counted, params: SamplingParams) -> 
     scores[seen] = own - (params.frequency_penalty * output + params.presence_penalty * (output > 0))
 
 
-def has_penalties(params: SamplingParams) -> bool:
-    """Whether a token's score depends on how often it came before."""
-    neutral = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0, 0, 1)
-    return not neutral
-
-
 def bans_endings(readout: Readout) -> bool:
     """Whether the text may not end at the readout's token."""
     wave, request = readout.sequence.wave, readout.sequence.request
     return readout.position - wave.prompt_length < request.min_tokens and bool(wave.ending_tokens)
 
 
-def is_drawn(readout: Readout) -> bool:
-    """Whether chance has a part in the token."""
-    return readout.sequence.request.sampling.temperature > GREEDY_BELOW
-
-
 def is_plain_greedy(readout: Readout) -> bool:
     """Whether the likeliest token of the raw logits is what the row wants."""
-    params = readout.sequence.request.sampling
-    return (
-        not is_drawn(readout)
-        and readout.sequence.request.grammar is None
-        and not params.logit_bias
-        and not has_penalties(params)
-        and not bans_endings(readout)
-    )
+    sequence = readout.sequence
+    return sequence.takes_likeliest and not (sequence.request.min_tokens and bans_endings(readout))

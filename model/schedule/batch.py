@@ -76,12 +76,13 @@ class Readouts(NamedTuple):
         scoring: list[PromptReadout] = []
         row = 0
         for run in batch:
-            if run.num_prompt_rows:
-                scoring.append(PromptReadout(row, run.sequence, run.start, run.num_prompt_rows))
-            row += run.num_rows
-            for back in range(run.num_readouts, 0, -1):
-                position = run.start + run.num_rows - back + 1
-                predicting.append(Readout(row - back, run.sequence, position, run.is_last_loop))
+            sequence, start, num_rows, loop, num_readouts = run
+            if num_prompt_rows := run.num_prompt_rows:
+                scoring.append(PromptReadout(row, sequence, start, num_prompt_rows))
+            row += num_rows
+            is_final = loop + 1 == sequence.wave.num_loops
+            for back in range(num_readouts, 0, -1):
+                predicting.append(Readout(row - back, sequence, start + num_rows - back + 1, is_final))
         return cls(predicting, scoring)
 
 

@@ -153,10 +153,9 @@ class MeasuredCost:
         j, right = _place(self.contexts, context)
         price = self._over_sequences(num_sequences, j)
         if right:
-            there = self._over_sequences(num_sequences, j + 1)
-            price = PassPrice(*(a + (b - a) * right for a, b in zip(price, there, strict=True)))
+            price = _between(price, self._over_sequences(num_sequences, j + 1), right)
         head = self.readout.head + self.readout.drawn_head * (drawn > 0)
-        return price._replace(draw=self.readout.draw * drawn, head=head)
+        return PassPrice(price.base, price.row, self.readout.draw * drawn, head)
 
     def prompt_row(self, context: float) -> float:
         """Milliseconds of a prompt's row behind `context` tokens."""
@@ -168,8 +167,7 @@ class MeasuredCost:
         i, right = _place(self.num_sequences, num_sequences)
         here = self.prices[i][j]
         if right:
-            there = self.prices[i + 1][j]
-            return PassPrice(*(a + (b - a) * right for a, b in zip(here, there, strict=True)))
+            return _between(here, self.prices[i + 1][j], right)
         beyond = max(0, num_sequences - self.num_sequences[i])
         return here._replace(base=here.base + here.row * beyond)
 
@@ -178,6 +176,11 @@ def speculates_alone(cost: PassCost) -> bool:
     """Whether a request that is alone gets speculative rows for its likeliest drafts."""
     single = Outlay(cost.price(1, LIKELY_CONTEXT), 1, 1)
     return cost.most_rows > 1 and single.least_agreement <= LIKELY_AGREEMENT
+
+
+def _between(here: PassPrice, there: PassPrice, right: float) -> PassPrice:
+    """The price `right`, 0..1, of the way from one to the other, but for readouts."""
+    return PassPrice(here.base + (there.base - here.base) * right, here.row + (there.row - here.row) * right)
 
 
 def _place(grid: Sequence[int], value: float) -> tuple[int, float]:

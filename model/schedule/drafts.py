@@ -31,33 +31,37 @@ SEQUENCE_MEMORY, ENGINE_MEMORY = 40.0, 1000.0  # observations after which old on
 
 LOOKUP_POLICIES = frozenset({"adaptive", "lookup"})  # that draft from the text as well, without any depth
 
+_NOTHING_SEEN = (0.0, 0.0)
+
 
 class Agreement:
     """How often guesses of each kind were what the last depth said, the recent ones counting most.
 
     A kind is a depth or an n-gram length. `prior` is a longer-lived record that fills in where this one
-    has seen little; what is observed here is passed on to it.
+    has seen little; what is observed here is passed on to it. `num_observed` and `num_agreed` count, by
+    kind, all that a record without a `prior` was ever told.
     """
 
     def __init__(self, memory: float, prior: "Agreement | None" = None) -> None:
         self._keep = 1.0 - 1.0 / memory
         self._prior = prior
         self._seen: dict[int, tuple[float, float]] = {}  # kind -> faded (agreed, observed)
-        self.num_observed: Counter[int] = Counter()  # by kind, all there ever were
+        self.num_observed: Counter[int] = Counter()
         self.num_agreed: Counter[int] = Counter()
 
     def observe(self, kind: int, agreed: bool) -> None:
         """One guess was compared with the last depth."""
-        hits, total = self._seen.get(kind, (0.0, 0.0))
-        self._seen[kind] = (hits * self._keep + agreed, total * self._keep + 1.0)
-        self.num_observed[kind] += 1
-        self.num_agreed[kind] += agreed
+        hits, total = self._seen.get(kind, _NOTHING_SEEN)
+        self._seen[kind] = hits * self._keep + agreed, total * self._keep + 1.0
         if self._prior is not None:
             self._prior.observe(kind, agreed)
+        else:
+            self.num_observed[kind] += 1
+            self.num_agreed[kind] += agreed
 
     def of(self, kind: int) -> float:
         """Expected share of guesses that hold, 0..1."""
-        hits, total = self._seen.get(kind, (0.0, 0.0))
+        hits, total = self._seen.get(kind, _NOTHING_SEEN)
         before = UNKNOWN_AGREEMENT if self._prior is None else self._prior.of(kind)
         return (hits + PRIOR_WEIGHT * before) / (total + PRIOR_WEIGHT)
 
@@ -162,10 +166,9 @@ class LookupPolicy(DraftPolicy):
     def committed(self, tokens: Sequence[int], upto: int) -> None:
         """Learns the text, and from it how good matches are: no row is spent on finding that out."""
         for position in range(self._index.num_known, upto):
-            match = self._index.find(tokens[max(0, position - LONGEST_NGRAM) : position])
+            match = self._index.add(tokens, position)
             if match is not None:
                 self.ngrams.observe(match.length, tokens[match.follows] == tokens[position])
-            self._index.add(tokens, position)
 
 
 class AdaptivePolicy(LookupPolicy):
@@ -192,19 +195,30 @@ class NGramIndex:
         self.num_known = 0  # positions taken in
         self._follows: dict[tuple[int, ...], int] = {}
 
-    def add(self, tokens: Sequence[int], position: int) -> None:
-        """Takes in the token at `position`, the next one: notes it behind the n-grams that end before it."""
+    def add(self, tokens: Sequence[int], position: int) -> Match | None:
+        """Takes in the token at `position`, the next one; returns what `find` said before it came."""
         self.num_known = position + 1
-        for length in range(SHORTEST_NGRAM, min(LONGEST_NGRAM, position) + 1):
-            self._follows[tuple(tokens[position - length : position])] = position
+        last, match = _last(tokens, position), None
+        for start in range(len(last) - SHORTEST_NGRAM + 1):
+            ngram = last[start:]
+            if match is None and (follows := self._follows.get(ngram)) is not None:
+                match = Match(len(ngram), follows)
+            self._follows[ngram] = position
+        return match
 
     def find(self, tokens: Sequence[int]) -> Match | None:
         """The longest n-gram at the end of `tokens` that is known; the latest place of it."""
-        for length in range(min(LONGEST_NGRAM, len(tokens)), SHORTEST_NGRAM - 1, -1):
-            follows = self._follows.get(tuple(tokens[len(tokens) - length :]))
-            if follows is not None:
-                return Match(length, follows)
+        last = _last(tokens, len(tokens))
+        for start in range(len(last) - SHORTEST_NGRAM + 1):
+            ngram = last[start:]
+            if (follows := self._follows.get(ngram)) is not None:
+                return Match(len(ngram), follows)
         return None
+
+
+def _last(tokens: Sequence[int], end: int) -> tuple[int, ...]:
+    """The longest n-gram that ends before position `end`."""
+    return tuple(tokens[max(0, end - LONGEST_NGRAM) : end])
 
 
 def _worth_trying(agreement: float) -> int:

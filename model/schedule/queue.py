@@ -62,6 +62,8 @@ class WaitingQueue:
 
     def first(self) -> Sequence | None:
         """Who is to be admitted next."""
+        if not (self._levels or self._returned):
+            return None  # as in nearly every pass
         heap = self._first_heap()
         return heap[0][1] if heap else None
 

@@ -17,20 +17,12 @@ from model.schedule.wave import Run, Wave
 
 
 class _Candidate(NamedTuple):
-    """Rows that this pass can read out: the last `num_rows` of a run."""
+    """Rows that this pass can read out: the last `num_rows` of a run, at `depth` after the pass."""
 
-    sequence: Sequence
+    wave: Wave
     run: Run
     num_rows: int
-
-    @property
-    def wave(self) -> Wave:
-        return self.sequence.wave
-
-    @property
-    def depth(self) -> int:
-        """After the pass."""
-        return self.run.depth + 1
+    depth: int
 
     @property
     def is_draft(self) -> bool:
@@ -38,10 +30,10 @@ class _Candidate(NamedTuple):
 
     def is_worth(self, outlay: Outlay) -> bool:
         """Whether it is read out if the pass has a head."""
-        if not self.is_draft:
+        loops_ahead = self.wave.num_loops - self.depth
+        if not loops_ahead:
             return True
-        least = outlay.least_agreement_of_readout(self.wave.num_loops - self.depth)
-        return self.wave.policy.reads(self.depth, least)
+        return self.wave.policy.reads(self.depth, outlay.least_agreement_of_readout(loops_ahead))
 
     def saved(self, outlay: Outlay) -> float:
         """Milliseconds that a draft saves, but for the head's."""
@@ -58,28 +50,25 @@ class ReadoutChooser:
         self._passes = 0
         self._last_read: dict[int, int] = {}  # draft depth -> pass
 
-    def choose(
-        self, in_pass: abc.Sequence[tuple[Sequence, list[Run]]], outlay: Outlay
-    ) -> dict[tuple[Sequence, int], int]:
-        """How many of its last rows each run reads out, by sequence and start; marks the probes."""
+    def choose(self, in_pass: abc.Sequence[tuple[Sequence, list[Run]]], outlay: Outlay) -> None:
+        """Notes on each run how many of its last rows are read out, and whether as a probe."""
         self._passes += 1
-        able = [
-            _Candidate(sequence, run, num_rows)
-            for sequence, runs in in_pass
-            for run in runs
-            if (num_rows := sequence.wave.num_readouts(run))
-        ]
+        able: list[_Candidate] = []
+        for sequence, runs in in_pass:
+            for run in runs:
+                run.num_read, run.is_probed = 0, False
+                if num_rows := sequence.wave.num_readouts(run):
+                    able.append(_Candidate(sequence.wave, run, num_rows, run.depth + 1))
         worthy = [candidate for candidate in able if candidate.is_worth(outlay)]
         chosen = worthy if _pay_for_head(worthy, outlay) else []
-        read = {(one.sequence, one.run.start): one.num_rows for one in chosen}
+        for one in chosen:
+            one.run.num_read = one.num_rows
         for one in able:
-            one.run.is_probed = (one.sequence, one.run.start) not in read and self._is_due(one, bool(chosen))
-            if one.run.is_probed:
-                read[one.sequence, one.run.start] = one.num_rows
+            if not one.run.num_read and self._is_due(one, bool(chosen)):
+                one.run.num_read, one.run.is_probed = one.num_rows, True
         for one in able:
-            if (one.sequence, one.run.start) in read:
+            if one.run.num_read:
                 self._last_read[one.depth] = self._passes
-        return read
 
     def _is_due(self, candidate: _Candidate, has_head: bool) -> bool:
         """Whether a readout that isn't worth it as a draft is to be made as a probe."""
@@ -102,5 +91,5 @@ def _pay_for_head(worthy: list[_Candidate], outlay: Outlay) -> bool:
     if not worthy:
         return False
     # Drafts that hold put sequences out of step: heads in as many passes of R as there are sequences.
-    num_heads = min(len({one.sequence for one in worthy}), worthy[0].wave.num_loops)
+    num_heads = min(len({one.wave for one in worthy}), worthy[0].wave.num_loops)
     return sum(max(0.0, one.saved(outlay)) for one in worthy) >= outlay.head * num_heads

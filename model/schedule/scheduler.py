@@ -15,6 +15,7 @@ from collections import Counter, abc
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import count
+from operator import attrgetter
 from time import monotonic
 
 import msgspec
@@ -114,16 +115,14 @@ class Scheduler:
         taken = dict.fromkeys(self.running, 0)  # how many of its first runs each sequence runs
         decoding, outlay = self._take_rows(taken)
         rows = outlay.rows
-        reads = any(sequence.wave.is_reading_prompt for sequence in taken)
-        self.expected_milliseconds = 0.0 if reads else outlay.milliseconds
         self._in_pass = [(seq, seq.wave.runs[:num]) for seq, num in taken.items() if num]
         if rows:
             self.counts.passes += 1
             self.counts.rows += rows
             self.counts.pass_rows[1 << (rows - 1).bit_length()] += 1
-        read = self._chooser.choose(self._in_pass, decoding)
+        self._chooser.choose(self._in_pass, decoding)
         return [
-            ScheduledRun(seq, run.start, run.num_rows, run.depth, read.get((seq, run.start), 0))
+            ScheduledRun(seq, run.start, run.num_rows, run.depth, run.num_read)
             for seq, runs in self._in_pass
             for run in reversed(runs)
         ]
@@ -151,15 +150,17 @@ class Scheduler:
     def _file(self, batch: abc.Sequence[ScheduledRun], result: PassResult) -> dict[Sequence, dict[int, int]]:
         """Leaves scores on their sequences; the tokens predicted for each sequence by the rows' positions."""
         predictions: dict[Sequence, dict[int, int]] = {seq: {} for seq, _ in self._in_pass}
-        tokens, prompts = enumerate(result.tokens), iter(result.prompt_scores)
+        index, prompts = 0, iter(result.prompt_scores)
         for run in batch:
-            sequence, end = run.sequence, run.start + run.num_rows
-            for position in range(end - run.num_readouts, end):
-                index, predictions[sequence][position] = next(tokens)
+            sequence, start, num_rows, _, num_readouts = run
+            end, said = start + num_rows, predictions[sequence]
+            for position in range(end - num_readouts, end):
+                said[position] = result.tokens[index]
                 if index in result.scores:
                     sequence.logprobs[position + 1] = result.scores[index]
-            if run.num_prompt_rows:
-                sequence.prompt_logprobs.update(enumerate(next(prompts), start=run.start + 1))
+                index += 1
+            if result.prompt_scores and run.num_prompt_rows:
+                sequence.prompt_logprobs.update(enumerate(next(prompts), start=start + 1))
         return predictions
 
     def take_ended(self) -> list[TokenEvent]:
@@ -259,9 +260,7 @@ class Scheduler:
         """Gives the sequence its first pages; False if there are too few."""
         wave = sequence.wave
         spare = len(self.running)  # each may need one more page soon
-        sequence.table = self.pool.open(
-            shared, min(wave.num_known + 1, wave.length_limit), wave.length_limit, spare
-        )
+        sequence.table = self.pool.open(shared, min(wave.num_known + 1, wave.length_limit), spare)
         return sequence.table is not None
 
     def _start(self, sequence: Sequence, num_cached: int) -> None:
@@ -289,14 +288,15 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Pages for the certain rows of the next pass, oldest first; the newest sequences make way."""
-        for sequence in sorted(self.running, key=lambda sequence: sequence.precedence):
+        for sequence in sorted(self.running, key=attrgetter("precedence")):
             wave = sequence.wave
             if sequence.table is None or wave.is_reading_prompt:
                 continue  # made way, or got pages for all that it reads when it was admitted
-            if not self.pool.grow(sequence.table, wave.certain_end):
-                wave.narrow()
+            if self.pool.grow(sequence.table, wave.certain_end):
+                continue
+            wave.narrow()
             while not self.pool.grow(sequence.table, wave.certain_end):
-                newest = max(self.running, key=lambda running: running.precedence)
+                newest = max(self.running, key=attrgetter("precedence"))
                 self._preempt(newest)
                 if newest is sequence:
                     break
@@ -327,8 +327,11 @@ class Scheduler:
 
         The first leaves prompts out: they change nothing of what a draft is worth to those who decode.
         """
-        readers = [sequence for sequence in taken if sequence.wave.is_reading_prompt]
-        decoding = [sequence for sequence in taken if not sequence.wave.is_reading_prompt]
+        readers: list[Sequence] = []
+        decoding: list[Sequence] = []
+        for sequence in taken:
+            (readers if sequence.wave.is_reading_prompt else decoding).append(sequence)
+        reads = bool(readers)
         rows = self._take_certain(decoding, taken)
         if not any(sequence.num_generated for sequence in decoding):  # nobody waits for a next token
             rows += self._take_prompts(readers, taken, math.inf).rows
@@ -336,12 +339,14 @@ class Scheduler:
         outlay = self._outlay(decoding, taken, rows)
         self._take_speculative(decoding, taken, outlay)
         self._least_agreement = outlay.least_agreement
-        whole = copy(outlay)
+        whole = outlay
         if readers:
+            whole = copy(outlay)
             spare = (self.limits.pass_time_factor - 1) * outlay.milliseconds
             prompts = self._take_prompts(readers, taken, spare)
             whole.add_prompts(prompts.rows, prompts.milliseconds)
             self._take_speculative(readers, taken, whole)
+        self.expected_milliseconds = 0.0 if reads else whole.milliseconds
         return outlay, whole
 
     def _take_certain(self, decoding: list[Sequence], taken: dict[Sequence, int]) -> int:
@@ -364,10 +369,12 @@ class Scheduler:
         """What a pass comes to in which `sequences` run `rows` certain rows."""
         if not sequences:
             return Outlay(PassPrice(1.0, 0.0), 0, rows)
-        context = sum(len(sequence.wave.tokens) for sequence in sequences) / len(sequences)
-        drawn = sum(sequence.request.sampling.temperature > 0 for sequence in sequences) / len(sequences)
-        price = self.cost.price(len(sequences), context, drawn)
-        reads = any(must_read(sequence.wave, taken[sequence]) for sequence in sequences)
+        context, drawn, reads = 0, 0, False
+        for sequence in sequences:
+            context += len(sequence.wave.tokens)
+            drawn += sequence.request.sampling.temperature > 0
+            reads = reads or must_read(sequence.wave, taken[sequence])
+        price = self.cost.price(len(sequences), context / len(sequences), drawn / len(sequences))
         return Outlay(price, len(sequences), rows, reads)
 
     def _take_speculative(
@@ -378,8 +385,12 @@ class Scheduler:
         drafts: list[tuple[float, int, Sequence]] = []
 
         def offer(sequence: Sequence, agreement: float) -> None:
-            if agreement := agreement * _agreement(sequence, taken[sequence]):
-                heapq.heappush(drafts, (-agreement, next(order), sequence))
+            """Considers the sequence's next run, if it is a draft."""
+            wave, num_taken = sequence.wave, taken[sequence]
+            if 0 < num_taken < len(wave.runs) and wave.runs[num_taken].start >= wave.num_known:
+                agreement *= wave.agreement(wave.runs[num_taken])
+                if agreement:
+                    heapq.heappush(drafts, (-agreement, next(order), sequence))
 
         for sequence in sequences:
             offer(sequence, 1.0)
@@ -389,7 +400,7 @@ class Scheduler:
             if outlay.rows + run.num_rows > self.cost.most_rows or agreement < outlay.least_agreement:
                 break
             assert sequence.table is not None
-            if self.pool.grow(sequence.table, run.last + 1):
+            if self.pool.grow(sequence.table, run.start + run.num_rows):
                 outlay.add(run.num_rows, agreement)
                 taken[sequence] += 1
                 offer(sequence, agreement)
@@ -398,7 +409,7 @@ class Scheduler:
         wave = sequence.wave
         if sequence.num_generated:
             sequence.passes += 1
-            sequence.rows += sum(run.num_rows for run in runs)
+            sequence.rows += sum([run.num_rows for run in runs])
         before = wave.accepted_drafts, wave.rejected_drafts
         committed = sequence.update(runs, predictions)
         self._count(wave, before, len(committed))
@@ -422,14 +433,6 @@ class Scheduler:
         num_pages = wave.num_complete // self.pool.page_size
         if num_pages > table.num_registered and self.limits.prefix_caching:
             self.pool.register(table, sequence.keys.upto(wave.tokens, num_pages))
-
-
-def _agreement(sequence: Sequence, num_taken: int) -> float:
-    """How likely the rows of the sequence's next run are to be of use; 0 if it has no draft to run."""
-    runs = sequence.wave.runs
-    if not 0 < num_taken < len(runs) or runs[num_taken].start < sequence.wave.num_known:
-        return 0.0
-    return sequence.wave.agreement(runs[num_taken])
 
 
 def _event(sequence: Sequence, committed: list[int]) -> TokenEvent:

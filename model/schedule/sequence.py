@@ -43,6 +43,8 @@ class Sequence:
         self.rows = 0
         self.logprobs: dict[int, TokenLogprobs] = {}  # by position, what the last depth said, until taken
         self.prompt_logprobs: dict[int, TokenLogprobs] = {}  # the same of prompt tokens
+        # Whether its tokens are those of the largest logits, but for endings before `min_tokens`.
+        self.takes_likeliest = _takes_likeliest(request)
         self._prompt_logprobs_are_due = request.prompt_logprobs is not None
         self._counts: TokenCounts | None = None
 
@@ -102,6 +104,11 @@ class Sequence:
             preemptions=self.preemptions,
             queue_seconds=self.queue_seconds or 0.0,
         )
+
+
+def _takes_likeliest(request: GenerationRequest) -> bool:
+    params = request.sampling
+    return request.grammar is None and not (params.is_drawn or params.logit_bias or params.has_penalties)
 
 
 @contextmanager

@@ -112,14 +112,16 @@ class Run:
     """Positions start .. start + num_rows - 1, each with `depth` loops finished.
 
     `is_probed`: the readouts of its latest pass, short of the last depth, are noted to be compared with
-    the last depth, and change nothing else. `guesses` maps a position to what the readouts of its row said
-    at each depth so far; it goes when the row goes.
+    the last depth, and change nothing else. `num_read`: so many of its last rows are read out in that pass.
+    `guesses` maps a position to what the readouts of its row said at each depth so far; it goes when the
+    row goes.
     """
 
     start: int
     num_rows: int
     depth: int = 0
     is_probed: bool = False
+    num_read: int = 0
     guesses: dict[int, dict[int, int]] = field(default_factory=dict)
 
     @property
@@ -265,10 +267,11 @@ class Wave:
         It counts from the run before it: a row is of use if its own token and those before it in the run
         hold. 1 for a run of certain tokens.
         """
-        holds, total = 1.0, 0.0
-        for position in range(run.start, run.last + 1):
-            if position >= self.num_committed:
-                holds *= self.drafts[position - self.num_committed].agreement
+        num_certain = min(run.num_rows, max(0, self.num_committed - run.start))
+        first = run.start + num_certain - self.num_committed
+        holds, total = 1.0, float(num_certain)
+        for draft in self.drafts[first : first + run.num_rows - num_certain]:
+            holds *= draft.agreement
             total += holds
         return total / run.num_rows
 
@@ -288,12 +291,13 @@ class Wave:
 
         Those of the last depth must be, those of a draft depth are if that is worth it.
         """
-        rows = run.last - max(run.start, self.num_known - 1) + 1
+        end = run.start + run.num_rows
+        rows = min(run.num_rows, end - self.num_known + 1)
         if rows <= 0 or self.length_limit == self.prompt_length:
             return 0  # the next token is known, or none is wanted
         if run.depth + 1 == self.num_loops:
             return rows
-        useless = run.num_rows == 1 and run.last + 2 >= self.length_limit  # nothing would follow a draft
+        useless = run.num_rows == 1 and end + 1 >= self.length_limit  # nothing would follow a draft
         return 0 if useless or run.depth + 1 not in self.policy.depths else rows
 
     def added_agreement(self, run: Run) -> float:
@@ -334,7 +338,7 @@ class Wave:
 
     def _take_in(self, run: Run, predictions: Mapping[int, int], committed: list[int]) -> bool:
         """Takes in the readouts of one run; False when one contradicted, or was the first of its position."""
-        for position in range(run.start, run.last + 1):
+        for position in range(run.start, run.start + run.num_rows):
             token = predictions.get(position)
             if token is None:
                 continue
@@ -360,20 +364,20 @@ class Wave:
         self.num_committed = position + 1
         committed.append(token)
         self.ending = self._ending(position, token)
-        if not (self.finished or any(running.last >= position for running in self.runs)):
+        if self.ending is None and self.runs[-1].last < position:
             self._follow_up(position)  # it is new, or was a draft that looked like the end
-        return agrees and not self.finished
+        return agrees and self.ending is None
 
     def _compare(self, run: Run, position: int, token: int) -> bool:
         """An earlier depth says `token` at `position`."""
-        agreement = self.policy.agreement.of(run.depth)
         if position >= len(self.tokens):
             better, believed = self.policy.prefer(self.tokens, token, run.depth)
             if better != token and not self.constraint.admits(self.tokens, [better]):
-                better, believed = token, agreement
+                better, believed = token, self.policy.agreement.of(run.depth)
             self._append(position, Draft(better, believed, is_from_text=better != token))
             return False
         draft = self.drafts[position - self.num_committed]
+        agreement = self.policy.agreement.of(run.depth)
         if draft.token == token:
             draft.agreement = max(draft.agreement, agreement)
             return True

@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 from msgspec.msgpack import Decoder
 
@@ -21,7 +22,6 @@ from model.worker.messages import FromWorker, ToWorker, Unpacker, pack
 
 # -P: a model.py or model/ in the folder where the user stands must not be taken for this package
 COMMAND = (sys.executable, "-P", "-m", "model.worker")
-READ_BYTES = 2**18
 LEAVE_SECONDS = 5.0  # a worker that takes longer to end by itself is killed
 KILL_SECONDS = 5.0  # one that even then is there hangs in the kernel, and is left to it
 POLL_SECONDS = 0.01  # between two looks whether a worker that was told to end has ended
@@ -31,20 +31,46 @@ class LinkClosedError(ConnectionError):
     """The worker can't be reached any more."""
 
 
+class _Receiver(asyncio.Protocol):
+    """Hands on what comes where the event loop finds it: a task to read it would have to be woken first."""
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self.early: list[FromWorker] = []  # what came before anybody listened
+        self.take: Callable[[FromWorker], None] = self.early.append
+        self.num_messages = 0
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unpacker: Unpacker[FromWorker] = Unpacker(Decoder(FromWorker))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keeps the transport, which may be used from here on."""
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
+
+    def data_received(self, data: bytes) -> None:
+        """Whole messages go to `take`; what it raises ends the link, as nonsense does."""
+        try:
+            for message in self._unpacker.feed(data):
+                self.num_messages += 1
+                self.take(message)
+        except Exception as error:
+            self.ended.set_exception(error)
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """However it ended: it may have ended before it had read all that was sent to it."""
+        del exc
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
 class WorkerLink:
     """One running worker. Made by `open`; `end` must be called."""
 
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], receiver: _Receiver) -> None:
         self.process = process
-        self.num_messages = 0  # that the worker has sent
-        self._reader = reader
-        self._writer = writer
-        self._unpacker: Unpacker[FromWorker] = Unpacker(Decoder(FromWorker))
+        self._receiver = receiver
+        self._transport = receiver.transport
 
     @classmethod
     async def open(cls, command: Sequence[str] = COMMAND) -> "WorkerLink":
@@ -54,7 +80,8 @@ class WorkerLink:
             with theirs:
                 process = _spawn([*command, str(theirs.fileno())], theirs.fileno())
             try:
-                reader, writer = await asyncio.open_unix_connection(sock=ours, limit=READ_BYTES)
+                loop = asyncio.get_running_loop()
+                _, receiver = await loop.create_unix_connection(_Receiver, sock=ours)
             except BaseException:
                 process.kill()
                 process.wait()
@@ -62,28 +89,29 @@ class WorkerLink:
         except BaseException:
             ours.close()
             raise
-        return cls(process, reader, writer)
+        return cls(process, receiver)
 
     def send(self, message: ToWorker) -> None:
         """Never waits: what the socket doesn't take is kept here. Raises LinkClosedError."""
         content = pack(message)
-        if self._writer.is_closing():
+        if self._transport.is_closing():
             raise LinkClosedError("the engine process ended")
-        self._writer.write(content)
+        self._transport.write(content)
 
-    async def messages(self) -> AsyncIterator[FromWorker]:
-        """What the worker says until it closes the socket or ends; raises MessageError at nonsense."""
-        while data := await self._read():
-            for message in self._unpacker.feed(data):
-                self.num_messages += 1
-                yield message
+    async def listen(self, take: Callable[[FromWorker], None]) -> None:
+        """Calls `take` with all that the worker says until it closes the socket or ends.
 
-    async def _read(self) -> bytes:
-        """What has come; nothing at the end."""
-        try:
-            return await self._reader.read(READ_BYTES)
-        except OSError:  # it ended before it had read all that was sent to it
-            return b""
+        Raises MessageError at nonsense, and what `take` raises.
+        """
+        for message in self._receiver.early:
+            take(message)
+        self._receiver.take = take
+        await self._receiver.ended
+
+    @property
+    def num_messages(self) -> int:
+        """How many the worker has sent."""
+        return self._receiver.num_messages
 
     @property
     def has_ended(self) -> bool:
@@ -108,8 +136,8 @@ class WorkerLink:
         self._signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """Ends `messages`, whatever the worker does."""
-        self._writer.transport.abort()
+        """Ends `listen`, whatever the worker does."""
+        self._transport.abort()
 
     async def end(self) -> int | None:
         """Ends the worker if it still runs; its exit code, None if not even SIGKILL ended it."""

@@ -349,7 +349,7 @@ def _sequence(engine: Engine, length: int, temperature: float = 0.0) -> Sequence
     loops = engine.model.config.num_loops
     wave = Wave([0] * length, loops, make_policy("none", frozenset()), length + 1)
     sequence = Sequence(request, wave, PrefixKeys("", engine.pool.page_size))
-    sequence.table = engine.pool.open([], length, length)
+    sequence.table = engine.pool.open([], length)
     assert sequence.table is not None
     return sequence
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -211,10 +212,7 @@ class EngineProcess:
         self._health = msgspec.structs.replace(self._health, reason=LOADING)
         watch = asyncio.create_task(self._watch(link, life), name="engine watchdog")
         try:
-            async for message in link.messages():
-                self._take(message, life)
-                if self._has_standby and life.was_ready and self._standby is None:
-                    await self._stand_by()
+            await link.listen(partial(self._take, life))
         except MessageError as error:
             life.problem = Problem("not_understood", f"the engine process is not understood: {error}")
             link.kill()
@@ -252,7 +250,7 @@ class EngineProcess:
         if link is not None:
             await link.end()
 
-    def _take(self, message: FromWorker, life: _Life) -> None:
+    def _take(self, life: _Life, message: FromWorker) -> None:
         """What a worker says changes what is known of it."""
         if isinstance(message, Events):
             self._stats = message.stats or self._stats
@@ -281,9 +279,11 @@ class EngineProcess:
         self._queue.put_nowait(known)  # even nothing: the counts may be new
 
     async def _watch(self, link: WorkerLink, life: _Life) -> None:
-        """Ends a worker that hangs, and a link that outlives its worker."""
+        """Ends a worker that hangs, and a link that outlives its worker; keeps another one at hand."""
         watchdog = Watchdog(self._patience)
         while life.problem is None and not link.has_ended:
+            if self._has_standby and life.was_ready and self._standby is None:
+                await self._stand_by()
             await asyncio.sleep(self._patience.tick)
             problem = watchdog.problem(link.num_messages, is_ready=life.was_ready, is_stopped=link.is_stopped)
             if problem is not None:

@@ -1,9 +1,13 @@
 """The client of `speed bench serve`, against the application and against servers that fail."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
 import httpx
 import pytest
 
-from bench.load_client import PATHS, Json, LoadError, answer, first_model, load
+from bench.load_client import PATHS, Json, LoadError, answer, connect, first_model, load
 from tests.contract.conftest import Served, serving
 from tests.fake_engine import FakeEngine
 from tests.text_tools import ids_of
@@ -73,3 +77,51 @@ async def test_chat_streams_and_comments_are_read() -> None:
     assert (got.error, got.text, got.input_tokens, got.output_tokens) == ("", "ab", 4, 2)
     assert len(got.itl) == 1
     assert got.tpot is not None
+
+
+@asynccontextmanager
+async def answering(*parts: bytes, seconds: float = 0.0) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server that sends these bytes, one part after the other, and waits before the last."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}")  # the end of a small body
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(seconds if part is parts[-2] else 0.001)
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with connect(f"http://127.0.0.1:{port}", "key", 0.5) as client:
+            yield client
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+FRAME = b'data: {"choices": [{"text": "ab"}]}\n\n'
+
+
+async def test_a_stream_is_read_however_it_is_cut() -> None:
+    """By a transport of its own: heads, chunks and lines end anywhere."""
+    stream = HEAD + b"%x\r\n%s\r\n" % (len(FRAME), FRAME) + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+    for size in (1, 7, 64, len(stream)):
+        parts = [stream[start : start + size] for start in range(0, len(stream), size)]
+        async with answering(b"", *parts) as client:
+            got = await answer(client, PATH, {"a": 1}, 0.0)
+        assert (got.error, got.text) == ("", "ab")
+
+
+@pytest.mark.parametrize(
+    ("parts", "seconds", "told"),
+    [
+        ([HEAD, b"24\r\nda"], 0.0, "closed the connection"),
+        ([HEAD, b"zz\r\n"], 0.0, "RemoteProtocolError"),
+        ([b"HTTP/1.1 503 Busy\r\ncontent-length: 4\r\n\r\n", b"busy"], 0.0, "503: busy"),
+        ([HEAD, b"0\r\n\r\n"], 1.0, "nothing came for 0.5 s"),
+    ],
+)
+async def test_a_connection_that_fails_says_how(parts: list[bytes], seconds: float, told: str) -> None:
+    async with answering(*parts, seconds=seconds) as client:
+        assert told in (await answer(client, PATH, {"a": 1}, 0.0)).error

@@ -89,7 +89,7 @@ def step(passes: NativePasses, texts: Sequence[Text]) -> None:
         noise=np.stack(noise).astype(np.float32) if noise else None,
     )
     result = passes.run(rows, np.array(readouts, np.int32), np.arange(len(readouts), dtype=np.int32))
-    assert (result.tokens == result.logits.argmax(-1)).all()
+    assert result.tokens == result.logits.argmax(-1).tolist()
     found = result.logits
     for text in texts:
         positions, loop = text.rows()

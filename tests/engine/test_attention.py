@@ -42,7 +42,7 @@ def tables_of(layout: str) -> list[PageTable]:
     tables = [PageTable(PAGE), PageTable(PAGE)]
     for table, pages in zip(tables, LAYOUTS[layout], strict=True):
         for page in pages:
-            table.append(page)
+            table.pages.append(page)
     return tables
 
 
@@ -52,7 +52,6 @@ def cache_and_truth(
     """Two sequences' random q, k, v at every loop, K/V stored; truth is (sequences, loops, tokens, ...)."""
     generator = torch.Generator().manual_seed(seed)
     tables = tables_of(layout)
-    assert all((table.base is None) == (layout != "neighbours") for table in tables)
     store = KVStore(config, NUM_PAGES * PAGE, torch.device("cpu"), torch.float32)
     q = torch.randn(2, 4, LENGTH, HEADS, DIM, generator=generator)
     k, v = torch.randn(2, 2, 4, LENGTH, KV_HEADS, DIM, generator=generator)

@@ -66,7 +66,7 @@ def chosen(logits: torch.Tensor, readouts: list[Readout], threads: int = 1) -> l
     for one in readouts:
         choices.add(one)
     rows = np.arange(len(readouts), dtype=np.int32)
-    tokens: list[int] = passes(logits.shape[1], threads).choose(logits.numpy(), rows, choices.array).tolist()
+    tokens: list[int] = passes(logits.shape[1], threads).choose(logits.numpy(), rows, choices.array)
     return tokens
 
 

@@ -1,4 +1,4 @@
-"""The page pool: neighbours first, nothing lost, what is shared is never written."""
+"""The page pool: nothing lost, what is shared is never written."""
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +22,7 @@ def test_any_use_keeps_the_books_and_shares_only_what_was_registered(
         digests = PrefixKeys("", page_size).upto([text] * 20 * page_size, 20)
         if action == "o":
             shared = pool.lookup(digests[: amount // page_size])
-            table = pool.open(shared, amount + 1, amount + 10)
+            table = pool.open(shared, amount + 1)
             if table is not None:
                 live.append((table, text, len(shared)))
         elif live:
@@ -43,45 +43,23 @@ def test_any_use_keeps_the_books_and_shares_only_what_was_registered(
     assert pool.num_free_pages == pool.num_pages
 
 
-def table_of(pool: PagePool, num_tokens: int, limit: int | None = None) -> PageTable:
-    table = pool.open([], num_tokens, limit or num_tokens)
+def table_of(pool: PagePool, num_tokens: int) -> PageTable:
+    table = pool.open([], num_tokens)
     assert table is not None
     return table
 
 
-def test_pages_are_neighbours_when_a_stretch_of_them_is_free_and_scattered_otherwise() -> None:
+def test_a_position_keeps_its_cell_wherever_the_pages_of_its_table_lie() -> None:
     pool = PagePool(6, 4)
     tables = [table_of(pool, 4) for _ in range(6)]
-    for index in (0, 2, 3, 5):
+    for index in (0, 2, 5):
         pool.free(tables[index])
-    neighbours = table_of(pool, 8)
-    assert (neighbours.pages, neighbours.base) == ([2, 3], 8)
     scattered = table_of(pool, 8)
-    assert (sorted(scattered.pages), scattered.base) == ([0, 5], None)
-    assert list(neighbours.cells(3, 3)) == [11, 12, 13]
-    assert [len(part) for part in (scattered.segments, neighbours.segments)] == [2, 1]
-    assert list(scattered.cells(0, 8)) == [
-        part.cell + i for part in scattered.segments_of(8) for i in range(part.length)
-    ]
-
-
-def test_tables_that_grow_side_by_side_stay_in_one_piece() -> None:
-    pool = PagePool(20, 4)
-    tables = [table_of(pool, 4, limit=24) for _ in range(3)]
-    for length in range(4, 25):
-        assert all(pool.grow(table, length) for table in tables)
-    assert all(table.base is not None for table in tables)
-
-
-def test_a_plan_is_no_claim() -> None:
-    """Under pressure others take planned pages, and the planner goes on elsewhere."""
-    pool = PagePool(6, 4)
-    planner = table_of(pool, 4, limit=24)
-    other = table_of(pool, 8)
-    assert len(other.pages) == 2
-    assert pool.grow(planner, 16)
-    assert not pool.grow(planner, 20)
-    assert len(planner.pages) == 4
+    cells = list(scattered.cells(0, 8))
+    assert len({cell // 4 for cell in cells}) == 2
+    assert {cell // 4 for cell in cells} <= {0, 2, 5}
+    assert pool.grow(scattered, 12)
+    assert cells == [scattered.cell(position) for position in range(8)]
 
 
 def test_shared_pages_outlive_their_first_holder_and_the_oldest_are_overwritten_first() -> None:
@@ -92,7 +70,7 @@ def test_shared_pages_outlive_their_first_holder_and_the_oldest_are_overwritten_
         pool.register(table, keys[text])
         pool.free(table)
     assert [len(pool.lookup(keys[text])) for text in (1, 2)] == [1, 1]
-    sharer = pool.open(pool.lookup(keys[1]), 8, 8)
+    sharer = pool.open(pool.lookup(keys[1]), 8)
     assert sharer is not None
     pool.free(sharer)  # 1 was used last
     table_of(pool, 12)
@@ -109,17 +87,16 @@ def test_salt_and_every_earlier_token_are_part_of_a_digest() -> None:
 def test_freeing_twice_is_an_error_and_taking_too_much_is_refused() -> None:
     pool = PagePool(2, 4)
     table = table_of(pool, 8)
-    assert pool.open([], 1, 1) is None
+    assert pool.open([], 1) is None
     pool.free(table)
-    assert pool.open([], 8, 8, spare=1) is None
+    assert pool.open([], 8, spare=1) is None
     with pytest.raises(CacheIntegrityError, match="freed twice"):
         pool.free(table)
 
 
-@pytest.mark.parametrize("damage", ["_holders", "_planned"])
-def test_check_integrity_sees_books_that_are_wrong(damage: str) -> None:
+def test_check_integrity_sees_books_that_are_wrong() -> None:
     pool = PagePool(3, 4)
     table_of(pool, 4)
-    getattr(pool, damage)[2] = 1
+    pool._holders[2] = 1
     with pytest.raises(CacheIntegrityError):
         pool.check_integrity()

@@ -9,9 +9,11 @@ import ctypes
 import math
 import os
 import weakref
+from array import array
 from collections import abc
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, chain, islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,7 @@ _ERROR_BYTES = 300
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+Numbers = abc.Sequence[int] | Ints
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,8 @@ class NativeOptions:
         return NativeBackend(model, num_tokens, max_positions, self)
 
 
-@dataclass(frozen=True)
-class RowArrays:
-    """The rows of a pass, one entry a row but for `pages` and `noise`.
+class RowArrays(NamedTuple):
+    """The rows of a pass, one entry a row but for `pages` and `noise`; lists or arrays of whole numbers.
 
     Row i stands at `positions[i]` of the sequence whose page numbers are in `pages` from `tables[i]` on, and
     does loop `loops[i]` (0..R-1); in its first one it reads `tokens[i]`. With `ends[i]` the coda runs behind
@@ -75,25 +77,34 @@ class RowArrays:
     state starts from, or -1.
     """
 
-    tokens: Ints
-    positions: Ints
-    loops: Ints
-    tables: Ints
-    pages: Ints
-    ends: NDArray[np.uint8]
-    noises: Ints | None = None
+    tokens: Numbers
+    positions: Numbers
+    loops: Numbers
+    tables: Numbers
+    pages: Numbers
+    ends: bytearray | NDArray[np.uint8]
+    noises: Numbers | None = None
     noise: Floats | None = None
 
 
-@dataclass(frozen=True)
-class NativeResult:
+class NativeResult(NamedTuple):
     """The likeliest token of every readout, and the logits (n, vocab) of those that asked for them.
 
     The token is NO_TOKEN where a logit is infinite or no number.
     """
 
-    tokens: Ints
+    tokens: list[int]
     logits: Floats
+
+
+class _Columns:
+    """Whole numbers as the library reads them: lists side by side in one piece of memory."""
+
+    def __init__(self, *columns: Numbers) -> None:
+        self._numbers = array("i", chain.from_iterable(columns))
+        first, _ = self._numbers.buffer_info()
+        starts = accumulate(map(len, columns), initial=0)
+        self.addresses = [first + start * self._numbers.itemsize for start in starts][:-1]
 
 
 class NativePasses:
@@ -104,12 +115,12 @@ class NativePasses:
     ) -> None:
         """Raises NativeUnavailableError where there is no library or it doesn't cover the model."""
         self.level = choose(options.level)
-        self._library = load(self.level)
-        self.packed = PackedModel(self._library, model, max_positions, int4=options.int4)
+        self.library = load(self.level)
+        self.packed = PackedModel(self.library, model, max_positions, int4=options.int4)
         self.config = model.config
         self.num_threads = options.threads or len(os.sched_getaffinity(0))
         num_pages = num_tokens // structs.PAGE
-        size = self._library.speed_cache_bytes(self.packed.description, num_pages, options.half_cache)
+        size = self.library.speed_cache_bytes(self.packed.description, num_pages, options.half_cache)
         self._cache = allocate(size)
         states = 2 if model.config.keeps_input else 1
         self._states = allocate(states * num_pages * structs.PAGE * model.config.hidden_size * 4)
@@ -122,35 +133,46 @@ class NativePasses:
             states=self._states.ctypes.data,
         )
         self._error = ctypes.create_string_buffer(_ERROR_BYTES)
-        self._engine = self._library.speed_open(self.packed.description, setup, self._error, _ERROR_BYTES)
+        self._engine = self.library.speed_open(self.packed.description, setup, self._error, _ERROR_BYTES)
         if not self._engine:
             raise NativeUnavailableError(self._problem())
-        self._scratch = allocate(self._library.speed_scratch_bytes(self._engine))
-        weakref.finalize(self, self._library.speed_close, self._engine)
+        self._scratch = allocate(self.library.speed_scratch_bytes(self._engine))
+        weakref.finalize(self, self.library.speed_close, self._engine)
 
-    def run(self, rows: RowArrays, readouts: Ints, logit_rows: Ints) -> NativeResult:
+    def run(self, rows: RowArrays, readouts: Numbers, logit_rows: Numbers) -> NativeResult:
         """One pass. `readouts` are rows; `logit_rows` where each one's logits go in the result, or -1.
 
         Raises ValueError, with nothing changed, for numbers that are out of range.
         """
-        tokens = np.empty(len(readouts), np.int32)
-        num_logits = int(logit_rows.max(initial=-1)) + 1
+        tokens, ends = array("i", bytes(4 * len(readouts))), array("B", bytes(rows.ends))
+        num_logits = max(logit_rows, default=-1) + 1
         logits = np.empty((num_logits, self.config.vocab_size), np.float32)
+        columns = _Columns(*rows[:5], readouts, logit_rows, () if rows.noises is None else rows.noises)
         work = structs.Pass(
-            num_rows=len(rows.positions),
-            num_pages=len(rows.pages),
-            num_readouts=len(readouts),
-            num_logits=num_logits,
-            num_noise=0 if rows.noise is None else len(rows.noise),
-            readouts=readouts.ctypes.data,
-            logit_rows=logit_rows.ctypes.data,
-            tokens_out=tokens.ctypes.data,
-            logits=logits.ctypes.data,
-            **{name: value.ctypes.data for name, value in vars(rows).items() if value is not None},
+            len(rows.positions),
+            len(rows.pages),
+            len(readouts),
+            num_logits,
+            0 if rows.noise is None else len(rows.noise),
         )
-        if self._library.speed_run(self._engine, work, self._error, _ERROR_BYTES):
+        (
+            work.tokens,
+            work.positions,
+            work.loops,
+            work.tables,
+            work.pages,
+            work.readouts,
+            work.logit_rows,
+            noises,
+        ) = columns.addresses
+        work.ends, work.tokens_out = ends.buffer_info()[0], tokens.buffer_info()[0]
+        if num_logits:
+            work.logits = logits.ctypes.data
+        if rows.noise is not None:
+            work.noises, work.noise = noises, rows.noise.ctypes.data
+        if self.library.speed_run(self._engine, work, self._error, _ERROR_BYTES):
             raise ValueError(self._problem())
-        return NativeResult(tokens, logits)
+        return NativeResult(tokens.tolist(), logits)
 
     def fill_cache(self, byte: int) -> None:
         """Overwrites all K/V and states, as other texts would: nothing of them may show."""
@@ -160,34 +182,34 @@ class NativePasses:
     def times(self) -> dict[str, float]:
         """Seconds that each part of all passes took since the last call, by `structs.PARTS`."""
         found = (ctypes.c_int64 * len(structs.PARTS))()
-        self._library.speed_times(self._engine, found)
+        self.library.speed_times(self._engine, found)
         return {part: found[index] / 1e9 for index, part in enumerate(structs.PARTS)}
 
-    def choose(self, logits: Floats, rows: Ints, choices: "NDArray[np.void]") -> Ints:
+    def choose(self, logits: Floats, rows: Numbers, choices: "NDArray[np.void]") -> list[int]:
         """A token by each of these `rows` of logits (n, vocab), as `choices` (choosing.CHOICE) say.
 
         Raises ValueError for numbers that are out of range.
         """
-        tokens = np.empty(len(rows), np.int32)
+        tokens, columns = array("i", bytes(4 * len(rows))), _Columns(rows)
         work = structs.Choosing(
             num_rows=len(rows),
             num_logits=len(logits),
             logits=logits.ctypes.data,
-            rows=rows.ctypes.data,
+            rows=columns.addresses[0],
             choices=choices.ctypes.data,
-            tokens=tokens.ctypes.data,
+            tokens=tokens.buffer_info()[0],
             scratch=self._scratch.ctypes.data,
         )
-        if self._library.speed_choose(self._engine, work, self._error, _ERROR_BYTES):
+        if self.library.speed_choose(self._engine, work, self._error, _ERROR_BYTES):
             raise ValueError(self._problem())
-        return tokens
+        return tokens.tolist()
 
-    def score(self, logits: Floats, rows: Ints, tokens: Ints, num_top: int) -> Scores:
+    def score(self, logits: Floats, rows: Numbers, tokens: Numbers, num_top: int) -> Scores:
         """What these `rows` of logits (n, vocab) say of one token each, and which are likeliest.
 
         Raises ValueError for numbers that are out of range.
         """
-        num_rows, num_top = len(rows), min(num_top, self.config.vocab_size)
+        columns, num_rows, num_top = _Columns(rows, tokens), len(rows), min(num_top, self.config.vocab_size)
         logprobs, ranks = np.empty(num_rows, np.float32), np.empty(num_rows, np.int32)
         top_tokens, top_logprobs = (
             np.empty((num_rows, num_top), np.int32),
@@ -198,14 +220,14 @@ class NativePasses:
             num_logits=len(logits),
             num_top=num_top,
             logits=logits.ctypes.data,
-            rows=rows.ctypes.data,
-            tokens=tokens.ctypes.data,
+            rows=columns.addresses[0],
+            tokens=columns.addresses[1],
             logprobs=logprobs.ctypes.data,
             ranks=ranks.ctypes.data,
             top_tokens=top_tokens.ctypes.data,
             top_logprobs=top_logprobs.ctypes.data,
         )
-        if self._library.speed_score(self._engine, work, self._error, _ERROR_BYTES):
+        if self.library.speed_score(self._engine, work, self._error, _ERROR_BYTES):
             raise ValueError(self._problem())
         return Scores(tokens, logprobs, ranks, top_tokens, top_logprobs)
 
@@ -238,15 +260,15 @@ class NativeBackend:
         for prompt in scoring:
             numbers.extend(range(prompt.row, prompt.row + prompt.num_rows))
         logit_rows = _logit_rows(asked, len(predicting), len(numbers))
-        arrays = row_arrays(rows, readouts, self.model.config)
-        found = self.passes.run(arrays, np.array(numbers, np.int32), logit_rows)
-        tokens: list[int] = found.tokens.tolist()
+        found = self.passes.run(row_arrays(rows, readouts, self.model.config), numbers, logit_rows)
+        tokens = found.tokens
         for readout, token in zip(predicting, tokens, strict=False):
             if token == NO_TOKEN and readout.is_final:
                 faults[readout.sequence] = not_a_number(readout.position, math.nan)
         if asked.chosen:
-            chosen = self.passes.choose(found.logits, logit_rows[asked.chosen], asked.choices.array)
-            for index, token in zip(asked.chosen, chosen.tolist(), strict=True):
+            chosen_rows = [logit_rows[index] for index in asked.chosen]
+            chosen = self.passes.choose(found.logits, chosen_rows, asked.choices.array)
+            for index, token in zip(asked.chosen, chosen, strict=True):
                 tokens[index] = token
         # A draft of nothing: the last word will say so.
         predicted = [max(0, token) for token in tokens[: len(predicting)]]
@@ -260,7 +282,7 @@ class NativeBackend:
         )
 
     def _scores(
-        self, logits: Floats, logit_rows: Ints, asked: Asked, readouts: Readouts, predicted: list[int]
+        self, logits: Floats, logit_rows: list[int], asked: Asked, readouts: Readouts, predicted: list[int]
     ) -> tuple[dict[int, TokenLogprobs], list[list[TokenLogprobs]]]:
         """Scores of predicted tokens by the readouts' indices, and of each prompt's tokens."""
         predicting, scoring = readouts
@@ -269,8 +291,8 @@ class NativeBackend:
         for prompt in scoring:
             tokens.extend(prompt.token_ids)
             num_tops.extend([prompt.sequence.request.prompt_logprobs or 0] * prompt.num_rows)
-        rows = logit_rows[[*asked.scored, *range(len(predicting), len(logit_rows))]]
-        scores = self.passes.score(logits, rows, np.array(tokens, np.int32), max(num_tops)).listed(num_tops)
+        rows = [*(logit_rows[index] for index in asked.scored), *logit_rows[len(predicting) :]]
+        scores = self.passes.score(logits, rows, tokens, max(num_tops)).listed(num_tops)
         of_tokens, of_prompts = (
             dict(zip(asked.scored, scores, strict=False)),
             iter(scores[len(asked.scored) :]),
@@ -278,14 +300,12 @@ class NativeBackend:
         return of_tokens, [list(islice(of_prompts, prompt.num_rows)) for prompt in scoring]
 
 
-def _logit_rows(asked: Asked, num_predicting: int, num_rows: int) -> Ints:
+def _logit_rows(asked: Asked, num_predicting: int, num_rows: int) -> list[int]:
     """Where the logits of each readout go, -1 where the likeliest token is all that is asked for."""
-    rows = np.full(num_rows, -1, np.int32)
-    wanted = sorted({*asked.chosen, *asked.scored})
-    if not wanted and num_rows == num_predicting:
-        return rows
-    rows[wanted] = np.arange(len(wanted))
-    rows[num_predicting:] = np.arange(len(wanted), len(wanted) + num_rows - num_predicting)
+    rows = [-1] * num_rows
+    wanted = [*sorted({*asked.chosen, *asked.scored}), *range(num_predicting, num_rows)]
+    for place, index in enumerate(wanted):
+        rows[index] = place
     return rows
 
 
@@ -296,47 +316,35 @@ def _scored_rows(scoring: list[PromptReadout], tokens: list[int]) -> abc.Iterato
 
 def row_arrays(rows: Rows, readouts: Readouts, config: LoopedConfig) -> RowArrays:
     """The rows of a pass as the library reads them."""
+    tokens: list[int] = []
     positions: list[int] = []
     loops: list[int] = []
     tables: list[int] = []
-    pages: list[int] = []
-    first_page: dict[int, int] = {}
-    ends = bytearray(len(rows))
-    for (table, start, num_rows, loop, _), is_last in zip(rows.runs, rows.ends_loops, strict=True):
-        page = first_page.get(id(table))
-        if page is None:
-            page = first_page[id(table)] = len(pages)
+    pages, ends = array("i"), bytearray()
+    last_table, first_page = None, 0
+    for sequence, start, num_rows, loop, _ in rows.batch:
+        table, wave = sequence.table, sequence.wave
+        assert table is not None
+        if table is not last_table:  # the runs of a sequence stand side by side
+            last_table, first_page = table, len(pages)
             pages.extend(table.pages)
-        if is_last:
-            ends[len(positions) : len(positions) + num_rows] = b"\1" * num_rows
-        positions.extend(range(start, start + num_rows))
-        loops.extend([loop] * num_rows)
-        tables.extend([page] * num_rows)
+        tokens += wave.tokens[start : start + num_rows]
+        positions += range(start, start + num_rows)
+        loops += [loop] * num_rows
+        tables += [first_page] * num_rows
+        ends += bytes([loop + 1 == wave.num_loops]) * num_rows
     for readout in readouts.predicting:
         ends[readout.row] = 1
-    tokens = [0] * len(positions)
-    for row, token in zip(rows.entering_rows, rows.tokens, strict=True):
-        tokens[row] = token
-    columns = np.array((tokens, positions, loops, tables), np.int32)
-    noises, noise = _noise(rows, config)
-    return RowArrays(
-        tokens=columns[0],
-        positions=columns[1],
-        loops=columns[2],
-        tables=columns[3],
-        pages=np.array(pages, np.int32),
-        ends=np.frombuffer(ends, np.uint8),
-        noises=noises,
-        noise=noise,
-    )
+    return RowArrays(tokens, positions, loops, tables, pages, ends, *_noise(rows, config))
 
 
 def _noise(rows: Rows, config: LoopedConfig) -> tuple[Ints | None, Floats | None]:
     """Where states start from noise: its row for each row, and the noise."""
-    if not rows.noises:
+    noisy = rows.noises()
+    if not noisy:
         return None, None
     places, parts, total = np.full(len(rows), -1, np.int32), list[Floats](), 0
-    for first, num_rows, seed, start, scale in rows.noises:
+    for first, num_rows, seed, start, scale in noisy:
         noise = state_noise(seed, start, num_rows, config.hidden_size)
         places[rows.entering[first : first + num_rows]] = np.arange(total, total + num_rows)
         parts.append((noise * (scale * config.initial_state_std)).numpy())

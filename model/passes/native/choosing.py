@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.passes.native.structs import Choice
-from model.passes.sampling import bans_endings, has_penalties, is_drawn, is_plain_greedy
+from model.passes.sampling import bans_endings, is_plain_greedy
 from model.protocol import TokenLogprobs
 from model.schedule.batch import Readout
 from model.schedule.sequence import Sequence, contained
@@ -44,7 +44,7 @@ class Choices:
         wave = sequence.wave
         counted = outputs = biased = biases = banned = _NOTHING
         forbidden = 0
-        if has_penalties(params):
+        if params.has_penalties:
             counts = sequence.counts.upto(wave, readout.position)
             counted, outputs = self._numbers(counts.tokens), self._numbers(counts.outputs)
         if params.logit_bias:
@@ -60,7 +60,7 @@ class Choices:
             (
                 params.seed % _WORD,
                 readout.position,
-                params.temperature if is_drawn(readout) else 0.0,
+                params.temperature if params.is_drawn else 0.0,
                 params.top_p,
                 params.min_p,
                 min(params.top_k, _MOST),
@@ -109,7 +109,7 @@ class Asked(NamedTuple):
 class Scores(NamedTuple):
     """What rows of logits say of one token each, and of the likeliest ones: (rows,) and (rows, num_top)."""
 
-    tokens: Ints
+    tokens: abc.Sequence[int] | Ints
     logprobs: Floats
     ranks: Ints
     top_tokens: Ints
@@ -117,8 +117,8 @@ class Scores(NamedTuple):
 
     def listed(self, num_tops: abc.Sequence[int]) -> list[TokenLogprobs]:
         """Row by row, with so many of the likeliest tokens each."""
-        columns = (column.tolist() for column in self)
+        columns = (column.tolist() for column in self[1:])
         return [
             TokenLogprobs(token, logprob, rank, list(zip(tops[:num], values[:num], strict=True)))
-            for token, logprob, rank, tops, values, num in zip(*columns, num_tops, strict=True)
+            for token, logprob, rank, tops, values, num in zip(self.tokens, *columns, num_tops, strict=True)
         ]

@@ -92,7 +92,7 @@ class TorchBackend:
     def _initial_states(self, rows: Rows, entered: Tensor) -> Tensor:
         """States before the first loop, (entering rows, hidden): noise for the requests that ask for it."""
         states = self.model.initial_state(entered)
-        for first, num_rows, seed, start, scale in rows.noises:
+        for first, num_rows, seed, start, scale in rows.noises():
             noise = state_noise(seed, start, num_rows, states.shape[1])
             noise *= scale * self.model.config.initial_state_std
             # as in to_device: pinned, so that the copy waits for no pass
