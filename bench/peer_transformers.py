@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from bench.peer_jobs import Figures, Job, Watch, answer_jobs
 from model.checkpoint.loader import load_model
-from model.network.layers import Layer
+from model.network.layers import GatedMLP, Layer
 from model.network.looped import LoopedTransformer
 
 
@@ -46,6 +46,7 @@ def unrolled(model: LoopedTransformer) -> LlamaForCausalLM:
 
 def _pieces(layer: nn.Module) -> dict[str, nn.Parameter]:
     assert isinstance(layer, Layer)
+    assert isinstance(layer.mlp, GatedMLP)
     attention, mlp = layer.attn, layer.mlp
     kv_size = attention.num_kv_heads * attention.head_dim
     sizes = [attention.num_heads * attention.head_dim, kv_size, kv_size]

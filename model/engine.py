@@ -44,6 +44,7 @@ from model.schedule.drafts import LOOKUP_POLICIES, Experience, default_depths, m
 from model.schedule.pages import PagePool, PrefixKeys
 from model.schedule.scheduler import Scheduler
 from model.schedule.sequence import Sequence
+from model.schedule.source import Source
 from model.schedule.watch import PriceKeeper
 from model.schedule.wave import Constraint, Unconstrained, Wave
 
@@ -87,7 +88,9 @@ class Engine:
         self.experience = Experience.none()
         num_tokens = _num_cache_tokens(options, self.max_model_len, fit, each)
         _warn_if_too_large(num_tokens * each, free_memory(model.device).free)
-        self.pool = PagePool(-(-num_tokens // PAGE_SIZE), PAGE_SIZE)
+        # Source and text of a request begin a page each.
+        num_pages = -(-num_tokens // PAGE_SIZE) + (model.config.encoder is not None)
+        self.pool = PagePool(num_pages, PAGE_SIZE)
         self.scheduler = Scheduler(self.pool, options, FixedBudget(options.row_budget or DEFAULT_ROW_BUDGET))
         self.backend: Backend = maker.make(model, self.pool.num_tokens, self.max_model_len)
         self.prices: PriceKeeper | None = None
@@ -120,6 +123,7 @@ class Engine:
             grammar_problem=NO_VOCABULARY if self._grammars is None else "",
             has_noisy_start=self.model.config.has_noisy_start,
             prompt_scores_problem=_prompt_scores_problem(config),
+            is_encoder_decoder=config.encoder is not None,
         )
 
     @property
@@ -245,8 +249,7 @@ class Engine:
             request_id="self-test", prompt_token_ids=[0], max_tokens=1, sampling=SamplingParams(temperature=0)
         )
         sequence = self._sequence(request, Unconstrained())
-        sequence.table = self.pool.open([], 1)
-        if sequence.table is None:
+        if not sequence.open_tables(self.pool, []):
             return False
         try:
             for loop in range(self.model.config.num_loops):
@@ -256,7 +259,7 @@ class Engine:
             log.exception("a pass without any request's rows failed as well")
             return False
         finally:
-            self.pool.free(sequence.table)
+            sequence.free_tables(self.pool)
         return True
 
     def run(self, requests: list[GenerationRequest]) -> dict[str, list[TokenEvent]]:
@@ -284,7 +287,7 @@ class Engine:
                 continue
             endings = self._ending_tokens(request)
             try:
-                state = GrammarState(grammars.vocabulary, matchers, len(request.prompt_token_ids), endings)
+                state = GrammarState(grammars.vocabulary, matchers, len(self._prompt(request)), endings)
             except GrammarError as error:
                 self._refuse(request, str(error))
                 continue
@@ -300,20 +303,35 @@ class Engine:
 
     def _sequence(self, request: GenerationRequest, constraint: Constraint) -> Sequence:
         num_loops = request.num_loops or self.model.config.num_loops
-        name = self._policy_name(request)
+        name, prompt, source = self._policy_name(request), self._prompt(request), self._source(request)
+        num_source = 0 if source is None else len(source.tokens)
         wave = Wave(
-            request.prompt_token_ids,
+            prompt,
             num_loops=num_loops,
             policy=make_policy(name, self._depths(name, num_loops), self.experience),
-            length_limit=min(len(request.prompt_token_ids) + request.max_tokens, self.max_model_len),
+            length_limit=min(len(prompt) + request.max_tokens, self.max_model_len - num_source),
             ending_tokens=self._ending_tokens(request),
             constraint=constraint,
-            prefix=len(request.prompt_token_ids) if self.model.config.prefix_lm else 0,
+            prefix=len(prompt) if self.model.config.prefix_lm else 0,
         )
         noise = (request.init_scale, request.sampling.seed) if request.init_scale > 0 else ""
         # All that K/V depends on beside the tokens before it.
-        salt = f"{num_loops}\n{noise}\n{_whole_prompt(wave)}\n{request.cache_salt}"
-        return Sequence(request, wave, PrefixKeys(salt, PAGE_SIZE))
+        whole = _whole_prompt(wave) if source is None else source.digest.hex()
+        salt = f"{num_loops}\n{noise}\n{whole}\n{request.cache_salt}"
+        return Sequence(request, wave, PrefixKeys(salt, PAGE_SIZE), source)
+
+    def _prompt(self, request: GenerationRequest) -> list[int]:
+        """What the text begins with: the prompt, or behind an encoder the decoder's own beginning."""
+        encoder = self.model.config.encoder
+        if encoder is None:
+            return request.prompt_token_ids
+        return [encoder.start_token_id, *request.decoder_prompt]
+
+    def _source(self, request: GenerationRequest) -> Source | None:
+        if self.model.config.encoder is None:
+            return None
+        is_shared = self.scheduler.limits.prefix_caching
+        return Source(request.prompt_token_ids, request.cache_salt, PAGE_SIZE, is_shared=is_shared)
 
     def _policy_name(self, request: GenerationRequest) -> str:
         return (request.draft_policy or self.draft_policy) if request.speculation else "none"
@@ -347,6 +365,8 @@ class Engine:
 
 def _prompt_scores_problem(config: LoopedConfig) -> str:
     """Why log-probabilities of a prompt would mean nothing; empty if they mean something."""
+    if config.encoder is not None:
+        return "the prompt of this model is read by its encoder, which predicts no token"
     if not config.prefix_lm:
         return ""
     return (

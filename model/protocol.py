@@ -93,11 +93,14 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # requests share cached prefixes only with those of the same salt
     tenant: str = ""  # whose it is, empty without keys: tenants take turns in the queue
     draft_policy: str | None = None  # None: the engine's own
+    decoder_prompt: list[int] = []  # behind an encoder: what the text begins with, after its start token
     include_wave: bool = False  # tell what each pass did for it
 
 
 class GenerationRequest(RequestOptions, frozen=True, kw_only=True):
     """One sequence to continue. Ids are of the model's vocabulary; counts are tokens.
+
+    In a model with an encoder the prompt is its source, and the decoder begins a text of its own.
 
     The engine ends it at `max_tokens`, at a token of `stop_token_ids` or, unless `ignore_eos`, at an
     end-of-sequence token of the model; the ending token is reported like any other. With a `grammar`
@@ -213,6 +216,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     grammar_problem: str = ""  # why this engine can't follow a grammar; empty: it can
     has_noisy_start: bool = False  # whether requests may have an `init_scale` above 0
     prompt_scores_problem: str = ""  # why log-probabilities of a prompt would mean nothing; empty: they do
+    is_encoder_decoder: bool = False  # whether a prompt is the source of another text
 
     @property
     def most_loops(self) -> int:

@@ -43,7 +43,8 @@ def check_request(request: GenerationRequest, info: EngineInfo) -> None:
     check_options(request, info)
     check_token_ids("logit_bias", request.sampling.logit_bias, info.vocab_size)
     check_prompt("prompt_token_ids", request.prompt_token_ids, info.vocab_size)
-    check_length(len(request.prompt_token_ids), request.max_tokens, info.max_model_len)
+    num_tokens = num_tokens_before(len(request.prompt_token_ids), request, info)
+    check_length(num_tokens, request.max_tokens, info.max_model_len)
 
 
 def check_options(options: RequestOptions, info: EngineInfo) -> None:
@@ -61,6 +62,12 @@ def check_options(options: RequestOptions, info: EngineInfo) -> None:
         raise RuleError("draft_policy", unknown_policy(options.draft_policy, info.draft_policies))
     if options.prompt_logprobs is not None and info.prompt_scores_problem:
         raise RuleError("prompt_logprobs", info.prompt_scores_problem)
+    if options.decoder_prompt and not info.is_encoder_decoder:
+        raise RuleError(
+            "decoder_prompt",
+            "decoder_prompt: this model has no decoder apart; its text goes on where prompt ends",
+        )
+    check_token_ids("decoder_prompt", options.decoder_prompt, info.vocab_size)
     check_token_ids("stop_token_ids", options.stop_token_ids, info.vocab_size)
     if options.grammar is not None and info.grammar_problem:
         raise RuleError("grammar", info.grammar_problem)
@@ -71,6 +78,14 @@ def check_prompt(field: str, token_ids: list[int], vocab_size: int) -> None:
     if not token_ids:
         raise RuleError(field, f"{field} is empty: the model needs at least one token")
     check_token_ids(field, token_ids, vocab_size)
+
+
+def num_tokens_before(num_prompt_tokens: int, options: RequestOptions, info: EngineInfo) -> int:
+    """Tokens of the context that are taken before the first one that is generated.
+
+    Behind an encoder these are the source and what its text begins with.
+    """
+    return num_prompt_tokens + (1 + len(options.decoder_prompt) if info.is_encoder_decoder else 0)
 
 
 def check_token_ids(field: str, token_ids: Collection[int], vocab_size: int) -> None:

@@ -228,7 +228,8 @@ def make_choices(fields: SamplingFields, plan: Plan, codec: TextCodec) -> list[C
 
     def make_choice(index: int, request: GenerationRequest) -> Choice:
         prompt = plan.prompts[index // fields.num_candidates]
-        detokenizer = Detokenizer(decode, prompt.token_ids[-CONTEXT_TOKENS:])
+        before = request.decoder_prompt if plan.has_sources else prompt.token_ids
+        detokenizer = Detokenizer(decode, before[-CONTEXT_TOKENS:])
         checker: Checker = StopChecker(patterns, include_stop=fields.include_stop_str_in_output)
         if plan.output.ends_behind_calls:
             checker = CallEnd(checker, plan.output.parser())

@@ -11,7 +11,14 @@ from typing import NamedTuple
 import msgspec
 
 from model.protocol import EngineInfo, GenerationRequest, RequestOptions, SamplingParams
-from model.rules import ContextError, TokenIdError, check_length, check_options, check_token_ids
+from model.rules import (
+    ContextError,
+    TokenIdError,
+    check_length,
+    check_options,
+    check_token_ids,
+    num_tokens_before,
+)
 from server.chat_template import ChatTemplate
 from server.errors import ContextLengthError, InvalidRequestError, quote, rules_as_refusals
 from server.guides import check_guide, check_now, check_tools, output_of
@@ -24,6 +31,7 @@ from server.prompts import (
     check_lengths,
     encode_completion,
     encode_conversation,
+    encode_decoder_prompt,
     render,
 )
 from server.schemas.chat import ChatRequest
@@ -45,12 +53,16 @@ ANYONE = Caller()
 
 
 class Plan(NamedTuple):
-    """The prompts, and the engine's requests: prompt by prompt its candidates."""
+    """The prompts, and the engine's requests: prompt by prompt its candidates.
+
+    `has_sources`: the prompts are sources, and completions begin texts of their own.
+    """
 
     id: str
     prompts: list[EncodedPrompt]
     requests: list[GenerationRequest]
     output: OutputRules = PLAIN_TEXT
+    has_sources: bool = False
 
 
 async def plan_completion(
@@ -76,7 +88,16 @@ async def plan_completion(
     _check_asked(body, options, info)
     num_characters = check_lengths(body, codec, info)
     await _check_grammar(body, lanes.grammars)
-    prompts = await lanes.texts(num_characters).run(lambda: encode_completion(body, codec, info))
+    lane = lanes.texts(num_characters)
+    if body.decoder_prompt is not None:
+        beginning = await lane.run(lambda: encode_decoder_prompt(body, codec, info))
+        options = msgspec.structs.replace(options, decoder_prompt=beginning)
+        with rules_as_refusals():
+            check_options(options, info)
+    num_taken = num_tokens_before(0, options, info)
+    if num_taken >= info.max_model_len:
+        raise ContextLengthError(num_taken, None, info.max_model_len, prompt_param="decoder_prompt")
+    prompts = await lane.run(lambda: encode_completion(body, codec, info, num_taken))
     return _plan(("cmpl", "prompt"), body, info, prompts, options)
 
 
@@ -94,6 +115,11 @@ async def plan_chat(
     """Renders, encodes and checks; raises InvalidRequestError."""
     if body.n > max_sequences:
         raise InvalidRequestError(f"n is {body.n}; one request may have {max_sequences}", param="n")
+    if body.continue_final_message and info.is_encoder_decoder:
+        raise InvalidRequestError(
+            "continue_final_message: this model reads the messages as a source and writes a text of its own",
+            param="continue_final_message",
+        )
     codec.check_text("messages")
     options = _options(body, codec, info, caller)
     _check_asked(body, options, info)
@@ -120,9 +146,11 @@ def _plan(
 ) -> Plan:
     """`names`: how the plan's id begins, and the field that holds the prompt."""
     prefix, prompt_param = names
-    limits = [_token_limit(body, len(prompt.token_ids), info, prompt_param) for prompt in prompts]
+    lengths = [num_tokens_before(len(prompt.token_ids), options, info) for prompt in prompts]
+    limits = [_token_limit(body, length, info, prompt_param) for length in lengths]
     plan_id = f"{prefix}-{uuid.uuid4().hex}"
-    return Plan(plan_id, prompts, _requests(plan_id, body, options, prompts, limits))
+    requests = _requests(plan_id, body, options, prompts, limits)
+    return Plan(plan_id, prompts, requests, has_sources=info.is_encoder_decoder)
 
 
 def _token_limit(body: SamplingFields, num_prompt_tokens: int, info: EngineInfo, prompt_param: str) -> int:
@@ -228,7 +256,14 @@ def _check_asked(fields: SamplingFields, options: RequestOptions, info: EngineIn
             f"but the model's context is {info.max_model_len} tokens",
             param="truncate_prompt_tokens",
         )
-    with rules_as_refusals(grammar=fields.format_field, prompt_logprobs="logprobs"):
+    if fields.echoes and info.is_encoder_decoder:
+        raise InvalidRequestError(
+            "echo: the prompt of this model is the source of another text, not its beginning; "
+            "what the text begins with is decoder_prompt",
+            param="echo",
+        )
+    scored = "logprobs" if fields.prompt_logprobs is None else "prompt_logprobs"
+    with rules_as_refusals(grammar=fields.format_field, prompt_logprobs=scored):
         check_options(options, info)
         for key in fields.logit_bias:
             if not _is_number(key):
@@ -247,6 +282,7 @@ def _check_text_fields(body: CompletionRequest, codec: TextCodec) -> None:
         "prompt": any(isinstance(prompt, str) for prompt in body.prompts),
         "suffix": body.suffix,
         "echo": body.echo,
+        "decoder_prompt": isinstance(body.decoder_prompt, str),
         "stop": body.stop_strings,
         body.format_field or "response_format": body.format_field,
     }.items():

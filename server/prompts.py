@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from model.protocol import EngineInfo
-from model.rules import check_prompt, check_token_ids
+from model.protocol import EngineInfo, RequestOptions
+from model.rules import check_prompt, check_token_ids, num_tokens_before
 from server.chat_template import ChatTemplate
 from server.conversation import opens_thoughts, render_conversation, template_input
 from server.errors import InvalidRequestError, TextTooLongError, quote, rules_as_refusals
@@ -43,15 +43,27 @@ class RenderedChat(NamedTuple):
     opens_thoughts: bool = False
 
 
-def encode_completion(body: CompletionRequest, codec: TextCodec, info: EngineInfo) -> list[EncodedPrompt]:
-    """The prompts of a completion request."""
+def encode_completion(
+    body: CompletionRequest, codec: TextCodec, info: EngineInfo, num_taken: int = 0
+) -> list[EncodedPrompt]:
+    """The prompts of a completion request; `num_taken` tokens of the context are taken beside them."""
     if not body.prompts:
         raise InvalidRequestError("prompt is empty", param="prompt")
     if body.suffix and codec.fill_tokens is None:
         raise InvalidRequestError(
             "suffix: the model's tokenizer has no tokens for filling in the middle", param="suffix"
         )
-    return [_encode_prompt(prompt, body, codec, info) for prompt in body.prompts]
+    return [_encode_prompt(prompt, body, codec, info, num_taken) for prompt in body.prompts]
+
+
+def encode_decoder_prompt(body: CompletionRequest, codec: TextCodec, info: EngineInfo) -> list[int]:
+    """The ids of what a decoder's text begins with, behind its start token; no special token is added."""
+    given = body.decoder_prompt
+    if not isinstance(given, str):
+        return given or []
+    ids = encode_text("decoder_prompt", given, codec, info, add_special_tokens=False) if given else []
+    _check_embedded("decoder_prompt", ids, codec, info.vocab_size)
+    return ids
 
 
 def check_lengths(body: CompletionRequest, codec: TextCodec, info: EngineInfo) -> int:
@@ -60,8 +72,11 @@ def check_lengths(body: CompletionRequest, codec: TextCodec, info: EngineInfo) -
     texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
     for text in texts:
         check_length("prompt", text, codec, info, cut=cut)
-    check_length("suffix", body.suffix or "", codec, info)
-    return sum(map(len, texts)) + len(body.suffix or "")
+    others = {"suffix": body.suffix, "decoder_prompt": body.decoder_prompt}
+    given = {field: text for field, text in others.items() if isinstance(text, str)}
+    for field, text in given.items():
+        check_length(field, text, codec, info)
+    return sum(map(len, [*texts, *given.values()]))
 
 
 def check_length(param: str, text: str, codec: TextCodec, info: EngineInfo, *, cut: bool = False) -> None:
@@ -144,7 +159,7 @@ def encode_conversation(
     if not ids:
         raise InvalidRequestError("messages: the chat template makes no text of them", param="messages")
     _check_embedded("messages", ids, codec, info.vocab_size)
-    return EncodedPrompt(_truncate(ids, body, info))
+    return EncodedPrompt(_truncate(ids, body, info, num_tokens_before(0, RequestOptions(), info)))
 
 
 def check_vocabulary(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
@@ -165,12 +180,12 @@ def _check_embedded(param: str, ids: Sequence[int], codec: TextCodec, vocab_size
 
 
 def _encode_prompt(
-    prompt: str | list[int], body: CompletionRequest, codec: TextCodec, info: EngineInfo
+    prompt: str | list[int], body: CompletionRequest, codec: TextCodec, info: EngineInfo, num_taken: int
 ) -> EncodedPrompt:
     ids = _read(prompt, body, codec, info)
     with rules_as_refusals():
         check_prompt("prompt", ids, info.vocab_size)
-    kept = _truncate(ids, body, info)
+    kept = _truncate(ids, body, info, num_taken)
     if not body.echo:
         return EncodedPrompt(kept)
     decode = partial(codec.decode, skip_special_tokens=body.skip_special_tokens)
@@ -199,10 +214,10 @@ def _read_text(prompt: str, body: CompletionRequest, codec: TextCodec, info: Eng
     return encode_text("prompt", prompt, codec, info)
 
 
-def _truncate(ids: list[int], body: SamplingFields, info: EngineInfo) -> list[int]:
+def _truncate(ids: list[int], body: SamplingFields, info: EngineInfo, num_taken: int) -> list[int]:
     """The last `truncate_prompt_tokens` ids; for -1 what the context holds beside the completion."""
     if body.truncate_prompt_tokens is None:
         return ids
-    most = info.max_model_len - (1 if body.token_limit is None else body.token_limit)
+    most = info.max_model_len - num_taken - (1 if body.token_limit is None else body.token_limit)
     limit = most if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
     return ids if len(ids) <= limit or limit < 1 else ids[-limit:]

@@ -75,12 +75,14 @@ class LoadedModel:
         num_loops: int | None = None,
         initial_state: Tensor | NDArray[np.float32] | None = None,
         prefix: int | None = None,
+        encoder_ids: Sequence[int] | None = None,
     ) -> Tensor:
         """Logits (tokens, vocab) in fp32 after `num_loops` loops (1..R; None is R), without a cache.
 
         `initial_state` (at least tokens, hidden) replaces the zeros, or the input, that a model with
         input injection starts from. In a model that reads its prompt both ways the first `prefix` tokens
-        are the prompt, all by default. Raises ValueError, with the limits, for anything out of range.
+        are the prompt, all by default. `encoder_ids` is the source of a model with an encoder; `input_ids`
+        begin with its start token then. Raises ValueError, with the limits, for anything out of range.
         """
         loops = self.config.num_loops if num_loops is None else num_loops
         given = None if initial_state is None else torch.as_tensor(initial_state)
@@ -89,8 +91,10 @@ class LoadedModel:
         ids = torch.tensor([list(input_ids)], device=self.model.device)
         if given is not None:
             given = given[: len(input_ids)].to(self.model.device, self.model.dtype)
+        source = self._source(encoder_ids)
         with torch.inference_mode():
-            state = self.model.depths(ids, loops, given, both_ways)[-1]
+            encoded = None if source is None else self.model.encode(source)
+            state = self.model.depths(ids, loops, given, both_ways, encoded)[-1]
             return self.model.whole_readout(state)[0].float()
 
     def gate_logits(self, input_ids: Sequence[int]) -> Tensor:
@@ -102,6 +106,18 @@ class LoadedModel:
             states = self.model.depths(torch.tensor([list(input_ids)], device=self.model.device))
             logits: Tensor = self.model.gate(torch.cat(states))
             return logits.squeeze(-1).float()
+
+    def _source(self, encoder_ids: Sequence[int] | None) -> Tensor | None:
+        """The source's ids (1, tokens) for a model with an encoder."""
+        if (encoder_ids is None) == (self.config.encoder is not None):
+            needs = (
+                "needs encoder_ids, the source" if self.config.encoder else "has no encoder for encoder_ids"
+            )
+            raise ValueError(f"this {self.config.family} model {needs}")
+        if encoder_ids is None:
+            return None
+        self._check(encoder_ids, 1, None)
+        return torch.tensor([list(encoder_ids)], device=self.model.device)
 
     def _prefix(self, size: int, prefix: int | None) -> int:
         if not self.config.prefix_lm:
@@ -291,8 +307,9 @@ def _modelopt_problem(raw: dict[str, Any]) -> str:
 def _without_weights(checkpoint: _Checkpoint, stored: dict[str, StoredTensor]) -> LoopedTransformer:
     """The model on the meta device, which takes no memory whatever sizes config.json claims."""
     config, where = checkpoint.config, checkpoint.folder / CONFIG_FILE
-    if config.num_layers > len(stored):
-        raise CheckpointError(f"{where} says {config.num_layers} layers, but there are {len(stored)} tensors")
+    num_layers = config.num_layers + (config.encoder.num_layers if config.encoder else 0)
+    if num_layers > len(stored):
+        raise CheckpointError(f"{where} says {num_layers} layers, but there are {len(stored)} tensors")
     # The one size that takes memory here: the rotary frequencies are real.
     if config.head_dim > (largest := max(math.prod(tensor.shape) for tensor in stored.values())):
         raise CheckpointError(

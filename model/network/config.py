@@ -114,6 +114,41 @@ class UnitScales:
 
 
 @dataclass(frozen=True)
+class RelativeBias:
+    """Positions told by a learned number for each head, added to the scores of self-attention (T5).
+
+    The number depends on the distance between two tokens: near ones have a bucket each, further ones share
+    buckets that widen with the logarithm, and all from `max_distance` on are one.
+    """
+
+    num_buckets: int
+    max_distance: int
+
+    def __post_init__(self) -> None:
+        if (
+            self.num_buckets < 4
+        ):  # half of them for each direction in the encoder, half of those for near ones
+            raise ConfigError(f"num_buckets is {self.num_buckets}; it must be at least 4")
+        if self.max_distance <= self.num_buckets // 2:
+            raise ConfigError(
+                f"max_distance is {self.max_distance}; it must be greater than half of num_buckets, "
+                f"{self.num_buckets // 2}"
+            )
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The encoder before a decoder: layers like the decoder's own that read a source both ways, once."""
+
+    num_layers: int
+    start_token_id: int  # what a text begins with, before any token of its own
+
+    def __post_init__(self) -> None:
+        if self.num_layers < 1:
+            raise ConfigError(f"encoder layers are {self.num_layers}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class LoopedConfig:
     """Shape of a looped transformer: prelude layers, one block run `num_loops` times, coda layers.
 
@@ -156,6 +191,11 @@ class LoopedConfig:
     qk_bias: bool = False  # a bias per head on q and k, before the rotary embedding (Huginn)
     output_gate: bool = False  # attention's output times the sigmoid of a projection of its input
     unit_scales: UnitScales | None = None  # learned scales and unit queries and keys (Dory)
+    attention_scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
+    gated_mlp: bool = True  # False: down(act(up x)) (T5 1.0)
+    head_scale: float = 1.0  # of the head's input
+    encoder: EncoderConfig | None = None  # the block's layers also attend over what it makes of a source
+    relative_bias: RelativeBias | None = None  # in place of the rotary embedding
     tie_embeddings: bool = False
     exit_gate: bool = False  # a learned gate on the state after each loop (Ouro)
     sliding_window: int | None = None  # tokens that a row of a windowed layer sees, its own included
@@ -179,7 +219,7 @@ class LoopedConfig:
         if self.activation not in ACTIVATIONS:
             known = ", ".join(sorted(ACTIVATIONS))
             raise ConfigError(f"activation {self.activation!r} is not supported; {known} are")
-        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+        if self.relative_bias is None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise ConfigError(f"rotary dimension {self.rotary_dim} must be even, 2..head_dim {self.head_dim}")
         if self.rope.kind == "longrope" and len(self.rope.divisors) != self.rotary_dim // 2:
             raise ConfigError(
@@ -188,6 +228,7 @@ class LoopedConfig:
             )
         self._check_windows()
         self._check_loops()
+        self._check_encoder()
 
     def _check_windows(self) -> None:
         if self.sliding_window is not None and self.sliding_window < 1:
@@ -202,6 +243,23 @@ class LoopedConfig:
             )
         if self.low_cycles and (self.num_block_layers % 2 or self.num_prelude_layers or self.num_coda_layers):
             raise ConfigError("a block of two stacks has as many layers in each, and no prelude or coda")
+
+    def _check_encoder(self) -> None:
+        if self.encoder is None:
+            if self.relative_bias is not None:
+                raise ConfigError("a relative_bias needs an encoder")
+            return
+        if self.num_prelude_layers or self.num_coda_layers or self.low_cycles or self.first_loop_gate:
+            raise ConfigError("a decoder behind an encoder is one block of layers, each run in every loop")
+        if self.relative_bias is None or self.num_kv_heads != self.num_heads:
+            raise ConfigError(
+                "a decoder behind an encoder has a relative_bias and as many K/V heads as heads"
+            )
+        if not self.encoder.start_token_id < self.vocab_size:
+            raise ConfigError(
+                f"start_token_id is {self.encoder.start_token_id}; it must be below vocab_size, "
+                f"{self.vocab_size}"
+            )
 
     @property
     def most_loops(self) -> int:
@@ -290,9 +348,14 @@ class LoopedConfig:
         """Tokens that a row of any windowed layer sees in this loop, its own included; None is all."""
         return None if self.first_loop_gate and loop == 0 else self.sliding_window
 
+    @property
+    def source_caches(self) -> range:
+        """Indices behind `num_caches` of the K/V of a source: one for each layer, the same in every loop."""
+        return range(self.num_caches, self.num_caches + (self.num_block_layers if self.encoder else 0))
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of K and V that one position holds over all slots, at `itemsize` bytes a number."""
-        return 2 * self.num_slots * self.num_kv_heads * self.head_dim * itemsize
+        """Bytes of K and V that a cell holds over all slots, a source's too, at `itemsize` bytes a number."""
+        return 2 * (self.num_slots + len(self.source_caches)) * self.num_kv_heads * self.head_dim * itemsize
 
 
 _MAY_BE_ZERO = {"num_prelude_layers", "num_coda_layers", "low_cycles"}

@@ -23,6 +23,7 @@ from model.network.config import (
 
 # (layer index, q, k, v) -> attention output; q, k, v are (..., heads, head_dim), q already rotated.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Angles = tuple[Tensor, ...]  # cos and sin, and those of the second rotary embedding where there is one
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -219,6 +220,7 @@ class Attention(nn.Module):
         self.num_gate_heads = gated  # the first ones of the product, before q, k and v
         self.qkv_proj = nn.Linear(c.hidden_size, width, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.output_bias)
+        self.is_rotated = c.relative_bias is None
         self.rotary = [rotary]  # in a list: shared by all layers, not a sub-module of each
         if c.qk_norm:
             self.q_norm = RMSNorm(c.num_heads * c.head_dim, c.norm_eps)
@@ -236,7 +238,7 @@ class Attention(nn.Module):
             self.query_scale = nn.Parameter(torch.ones(c.num_heads * c.head_dim))
             self.gate_scale = nn.Parameter(torch.ones(c.num_heads * c.head_dim))
 
-    def forward(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, layer: int, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
         """Attention of x (..., hidden) for the layer with this index; same shape out."""
         gate, qkv = self._parted(self.qkv_proj(x))
         heads = qkv.view(*qkv.shape[:-1], -1, self.head_dim)  # (..., heads + 2 kv_heads, head_dim)
@@ -246,7 +248,8 @@ class Attention(nn.Module):
             qk = self._normalised(qkv)
         if self.has_qk_bias:
             qk = qk + self.qk_bias
-        qk = self.rotary[0].rotate(qk, *angles)
+        if self.is_rotated:
+            qk = self.rotary[0].rotate(qk, *angles)
         q, k = qk[..., : self.num_heads, :], qk[..., self.num_heads :, :]
         if self.scales:
             q, k = self._scaled(self.unit(q)), self.unit(k)
@@ -335,10 +338,59 @@ class GatedMLP(nn.Module):
         return wide(self.gate_up_scale) * self.scales.mlp
 
 
-class Layer(nn.Module):
-    """One transformer layer; `NormPlacement` decides which of the norms are real."""
+class PlainMLP(nn.Module):
+    """down(act(up x))."""
 
-    def __init__(self, config: LoopedConfig, rotary: Rotary) -> None:
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__()
+        c = config
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.activation = ACTIVATIONS[c.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The MLP of x (..., hidden); same shape out."""
+        out: Tensor = self.down_proj(self.activation(self.up_proj(x)))
+        return out
+
+
+class SourceAttention(nn.Module):
+    """A decoder layer's attention over what an encoder made of a source.
+
+    It knows no positions, and its K and V are the same in every loop: they are made once.
+    """
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__()
+        c, width = config, config.num_heads * config.head_dim
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, c.hidden_size, bias=False)
+
+    def keys_and_values(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of encoded sources (..., hidden), each (..., heads, head_dim)."""
+        return self._heads(self.k_proj(encoded)), self._heads(self.v_proj(encoded))
+
+    def forward(self, cache: int, x: Tensor, attend: Attend) -> Tensor:
+        """Attention of x (..., hidden) over the K and V with this index (`LoopedConfig.source_caches`)."""
+        q = self._heads(self.q_proj(x))
+        nothing = q[..., :0, :]  # is written
+        projected: Tensor = self.o_proj(attend(cache, q, nothing, nothing).flatten(-2))
+        return projected
+
+    def _heads(self, product: Tensor) -> Tensor:
+        return product.view(*product.shape[:-1], -1, self.head_dim)
+
+
+class Layer(nn.Module):
+    """One transformer layer; `NormPlacement` decides which of the norms are real.
+
+    With `reads_source` it attends over a source between text and MLP.
+    """
+
+    def __init__(self, config: LoopedConfig, rotary: Rotary, *, reads_source: bool = False) -> None:
         super().__init__()
         place = config.norm_placement
 
@@ -351,11 +403,17 @@ class Layer(nn.Module):
         self.attn_out_norm, self.mlp_out_norm = norm(*after), norm(*after)
         self.attn_sum_norm, self.mlp_sum_norm = norm(NormPlacement.POST_ADD), norm(NormPlacement.POST_ADD)
         self.attn = Attention(config, rotary)
-        self.mlp = GatedMLP(config)
+        self.mlp = GatedMLP(config) if config.gated_mlp else PlainMLP(config)
+        self.first_source_cache = config.source_caches.start
+        self.reads_source = reads_source
+        if reads_source:
+            self.source_norm, self.source_attn = make_norm(config), SourceAttention(config)
 
-    def forward(self, layer: int, h: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, layer: int, h: Tensor, angles: Angles, attend: Attend) -> Tensor:
         """h (..., hidden) through attention and MLP; returns a new tensor of the same shape."""
         h = self.attn_sum_norm(h + self.attn_out_norm(self.attn(layer, self.attn_norm(h), angles, attend)))
+        if self.reads_source:
+            h = h + self.source_attn(self.first_source_cache + layer, self.source_norm(h), attend)
         out: Tensor = self.mlp_sum_norm(h + self.mlp_out_norm(self.mlp(self.mlp_norm(h))))
         return out
 
@@ -372,7 +430,7 @@ class InterpolatedLayer(nn.Module):
         self.mlp_rate = nn.Parameter(torch.ones(config.hidden_size))
         self.factor = scales.rate
 
-    def forward(self, layer: int, h: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, layer: int, h: Tensor, angles: Angles, attend: Attend) -> Tensor:
         """h (..., hidden), of any length, through attention and MLP; a new tensor of the same shape."""
         h = self.norm(h)
         h = self.norm(self._step(h, self.attn(layer, h, angles, attend), self.attn_rate))
@@ -390,7 +448,7 @@ class InterpolatedLayer(nn.Module):
 def make_layer(config: LoopedConfig, rotary: Rotary) -> nn.Module:
     """A layer of the model's kind; raises ConfigError for states that interpolate without scales."""
     if config.norm_placement is not NormPlacement.INTERPOLATION:
-        return Layer(config, rotary)
+        return Layer(config, rotary, reads_source=config.encoder is not None)
     if config.unit_scales is None:
         raise ConfigError("norm_placement is interpolation; it needs unit_scales")
     return InterpolatedLayer(config, config.unit_scales, rotary)
@@ -409,6 +467,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
     mask = None if window is None and not prefix else _seen(q.shape[-2], window, prefix, q.device)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(-2, -3)
+
+
+def scored_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    """Attention of q (batch, tokens, heads, head_dim) over k and v (batch, seen, heads, head_dim).
+
+    `bias` (broadcast to batch, heads, tokens, seen) is added to the scores, -inf hides one; `scale` is their
+    factor, 1 / sqrt(head_dim) for None. While training on a CPU it is spelt out, which is faster backwards.
+    """
+    q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
+    if not (q.requires_grad and q.device.type == "cpu"):
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(-2, -3)
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    shares = (scores if bias is None else scores + bias).float().softmax(-1).to(v.dtype)
+    return (shares @ v).transpose(-2, -3)
 
 
 def _trained_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -5,20 +5,38 @@ reads K and V. Invariant: `loop` is one function of (state, injected input) what
 row (but for one flag), so rows at different depths run in one batch.
 """
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from model.network.config import InitialState, LoopedConfig
-from model.network.layers import Attend, Layer, Rotary, causal_attention, make_layer, make_norm, wide
+from model.network.encoder import Encoder, hidden_from_scores
+from model.network.layers import (
+    Angles,
+    Attend,
+    Layer,
+    Rotary,
+    causal_attention,
+    make_layer,
+    make_norm,
+    scored_attention,
+    wide,
+)
+from model.network.relative import RelativeScores
 
-Angles = tuple[Tensor, ...]  # cos and sin, and those of the second rotary embedding where there is one
 Stored = dict[int, tuple[Tensor, Tensor]]  # layer -> K and V of whole sequences
 
 
+class Source(NamedTuple):
+    """Encoded sources (batch, tokens, hidden), and which tokens are theirs (batch, tokens); None: all."""
+
+    encoded: Tensor
+    seen: Tensor | None = None
+
+
 class LoopedTransformer(nn.Module):
-    """A depth-shared decoder: prelude, block x num_loops, coda, head."""
+    """A depth-shared decoder: prelude, block x num_loops, coda, head; with an encoder before it in some."""
 
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
@@ -39,6 +57,10 @@ class LoopedTransformer(nn.Module):
             self.logit_scale = nn.Parameter(torch.ones(config.vocab_size))
         if config.low_cycles:
             self.low_state = nn.Parameter(torch.zeros(config.hidden_size))
+        if config.relative_bias:
+            self.relative = RelativeScores(config.relative_bias, config.num_heads, both_ways=False)
+        if config.encoder:
+            self.encoder = Encoder(config, self.rotary)
 
     def tie(self) -> None:
         """Makes head and embedding one tensor again where the config ties them (`to_empty` parts them)."""
@@ -56,7 +78,9 @@ class LoopedTransformer(nn.Module):
         return self.embedding.weight.device
 
     def angles(self, positions: Tensor) -> Angles:
-        """Rotary cos and sin of integer positions (...), for the calls below."""
+        """Rotary cos and sin of integer positions (...), for the calls below; nothing if none is rotated."""
+        if self.config.relative_bias is not None:
+            return ()
         angles: Angles = self.rotary(positions, self.dtype)
         if self.second_rotary is not None:
             angles = (*angles, *self.second_rotary(positions, self.dtype))
@@ -108,6 +132,8 @@ class LoopedTransformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab) of the head's inputs (..., hidden); in the model's dtype, in fp32 if scaled."""
+        if self.config.head_scale != 1.0:
+            hidden = hidden * self.config.head_scale
         logits: Tensor = self.head(hidden)
         if self.config.unit_scales is None:
             return logits
@@ -118,6 +144,15 @@ class LoopedTransformer(nn.Module):
         """What logits are multiplied by, (vocab,), in a model with learned scales."""
         assert self.config.unit_scales is not None
         return wide(self.logit_scale) * self.config.unit_scales.logit
+
+    def encode(self, token_ids: Tensor, seen: Tensor | None = None) -> Source:
+        """What the encoder makes of sources (batch, tokens); `seen` as in `Source`."""
+        return Source(self.encoder(self.embedding(token_ids), seen), seen)
+
+    def source_keys_and_values(self, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer, K and V (..., heads, head_dim) of encoded sources (..., hidden)."""
+        layers = (cast(Layer, layer) for layer in self.layers)
+        return [layer.source_attn.keys_and_values(encoded) for layer in layers]
 
     def readout(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
         """Logits (..., vocab) of a state after any number of loops."""
@@ -149,13 +184,19 @@ class LoopedTransformer(nn.Module):
         num_loops: int | None = None,
         initial_state: Tensor | None = None,
         prefix: int = 0,
+        source: Source | None = None,
     ) -> list[Tensor]:
         """States after loop 1..num_loops of whole sequences, without a cache: the slow, obvious way.
 
         token_ids (batch, tokens); initial_state (tokens, hidden) or None; each state is (batch,
-        tokens, state_size). The first `prefix` tokens see one another both ways. Training and the
-        reference logits use it.
+        tokens, state_size). The first `prefix` tokens see one another both ways. A model with an encoder
+        needs a `source` (batch, ...). Training and the reference logits use it.
         """
+        if (source is None) == (self.config.encoder is not None):
+            needs = "needs a source" if source is None else "has no encoder for a source"
+            raise ValueError(f"this {self.config.family} model {needs}")
+        if source is not None:
+            return self._depths_behind(token_ids, num_loops, source)
         angles = self.angles(torch.arange(token_ids.shape[-1], device=token_ids.device))
         stored: Stored = {}
         entered = self.enter(token_ids, angles, self._attend_whole(0, stored, prefix))
@@ -164,6 +205,15 @@ class LoopedTransformer(nn.Module):
         for loop in range(num_loops or self.config.num_loops):
             first = torch.tensor([loop == 0], device=state.device) if self.skips_first_adapter else None
             state = self.loop(state, entered, angles, self._attend_whole(loop, stored, prefix), first)
+            states.append(state)
+        return states
+
+    def _depths_behind(self, token_ids: Tensor, num_loops: int | None, source: Source) -> list[Tensor]:
+        """`depths` of a decoder behind an encoder: no prelude, no rotary embedding, nothing injected."""
+        attend = self._attend_source(token_ids, source)
+        state, states = self.embedding(token_ids), []
+        for _ in range(num_loops or self.config.num_loops):
+            state = self.loop(state, state, (), attend)
             states.append(state)
         return states
 
@@ -188,6 +238,23 @@ class LoopedTransformer(nn.Module):
             return causal_attention(q, *stored[layer])
 
         return self.gated(own, first) if self.config.first_loop_gate and loop > 0 else own
+
+    def _attend_source(self, token_ids: Tensor, source: Source) -> Attend:
+        """Attention over whole texts (batch, tokens) and over their sources."""
+        config, device = self.config, token_ids.device
+        places = torch.arange(token_ids.shape[-1], device=device)
+        ahead = places - places[:, None]
+        bias = self.relative(ahead).permute(2, 0, 1).masked_fill(ahead > 0, -torch.inf)
+        stored = self.source_keys_and_values(source.encoded)
+        hidden = None if source.seen is None else hidden_from_scores(source.seen, self.dtype)
+
+        def attend(cache: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if cache in config.source_caches:
+                k, v = stored[cache - config.source_caches.start]
+                return scored_attention(q, k, v, hidden, config.attention_scale)
+            return scored_attention(q, k, v, bias, config.attention_scale)
+
+        return attend
 
     def _run_stacks(self, state: Tensor, angles: Angles, attend: Attend) -> Tensor:
         """A loop over two states side by side (..., 2 hidden): the low stack's cycles, the high stack."""

@@ -49,7 +49,7 @@ def held_memory(device: str) -> HeldMemory:
 def pass_bytes(model: LoopedTransformer, limits: SchedulerLimits) -> int:
     """What the largest pass takes while it runs: activations of its rows, logits of its readouts."""
     config = model.config
-    whole_prompt = config.max_positions if config.prefix_lm else 0  # it is read in one piece
+    whole_prompt = config.max_positions if config.prefix_lm or config.encoder else 0  # read in one piece
     rows = max(limits.most_prompt_rows, whole_prompt) + limits.max_num_seqs * config.most_loops
     width = 8 * config.hidden_size + 3 * config.intermediate_size
     width += 2 * (config.num_heads + config.num_kv_heads) * config.head_dim

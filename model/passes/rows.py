@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from model.schedule.batch import ScheduledRun
 from model.schedule.pages import PageTable
+from model.schedule.source import Source
 
 Ints = NDArray[np.int64]
 
@@ -22,6 +23,7 @@ class RowRun(NamedTuple):
 
     `loop` (0..R-1) picks the slots of the layers that the rows run through; 0 in prelude and coda. The
     first `prefix` positions of the sequence see one another both ways: its prompt, if the model reads so.
+    All rows also see the `source`, in a model with an encoder.
     """
 
     table: PageTable
@@ -29,6 +31,7 @@ class RowRun(NamedTuple):
     num_rows: int
     loop: int
     prefix: int = 0
+    source: Source | None = None
 
     def end_seen(self, position: int) -> int:
         """The position behind the last one that the row at `position` sees."""
@@ -67,7 +70,7 @@ class Rows:
         runs = []
         for sequence, start, num_rows, loop, _ in self.batch:
             assert sequence.table is not None
-            runs.append(RowRun(sequence.table, start, num_rows, loop, sequence.wave.prefix))
+            runs.append(RowRun(sequence.table, start, num_rows, loop, sequence.wave.prefix, sequence.source))
         return runs
 
     @cached_property
@@ -79,6 +82,12 @@ class Rows:
     def ends_loops(self) -> list[bool]:
         """Of each run: whether it does its last loop."""
         return [run.is_last_loop for run in self.batch]
+
+    @cached_property
+    def new_sources(self) -> list[Source]:
+        """Sources that are to be encoded before any row runs, each once."""
+        sources = (run.sequence.source for run in self.batch)
+        return list(dict.fromkeys(source for source in sources if source is not None and source.num_unread))
 
     def noises(self) -> list[Noise]:
         """The entering rows whose states start from noise."""

@@ -3,8 +3,9 @@
 A pass has a time to keep while anybody decodes; what the decoding rows leave of it goes to prompts, the
 one that is due first. A prompt of N rows is due once N rows of any prompts were run since it was admitted.
 So a newcomer that is shorter than the rest of it goes first, but less and less the more others have gone
-first, and none that comes once it is due. Invariant: where any prompt waits, at least one
-row of a prompt runs in every pass; so every prompt is read.
+first, and none that comes once it is due. A source that an encoder reads counts as rows of the pass in which
+its sequence begins; it is never cut, and one that no pass has room for goes with no other. Invariant: where
+any prompt waits, at least one row of a prompt runs in every pass; so every prompt is read.
 """
 
 import math
@@ -37,7 +38,7 @@ class PromptSharing:
 
     def due(self, sequence: Sequence) -> int:
         """When a sequence that is admitted now is due, as a value of `rows_run`."""
-        return self.rows_run + sequence.wave.num_rows_to_read
+        return self.rows_run + sequence.wave.num_rows_to_read + sequence.num_unread_source
 
     def take(self, readers: Iterable[Sequence], cost: PassCost, milliseconds: float) -> PromptRows:
         """What each of `readers` runs in so much time; enters and cuts their runs."""
@@ -46,7 +47,12 @@ class PromptSharing:
         for sequence in sorted(readers, key=_turn):
             left, price = self.most_rows - total, cost.prompt_row(sequence.wave.num_complete)
             room = left if price * left <= milliseconds - spent else int((milliseconds - spent) / price)
-            taken[sequence], rows = self._take(sequence.wave, max(room, not total), is_first=not total)
+            source = sequence.num_unread_source
+            if source >= room and total:
+                continue  # it is encoded in one piece, in a pass that has room for it or for nothing else
+            room = max(room - source, not total)
+            taken[sequence], rows = self._take(sequence.wave, room, is_first=not total)
+            rows += source if rows else 0
             total += rows
             spent += rows * price
             if total >= self.most_rows or spent >= milliseconds:

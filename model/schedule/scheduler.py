@@ -166,8 +166,7 @@ class Scheduler:
     def take_ended(self) -> list[TokenEvent]:
         """Ends the sequences that have a fault; the last events of these and of those that `retry` ended."""
         for sequence in [sequence for sequence in self.running if sequence.fault is not None]:
-            assert sequence.table is not None
-            self.pool.forget(sequence.table)
+            sequence.forget_tables(self.pool)
             self._release(sequence)
             self._fail(sequence)
         ended, self._ended = self._ended, []
@@ -240,11 +239,14 @@ class Scheduler:
             with contained(sequence, faults):
                 digests = self._digests(sequence)
                 shared = self.pool.lookup(digests)
-                if len(shared) < len(digests) and self._is_being_read(digests, len(shared)):
+                if self._is_being_encoded(sequence) or (
+                    len(shared) < len(digests) and self._is_being_read(digests, len(shared))
+                ):
                     self._queue.pop()
                     deferred.append(sequence)
                     continue
-                opened = self._open(sequence, shared)
+                spare = len(self.running)  # each may need one more page soon
+                opened = sequence.open_tables(self.pool, shared, spare)
             if not opened:
                 break
             self._queue.pop()
@@ -256,24 +258,20 @@ class Scheduler:
         for sequence in deferred:
             self._queue.push(sequence)
 
-    def _open(self, sequence: Sequence, shared: list[int]) -> bool:
-        """Gives the sequence its first pages; False if there are too few."""
-        wave = sequence.wave
-        spare = len(self.running)  # each may need one more page soon
-        sequence.table = self.pool.open(shared, min(wave.num_known + 1, wave.length_limit), spare)
-        return sequence.table is not None
-
     def _start(self, sequence: Sequence, num_cached: int) -> None:
         sequence.wave.skip(num_cached)
         self.running.append(sequence)
         self._queue.admitted(sequence)
         if sequence.queue_seconds is None:
             sequence.queue_seconds = monotonic() - sequence.arrived_at
-            sequence.num_cached = num_cached
+            found = num_cached
+            if sequence.source is not None and sequence.source.is_written:
+                found += len(sequence.source.tokens)
+            sequence.num_cached = found
             sequence.due = self._prompts.due(sequence)
-            self.counts.prompt_tokens += sequence.wave.prompt_length
-            self.counts.prefix_queries += sequence.wave.prompt_length
-            self.counts.prefix_hits += num_cached
+            self.counts.prompt_tokens += sequence.num_prompt_tokens
+            self.counts.prefix_queries += sequence.num_prompt_tokens
+            self.counts.prefix_hits += found
 
     def _digests(self, sequence: Sequence) -> list[bytes]:
         """Digests of the full pages that will be read; the last token must run, to predict the next one."""
@@ -285,6 +283,13 @@ class Scheduler:
     def _is_being_read(self, digests: list[bytes], page: int) -> bool:
         readers = (sequence for sequence in self.running if sequence.wave.is_reading_prompt)
         return any(digests[page] in self._digests(reader)[page : page + 1] for reader in readers)
+
+    def _is_being_encoded(self, sequence: Sequence) -> bool:
+        """Whether the next pass, or one after it, encodes a source like this one's for somebody else."""
+        if sequence.source is None or not sequence.source.keys:
+            return False
+        unread = (running.source for running in self.running if running.num_unread_source)
+        return any(source is not None and source.keys == sequence.source.keys for source in unread)
 
     def _make_room(self) -> None:
         """Pages for the certain rows of the next pass, oldest first; the newest sequences make way."""
@@ -316,9 +321,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        assert sequence.table is not None
-        self.pool.free(sequence.table)
-        sequence.table = None
+        sequence.free_tables(self.pool)
 
     # ---- the rows of a pass --------------------------------------------------------------------
 
@@ -411,6 +414,8 @@ class Scheduler:
             sequence.passes += 1
             sequence.rows += sum([run.num_rows for run in runs])
         before = wave.accepted_drafts, wave.rejected_drafts
+        if sequence.num_unread_source and sequence.source is not None:
+            sequence.source.written(self.pool)
         committed = sequence.update(runs, predictions)
         self._count(wave, before, len(committed))
         self._register(sequence)

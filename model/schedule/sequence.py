@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 from model.protocol import GenerationRequest, SequenceStats, TokenLogprobs, WaveRecord
 from model.schedule.counts import TokenCounts
-from model.schedule.pages import PageTable, PrefixKeys
+from model.schedule.pages import PagePool, PageTable, PrefixKeys
 from model.schedule.record import WaveRecorder
+from model.schedule.source import Source
 from model.schedule.wave import Run, Wave
 
 log = logging.getLogger(__name__)
@@ -19,13 +20,18 @@ log = logging.getLogger(__name__)
 class Sequence:
     """One request on its way: its wave, its pages (None while it waits), what it has cost.
 
+    `source` is what an encoder reads for it, in a model that has one.
+
     `rank` (priority, round, arrival) orders the sequences that were admitted, None before: the smaller one
     is served first and pre-empted last. `fault` says why the sequence cannot go on: the scheduler ends the
     sequence, and no other, with this error.
     """
 
-    def __init__(self, request: GenerationRequest, wave: Wave, keys: PrefixKeys) -> None:
+    def __init__(
+        self, request: GenerationRequest, wave: Wave, keys: PrefixKeys, source: Source | None = None
+    ) -> None:
         self.request = request
+        self.source = source
         self.wave = wave
         self._recorder = WaveRecorder(wave) if request.include_wave else None
         self.keys = keys
@@ -58,6 +64,46 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens committed behind the prompt."""
         return self.wave.num_committed - self.wave.prompt_length
+
+    @property
+    def num_unread_source(self) -> int:
+        """Tokens of its source that the pass which runs its next rows encodes first."""
+        return 0 if self.source is None else self.source.num_unread
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that are read before the first one is generated: of the source, and before the text."""
+        return self.wave.prompt_length + (0 if self.source is None else len(self.source.tokens))
+
+    def open_tables(self, pool: PagePool, shared: list[int], spare: int = 0) -> bool:
+        """Takes pages for all that is known; False, with none taken, if too few are free.
+
+        The text begins with the pages `shared`. `spare` pages must stay free.
+        """
+        wave = self.wave
+        length = min(wave.num_known + 1, wave.length_limit)
+        self.table = pool.open(shared, length, spare)
+        if self.table is None or self.source is None or self.source.open(pool, spare):
+            return self.table is not None
+        pool.free(self.table)
+        self.table = None
+        return False
+
+    def free_tables(self, pool: PagePool) -> None:
+        """Gives all its pages back."""
+        assert self.table is not None
+        pool.free(self.table)
+        self.table = None
+        if self.source is not None:
+            self.source.close(pool)
+
+    def forget_tables(self, pool: PagePool) -> None:
+        """Nobody shares its pages from now on: what is in them may be wrong."""
+        assert self.table is not None
+        pool.forget(self.table)
+        if self.source is not None:
+            assert self.source.table is not None
+            pool.forget(self.source.table)
 
     @property
     def counts(self) -> TokenCounts:

@@ -39,6 +39,7 @@ class Facts(NamedTuple):
     family: str
     num_loops: int
     layers: str  # prelude + block + coda
+    encoder_layers: int  # before a decoder; 0: none
     parameters_stored: int
     parameters_effective: int  # the block's counted once for each loop
     dtype: str
@@ -118,6 +119,8 @@ def inspect(args: argparse.Namespace) -> Report:
     facts = gather_facts(args.model, load_skeleton(folder, args.max_loops).to(DTYPES[name]), choice)
     if args.text is None:
         return Report(facts)
+    if facts.encoder_layers:
+        raise ValueError("--text: this model writes texts for sources, so that a text alone can't be judged")
     drafts = None if args.draft_depths is None else _depths(args.draft_depths)
     ids = read_ids(folder, args.text)[: args.max_tokens]
     model = load_model(folder, device, name).model
@@ -155,6 +158,7 @@ def gather_facts(name: str, model: LoopedTransformer, choice: Choice) -> Facts:
         family=config.family,
         num_loops=config.num_loops,
         layers=f"{config.num_prelude_layers} + {config.num_block_layers} + {config.num_coda_layers}",
+        encoder_layers=0 if config.encoder is None else config.encoder.num_layers,
         parameters_stored=stored,
         parameters_effective=stored + effective - once,
         dtype=str(dtype).removeprefix("torch."),
@@ -162,7 +166,7 @@ def gather_facts(name: str, model: LoopedTransformer, choice: Choice) -> Facts:
         backend=choice.maker.name,
         weight_bytes=weights,
         layers_read=_layers_read(config),
-        kv_slots=config.num_slots,
+        kv_slots=config.num_slots + len(config.source_caches),
         kv_bytes_per_token=cache.keys_and_values,
         state_bytes_per_token=cache.states,
         max_positions=config.max_positions,
@@ -248,10 +252,11 @@ def as_text(report: Report) -> str:
 
 def _facts_lines(f: Facts) -> list[str]:
     state = f" and {f.state_bytes_per_token:,} of states" if f.state_bytes_per_token else ""
+    encoder = f" behind an encoder of {f.encoder_layers}" if f.encoder_layers else ""
     quantized = "" if f.quantization == "none" else f" ({f.quantization} weights)"
     rows = {
         "model": f.model,
-        "family": f"{f.family}, {f.layers} layers (prelude + block + coda), {f.num_loops} loops",
+        "family": f"{f.family}, {f.layers} layers (prelude + block + coda){encoder}, {f.num_loops} loops",
         "parameters": f"{f.parameters_stored:,} stored, {f.parameters_effective:,} effective",
         "weights": f"{f.weight_bytes / GB:.2f} GiB as {f.dtype}{quantized}",
         "layers read": _reads_line(f.layers_read),

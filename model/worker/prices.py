@@ -29,6 +29,7 @@ from model.schedule.cost import MeasuredCost, PassPrice, PromptPrice, ReadoutPri
 from model.schedule.drafts import make_policy
 from model.schedule.pages import PrefixKeys
 from model.schedule.sequence import Sequence
+from model.schedule.source import Source
 from model.schedule.watch import PassWatch
 from model.schedule.wave import Wave
 
@@ -232,8 +233,10 @@ def _measure(watch: _Stopwatch) -> Steps[_Kept]:
     contexts = [context for context in CONTEXTS if context <= longest] or [max(1, longest)]
     readout, prompt = (yield from _readout_price(watch)), (yield from _prompt_price(watch))
     kept, started = _Kept([], contexts, [], readout, prompt, 1.0), perf_counter()
+    # A page that isn't full, and that of a source.
+    num_extra = engine.pool.page_size * (1 if engine.model.config.encoder is None else 2)
     for num in SEQUENCES:
-        fits = num * (contexts[-1] + engine.pool.page_size + engine.model.config.num_loops) <= room
+        fits = num * (contexts[-1] + num_extra + engine.model.config.num_loops) <= room
         if kept.prices and (num > most or not fits or perf_counter() - started > SECONDS / 2):
             break
         row = []
@@ -351,13 +354,18 @@ def _sequence(engine: Engine, length: int, temperature: float = 0.0) -> Sequence
     sequence = Sequence(request, wave, PrefixKeys("", engine.pool.page_size))
     sequence.table = engine.pool.open([], length)
     assert sequence.table is not None
+    if engine.model.config.encoder is not None:
+        page = engine.pool.page_size
+        sequence.source = Source([0] * page, "", page, is_shared=False)
+        sequence.source.open(engine.pool)
+        assert sequence.source.table is not None
+        sequence.source.is_written = True  # zeros take as long to read as any numbers
     return sequence
 
 
 def _free(engine: Engine, sequences: list[Sequence]) -> None:
     for sequence in sequences:
-        assert sequence.table is not None
-        engine.pool.free(sequence.table)
+        sequence.free_tables(engine.pool)
 
 
 def _now(engine: Engine) -> float:

@@ -46,6 +46,16 @@ Prompt = Annotated[
 ]
 
 
+DecoderPrompt = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[Ids, Tag("ids")],
+    Discriminator(
+        lambda value: "text" if isinstance(value, str) else "ids" if isinstance(value, list) else None,
+        custom_error_type="request.decoder_prompt",
+        custom_error_message="must be a string or a list of token ids",
+    ),
+]
+
+
 class CompletionRequest(SamplingFields):
     """A request as far as it can be judged without a model."""
 
@@ -60,6 +70,10 @@ class CompletionRequest(SamplingFields):
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     suffix: Text | None = Field(None, description="text behind the completion; empty: none")
+    decoder_prompt: DecoderPrompt | None = Field(
+        None,
+        description="encoder-decoder models: what the completion goes on from, behind the start token",
+    )
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

@@ -43,10 +43,21 @@ def modes(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str, Tensor | None]
         yield "_state", "greedy_state", tensors["initial_state"]
 
 
+def source_of(expected: Json, name: str) -> list[int] | None:
+    """What the encoder reads beside the prompt of this name."""
+    source: list[int] | None = expected["sources"][name] if expected.get("encoder_decoder") else None
+    return source
+
+
 def worst(
-    loaded: LoadedModel, ids: list[int], depth: int | None, state: Tensor | None, wanted: Tensor
+    loaded: LoadedModel,
+    ids: list[int],
+    depth: int | None,
+    state: Tensor | None,
+    wanted: Tensor,
+    source: list[int] | None,
 ) -> float:
-    return float((loaded.logits(ids, depth, state) - wanted).abs().max())
+    return float((loaded.logits(ids, depth, state, encoder_ids=source) - wanted).abs().max())
 
 
 def test_logits_at_every_depth(golden: Golden) -> None:
@@ -55,12 +66,13 @@ def test_logits_at_every_depth(golden: Golden) -> None:
     for suffix, _, state in modes(tensors):
         for name, ids in expected["prompts"].items():
             for depth, wanted in enumerate(tensors[f"logits{suffix}.{name}"], start=1):
-                assert worst(loaded, ids, depth, state, wanted) < limit
+                assert worst(loaded, ids, depth, state, wanted, source_of(expected, name)) < limit
 
 
 def test_default_depth_is_the_last(golden: Golden) -> None:
     loaded, expected, tensors = golden
-    assert worst(loaded, expected["prompts"]["p1"], None, None, tensors["logits.p1"][-1]) < 5e-4
+    prompt, wanted = expected["prompts"]["p1"], tensors["logits.p1"][-1]
+    assert worst(loaded, prompt, None, None, wanted, source_of(expected, "p1")) < 5e-4
 
 
 def test_state_between_loops(golden: Golden) -> None:
@@ -68,7 +80,11 @@ def test_state_between_loops(golden: Golden) -> None:
     loaded, expected, tensors = golden
     for name, ids in expected["prompts"].items():
         prefix = len(ids) if loaded.config.prefix_lm else 0
-        states = torch.cat(loaded.model.depths(torch.tensor([ids]), prefix=prefix))
+        given = source_of(expected, name)
+        source = None if given is None else loaded.model.encode(torch.tensor([given]))
+        states = torch.cat(loaded.model.depths(torch.tensor([ids]), prefix=prefix, source=source))
+        if source is not None:
+            assert (source.encoded[0] - tensors[f"encoder_state.{name}"]).abs().max() < 5e-4
         wanted = [
             tensors[f"{kind}.{name}"] for kind in ("loop_state", "low_state") if f"{kind}.{name}" in tensors
         ]
@@ -93,7 +109,8 @@ def test_greedy_continuations(golden: Golden) -> None:
             for depth in range(1, expected["loops"] + 1):
                 wanted = expected[key][name][f"depth_{depth}"]
                 prefix = len(prompt) if loaded.config.prefix_lm else None
-                logits = loaded.logits((prompt + wanted)[:-1], depth, state, prefix)
+                source = source_of(expected, name)
+                logits = loaded.logits((prompt + wanted)[:-1], depth, state, prefix, source)
                 assert logits[len(prompt) - 1 :].argmax(-1).tolist() == wanted
 
 
@@ -101,6 +118,8 @@ def test_a_prompt_that_is_read_both_ways(golden: Golden) -> None:
     """The same ids with no token seeing ahead, and the prompt both ways with its text causally behind it."""
     loaded, expected, tensors = golden
     if not loaded.config.prefix_lm:
+        if loaded.config.encoder:
+            return
         with pytest.raises(ValueError, match="reads all causally"):
             loaded.logits([1, 2], prefix=2)
         return
@@ -120,10 +139,13 @@ def continuations(
     together: bool,
 ) -> dict[str, list[int]]:
     """What the engine makes of prompts at depths: one request after the other, or all at once."""
+    behind_encoder = bool(expected.get("encoder_decoder"))
+    kind = "sources" if behind_encoder else "prompts"
     requests = [
         GenerationRequest(
             request_id=name,
-            prompt_token_ids=expected["prompts"][name.split()[0]],
+            prompt_token_ids=expected[kind][name.split()[0]],
+            decoder_prompt=expected["prompts"][name.split()[0]][1:] if behind_encoder else [],
             max_tokens=expected["new_tokens"],
             num_loops=int(name.split("_")[1]),
             ignore_eos=True,

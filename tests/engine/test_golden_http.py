@@ -49,6 +49,8 @@ async def complete(client: httpx.AsyncClient, folder: Path, **fields: Json) -> l
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 async def test_greedy_continuations_are_the_references(folder: Path) -> None:
     expected = json.loads((folder / "expected.json").read_text())
+    if expected.get("encoder_decoder"):
+        pytest.skip("its prompts are sources: see below")
     prompts = list(expected["prompts"].values())
 
     def wanted(depth: int) -> list[list[int]]:
@@ -63,6 +65,36 @@ async def test_greedy_continuations_are_the_references(folder: Path) -> None:
             assert alone == wanted(loops)[-1:]
         depths = [complete(client, folder, prompt=prompts, num_loops=d) for d in range(1, loops)]
         assert await asyncio.gather(*depths) == [wanted(depth) for depth in range(1, loops)]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+async def test_texts_behind_an_encoder_are_the_references(folder: Path) -> None:
+    """The prompt is the source, `decoder_prompt` what the text begins with, behind the start token."""
+    expected = json.loads((folder / "expected.json").read_text())
+    if not expected.get("encoder_decoder"):
+        pytest.skip("no encoder")
+    async with serving(folder) as client:
+
+        async def text(name: str, depth: int, **fields: Json) -> bool:
+            (found,) = await complete(
+                client,
+                folder,
+                prompt=expected["sources"][name],
+                decoder_prompt=expected["prompts"][name][1:],
+                num_loops=depth,
+                **fields,
+            )
+            return bool(found == expected["greedy"][name][f"depth_{depth}"])
+
+        every = [(name, depth) for name in expected["prompts"] for depth in range(1, expected["loops"] + 1)]
+        for speculation in (True, False):
+            assert all([await text(*one, speculation=speculation) for one in every])
+            assert all(await asyncio.gather(*(text(*one, speculation=speculation) for one in every)))
+        # Sources of different length in one request, each with the start token alone.
+        alone = [await complete(client, folder, prompt=source) for source in expected["sources"].values()]
+        together = await complete(client, folder, prompt=list(expected["sources"].values()))
+        assert together == [found for (found,) in alone]
+        assert together[0] == expected["greedy"]["p0"][f"depth_{expected['loops']}"]
 
 
 @pytest.mark.skipif(not FOLDERS, reason="no shared/golden beside the repository")

@@ -275,7 +275,7 @@ def test_sizes_that_do_not_fit_are_refused(field: str, value: int | None, messag
     setattr(passes.packed.description, field, value)
     setup = structs.Setup(num_threads=1, num_pages=1, cache=64, states=64)
     error = passes._error
-    assert not passes._library.speed_open(passes.packed.description, setup, error, len(error))
+    assert not passes.library.speed_open(passes.packed.description, setup, error, len(error))
     assert message in error.value.decode()
 
 

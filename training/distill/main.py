@@ -126,7 +126,15 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 def _load_teacher(args: argparse.Namespace, device: torch.device) -> LoopedTransformer:
     own = "bfloat16" if multiplies_bf16(device) else "float32"
-    return load_model(args.teacher, device, own if args.dtype == "auto" else args.dtype).model
+    return _without_encoder(
+        load_model(args.teacher, device, own if args.dtype == "auto" else args.dtype).model
+    )
+
+
+def _without_encoder(teacher: LoopedTransformer) -> LoopedTransformer:
+    if teacher.config.encoder is not None:
+        raise ValueError("--teacher has an encoder; a decoder that continues texts is wanted")
+    return teacher
 
 
 def _label(args: argparse.Namespace) -> int:
@@ -206,7 +214,7 @@ def _trainer(args: argparse.Namespace) -> tuple[Trainer, Examples]:
     examples = read_examples(args.folder / TEXTS, words.pieces, heads)
     own = [heads.example(exchange) for exchange in primer()]
     task = DistillTask(examples.train, own, recipe.primer_share, recipe.training)
-    teacher = load_model(args.teacher, device, "float32").model
+    teacher = _without_encoder(load_model(args.teacher, device, "float32").model)
     student = student_from_teacher(recipe.training, teacher, recipe.teacher_layers)
     return Trainer(recipe.training, task, args.folder, student), examples
 

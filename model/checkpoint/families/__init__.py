@@ -7,7 +7,7 @@ proven equal to their reference are listed here.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from model.checkpoint.families import dory, hrm, iquest, llama, nanbeige, ouro, raven
+from model.checkpoint.families import dory, hrm, iquest, llama, nanbeige, ouro, raven, t5
 from model.checkpoint.families.family import Family, Layout, Part, Place, TurnEnd, WeightTable
 from model.network.config import ConfigError, LoopedConfig
 
@@ -34,6 +34,8 @@ FAMILIES = (
     raven.OLMO,
     dory.FAMILY,
     hrm.FAMILY,
+    t5.LOOPED_FAMILY,
+    t5.PLAIN_FAMILY,
 )
 
 _INKLING = (

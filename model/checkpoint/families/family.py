@@ -51,15 +51,17 @@ class Section(Enum):
     CODA = "coda"
     LOW = "low"  # the two stacks of a block with `low_cycles`
     HIGH = "high"
+    ENCODER = "encoder"
 
     def layers(self, config: LoopedConfig) -> range:
-        """Indices of the section's layers in our model."""
+        """Indices of the section's layers in our model; the encoder counts its own."""
         ranges = {
             Section.PRELUDE: config.prelude,
             Section.BLOCK: config.block,
             Section.CODA: config.coda,
             Section.LOW: range(config.stack_size),
             Section.HIGH: range(config.stack_size, 2 * config.stack_size),
+            Section.ENCODER: range(config.encoder.num_layers if config.encoder else 0),
         }
         return ranges.get(self, range(config.num_layers))
 

@@ -101,5 +101,5 @@ FAMILY = Family(
     architectures=("NanbeigeForCausalLM",),
     read_config=read_config,
     weights={**LAYER_WEIGHTS, **BIASES, **PRE_NORMS},
-    layout=Layout(lambda config: not config.input_injection, write_config),
+    layout=Layout(lambda config: not (config.input_injection or config.encoder), write_config),
 )

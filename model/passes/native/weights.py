@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.network.config import InitialState, LoopedConfig, NormKind, NormPlacement
 from model.network.int8 import ADAPTER, Int8Linear
-from model.network.layers import InterpolatedLayer, Layer, RMSNorm, Rotary
+from model.network.layers import GatedMLP, InterpolatedLayer, Layer, RMSNorm, Rotary
 from model.network.looped import LoopedTransformer
 from model.passes.native import structs
 from model.passes.native.library import NativeUnavailableError
@@ -102,6 +102,7 @@ class PackedModel:
                 (packed.down, layer.mlp.down_proj),
             ):
                 yield _Job(linear, place, _type(linear, int4), _in_order(linear.out_features))
+            assert isinstance(layer.mlp, GatedMLP)  # `check_covered`
             gate_up = layer.mlp.gate_up_proj
             yield _Job(gate_up, packed.gate_up, _type(gate_up, int4), _in_turn(config.intermediate_size))
         yield _Job(model.head, self.description.head, _type(model.head, int4), _in_order(config.vocab_size))
@@ -203,6 +204,8 @@ def check_covered(config: LoopedConfig, device: torch.device) -> None:
     """Raises NativeUnavailableError for a model that the library can't run there, with the reason."""
     if device.type != "cpu":
         raise NativeUnavailableError(f"the device is {device}, not the CPU")
+    if config.encoder is not None:
+        raise NativeUnavailableError("the library has no encoder, and no attention over what one makes")
     if config.norm_kind is NormKind.PLAIN or config.low_cycles or config.prefix_lm:
         raise NativeUnavailableError(f"the library has no norms and stacks of {config.family} models yet")
     if config.head_dim % 2:

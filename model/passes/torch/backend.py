@@ -8,8 +8,8 @@ once, when the tokens are read.
 import torch
 from torch import Tensor
 
-from model.network.layers import Attend
-from model.network.looped import Angles, LoopedTransformer
+from model.network.layers import Angles, Attend
+from model.network.looped import LoopedTransformer
 from model.passes.backend import BackendFacts, CacheBytes
 from model.passes.noise import state_noise
 from model.passes.rows import Ints, Rows
@@ -45,7 +45,9 @@ class TorchBackend:
         self.model = model
         config = model.config
         self.store = KVStore(config, num_tokens, model.device, model.dtype)
-        self.attention: PagedAttention = attention_for(self.store)
+        with torch.inference_mode():
+            relative = model.relative.upto_distance() if config.relative_bias else None
+        self.attention: PagedAttention = attention_for(self.store, relative)
         self.sampler = Sampler(config.vocab_size, model.device)
         self.reader = Reader(model.logits, self.sampler)
         self._states = zeros((num_tokens, config.state_size), model.device, model.dtype)
@@ -66,11 +68,22 @@ class TorchBackend:
     @torch.inference_mode()
     def run(self, rows: Rows, readouts: Readouts) -> PassResult:
         """Runs one loop for every row and reads out; waits for the device once if there is a readout."""
+        self._encode(rows)
         cells, positions = self._tensor(rows.cells), self._tensor(rows.positions)
         self._enter(rows, cells, positions)
         state = self._loop(rows, cells, positions)
         hidden = self._finish(rows, readouts, state, positions)
         return self.reader.read(hidden, readouts)
+
+    def _encode(self, rows: Rows) -> None:
+        """Encodes the sources of sequences that begin, one by one: a source's K/V never depend on another."""
+        for source in rows.new_sources:
+            assert source.table is not None
+            cells = self._indices(list(source.table.cells(0, len(source.tokens))))
+            encoded = self.model.encode(self._indices(source.tokens)[None]).encoded[0]
+            each = self.model.source_keys_and_values(encoded)
+            for cache, (k, v) in zip(self.model.config.source_caches, each, strict=True):
+                self.store.write(cache, cells, k, v)
 
     def _enter(self, rows: Rows, cells: Tensor, positions: Tensor) -> None:
         """Embeds the tokens of rows before their first loop and runs the prelude."""

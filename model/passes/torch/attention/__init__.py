@@ -2,14 +2,16 @@
 
 from importlib.util import find_spec
 
+from torch import Tensor
+
 from model.passes.torch.attention.gathered import GatheredAttention
 from model.passes.torch.attention.store import KVStore, PagedAttention
 
 
-def attention_for(store: KVStore) -> PagedAttention:
-    """Triton's for a GPU that has it, else the reference."""
-    if store.device.type == "cpu" or find_spec("triton") is None:
-        return GatheredAttention(store)
+def attention_for(store: KVStore, relative: Tensor | None = None) -> PagedAttention:
+    """Triton's for a GPU that has it, else the reference; that too where scores are biased by `relative`."""
+    if store.device.type == "cpu" or find_spec("triton") is None or relative is not None:
+        return GatheredAttention(store, relative)
     from model.passes.cuda.triton_paged import TritonAttention  # noqa: PLC0415, only where there is a GPU
 
     return TritonAttention(store)

@@ -6,6 +6,7 @@ that another sequence has left in a page: there it is replaced.
 """
 
 from collections import abc
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,12 @@ from model.passes.torch.attention.store import KVStore
 class GatheredAttention:
     """Decoding runs (one row each) in one padded batch, prompt chunks in another."""
 
-    def __init__(self, store: KVStore) -> None:
-        self.store = store
+    def __init__(self, store: KVStore, relative: Tensor | None = None) -> None:
+        """`relative` (distances, heads): what is added to scores by how far a key stands before its query.
+
+        The last entry is for all that stand further; None adds nothing.
+        """
+        self.store, self.relative = store, relative
 
     def bind(self, runs: abc.Sequence[RowRun], write: bool = True) -> Attend:
         """An `Attend` for the rows of these runs, in this order; good for one pass."""
@@ -33,12 +38,16 @@ class GatheredAttention:
         single = [i for i, run in enumerate(runs) if run.num_rows == 1]
         several = [i for i, run in enumerate(runs) if run.num_rows > 1]
         groups = [
-            _Group(self.store, [runs[i] for i in chosen], [firsts[i] for i in chosen])
+            _Group(self.store, [runs[i] for i in chosen], [firsts[i] for i in chosen], self.relative)
             for chosen in (single, several)
             if chosen
         ]
 
+        readers = _source_readers(self.store, runs) if self.store.config.encoder else []
+
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if layer in self.store.config.source_caches:
+                return _over_sources(self.store, layer, readers, q)
             if write:
                 self.store.write(layer, entries, k, v)
             out = torch.empty_like(q)
@@ -49,10 +58,46 @@ class GatheredAttention:
         return attend
 
 
+class _SourceReader(NamedTuple):
+    """The rows of one sequence in a pass, and where its source's K/V lie."""
+
+    rows: slice
+    cells: Tensor
+
+
+def _source_readers(store: KVStore, runs: abc.Sequence[RowRun]) -> list[_SourceReader]:
+    readers: list[_SourceReader] = []
+    total, last = 0, None
+    for run in runs:
+        source, end = run.source, total + run.num_rows
+        assert source is not None
+        assert source.table is not None
+        if source is last:
+            readers[-1] = readers[-1]._replace(rows=slice(readers[-1].rows.start, end))
+        else:
+            cells = source.table.cells(0, len(source.tokens))
+            readers.append(_SourceReader(slice(total, end), to_device(cells, torch.int64, store.device)))
+        total, last = end, source
+    return readers
+
+
+def _over_sources(store: KVStore, cache: int, readers: list[_SourceReader], q: Tensor) -> Tensor:
+    """Attention of q (rows, heads, head_dim) over sources, each by itself: no row meets another's source."""
+    out = torch.empty_like(q)
+    for rows, cells in readers:
+        keys, values = (kept[cache][0][cells].transpose(0, 1)[None] for kept in (store.keys, store.values))
+        queries = q[rows].transpose(0, 1)[None]
+        got = F.scaled_dot_product_attention(queries, keys, values, scale=store.config.attention_scale)
+        out[rows] = got[0].transpose(0, 1)
+    return out
+
+
 class _Group:
     """Runs padded to one number of rows and one context length."""
 
-    def __init__(self, store: KVStore, runs: list[RowRun], firsts: list[int]) -> None:
+    def __init__(
+        self, store: KVStore, runs: list[RowRun], firsts: list[int], relative: Tensor | None
+    ) -> None:
         self.store = store
         width = max(run.num_rows for run in runs)
         context = max(run.start + run.num_rows for run in runs)
@@ -73,6 +118,8 @@ class _Group:
             windows = [store.config.window_of_loop(run.loop) or context for run in runs]
             window = to_device(windows, torch.int64, device)[:, None, None]
             self.masks.append(self.masks[0] & (seen > last - window)[:, None])
+        if relative is not None:
+            self.masks = [_biased(mask, last - seen, relative) for mask in self.masks]
         self.entries = loop * store.num_tokens + self._cells(runs, seen)  # (runs, context)
 
     def _cells(self, runs: list[RowRun], seen: Tensor) -> Tensor:
@@ -90,5 +137,18 @@ class _Group:
         )
         queries = q[self.rows].transpose(1, 2)  # (runs, heads, width, head_dim)
         grouped, mask = self.store.group > 1, self.masks[self.store.windowed[layer]]
-        got = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+        got = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=mask,
+            scale=self.store.config.attention_scale,
+            enable_gqa=grouped,
+        )
         out[self.rows] = got.transpose(1, 2)  # a repeated row is written twice with one value
+
+
+def _biased(mask: Tensor, distance: Tensor, relative: Tensor) -> Tensor:
+    """What is added to scores (runs, heads, width, context) for a mask, (runs, 1, width, context)."""
+    bias = relative[distance.clamp(0, len(relative) - 1)].permute(0, 3, 1, 2)
+    return bias.masked_fill(~mask, -torch.inf)

@@ -22,7 +22,7 @@ from model.passes.tensors import to_device
 
 
 class KVStore:
-    """K and V of all layers (`LoopedConfig.num_caches`), loops and cells.
+    """K and V of all layers (`LoopedConfig.num_caches`), loops and cells, and of sources behind them.
 
     Memory is touched only where it is written.
     """
@@ -38,7 +38,7 @@ class KVStore:
         self.group = config.num_heads // config.num_kv_heads
         shapes = [
             (config.loops_of_layer(layer), num_tokens, config.num_kv_heads, config.head_dim)
-            for layer in range(config.num_caches)
+            for layer in (*range(config.num_caches), *config.source_caches)
         ]
         self.keys = [zeros(shape, device, dtype) for shape in shapes]
         self.values = [zeros(shape, device, dtype) for shape in shapes]
