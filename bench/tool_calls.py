@@ -9,12 +9,11 @@ match its schema, or differs without speculation.
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
-
-import psutil
 
 from bench.options import Extra, output_file, positive, reporting
 from bench.server_process import ServerProcess
@@ -138,22 +137,27 @@ def report(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
     flags = [] if args.model is None else [args.model, "--served-model-name", "default"]
     flags += ["--tool-template", "generic", "--row-budget", str(ROW_BUDGET)]
     with ServerProcess(*flags) as server:
-        found = {on: run(server, args, speculation=on) for on in (True, False)}
-    size = f"{args.requests} requests with a call required, {args.concurrency} at once"
-    yield f"{size}, {psutil.cpu_count()} cores", True
-    for on, (outcomes, seconds) in found.items():
-        problems = [outcome.problem for outcome in outcomes if outcome.problem]
-        num_calls = sum(outcome.num_calls for outcome in outcomes)
-        num_tokens = sum(outcome.num_tokens for outcome in outcomes)
-        counts = f"{num_calls} calls, {len(problems)} that do not parse or match"
-        head = f"speculation {'on' if on else 'off'}: {counts}"
-        num_drafts = sum(outcome.num_drafts for outcome in outcomes)
-        work = f"{num_tokens} tokens, {num_drafts} of them drafts that held, in {seconds:.1f} s"
-        yield f"{head}, {work}", not problems and (num_drafts > 0) == on
-        yield from ((f"  {problem}", False) for problem in problems[:5])
-    pairs = zip(found[True][0], found[False][0], strict=True)
-    differing = sum(on.calls != off.calls for on, off in pairs)
+        size = f"{args.requests} requests with a call required, {args.concurrency} at once"
+        yield f"{size}, {os.cpu_count()} cores", True
+        found = {}
+        for on in (True, False):
+            found[on], seconds = run(server, args, speculation=on)
+            yield from told(found[on], seconds, speculation=on)
+    differing = sum(on.calls != off.calls for on, off in zip(found[True], found[False], strict=True))
     yield f"{differing} answers differ with and without speculation", not differing
+
+
+def told(outcomes: list[Outcome], seconds: float, *, speculation: bool) -> Iterator[tuple[str, bool]]:
+    """The lines about one run."""
+    problems = [outcome.problem for outcome in outcomes if outcome.problem]
+    num_calls = sum(outcome.num_calls for outcome in outcomes)
+    num_tokens = sum(outcome.num_tokens for outcome in outcomes)
+    num_drafts = sum(outcome.num_drafts for outcome in outcomes)
+    counts = f"{num_calls} calls, {len(problems)} that do not parse or match"
+    work = f"{num_tokens} tokens, {num_drafts} of them drafts that held, in {seconds:.1f} s"
+    is_good = not problems and (num_drafts > 0) == speculation
+    yield f"speculation {'on' if speculation else 'off'}: {counts}, {work}", is_good
+    yield from ((f"  {problem}", False) for problem in problems[:5])
 
 
 @reporting("python -m bench.tool_calls")
@@ -165,12 +169,14 @@ def main() -> int:
     parser.add_argument("--concurrency", type=positive, default=16)
     parser.add_argument("--output", type=output_file, default=None, help="file for what is printed")
     args = parser.parse_args()
-    lines = [*report(args)]
-    text = "".join(f"{line}\n" for line, _ in lines)
-    print(text, end="")
+    lines, is_good = [], True
+    for line, as_it_should_be in report(args):
+        print(line, flush=True)
+        lines.append(line)
+        is_good = is_good and as_it_should_be
     if args.output is not None:
-        args.output.write_text(text)
-    return 0 if all(is_good for _, is_good in lines) else 1
+        args.output.write_text("".join(f"{line}\n" for line in lines))
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":

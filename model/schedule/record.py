@@ -21,7 +21,7 @@ class WaveRecorder:
         self._passes: deque[WavePass] = deque(maxlen=MOST_WAVE_PASSES)
         self._num_untaken = 0
         # By position of a token that is not committed: what the loops of its row said, by depth.
-        self._guesses: dict[int, dict[int, int]] = {}
+        self._said: dict[int, dict[int, int]] = {}
 
     def update(self, runs: list[Run], predictions: Mapping[int, int]) -> list[int]:
         """As `Wave.update`, which it calls."""
@@ -29,7 +29,7 @@ class WaveRecorder:
         position, drafts = wave.num_committed, wave.tokens[wave.num_committed :]
         ran = [(run.start, run.num_rows, run.depth + 1) for run in runs]  # a flush cuts runs
         for run in ran:
-            self._note_guesses(*run, predictions)
+            self._note_said(*run, predictions)
         committed = wave.update(runs, predictions)
         tokens = [self._token(position + index, token) for index, token in enumerate(committed)]
         self._passes.append(
@@ -55,17 +55,17 @@ class WaveRecorder:
         self._num_untaken = 0
         return record
 
-    def _note_guesses(self, start: int, num_rows: int, depth: int, predictions: Mapping[int, int]) -> None:
+    def _note_said(self, start: int, num_rows: int, depth: int, predictions: Mapping[int, int]) -> None:
         """Notes what the rows of a run say of the tokens behind theirs."""
         for row in range(start, start + num_rows):
             if depth == 1:  # it entered again, behind another token
-                self._guesses.pop(row + 1, None)
+                self._said.pop(row + 1, None)
             if row in predictions:
-                self._guesses.setdefault(row + 1, {})[depth] = predictions[row]
+                self._said.setdefault(row + 1, {})[depth] = predictions[row]
 
     def _token(self, position: int, token: int) -> WaveToken:
         """A committed token; of too many guesses the deepest, the last depth's among them."""
-        return WaveToken(token, list(self._guesses.pop(position).items())[-MOST_ENTRIES:])
+        return WaveToken(token, list(self._said.pop(position).items())[-MOST_ENTRIES:])
 
     def _flushed(self, position: int, drafts: list[int]) -> tuple[int, int] | None:
         """Where the wave has another token than the draft that was there before the pass."""

@@ -83,20 +83,27 @@ async def test_chat_streams_and_comments_are_read() -> None:
 async def answering(*parts: bytes, seconds: float = 0.0) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server that sends these bytes, one part after the other, and waits before the last."""
 
+    serving = set[asyncio.Task[None] | None]()
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"}")  # the end of a small body
-        for part in parts:
-            writer.write(part)
-            await writer.drain()
-            await asyncio.sleep(seconds if part is parts[-2] else 0.001)
-        writer.close()
-        with suppress(OSError):
-            await writer.wait_closed()
+        serving.add(asyncio.current_task())
+        try:
+            await reader.readuntil(b"}")  # the end of a small body
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(seconds if part is parts[-2] else 0.001)
+        finally:  # also where the client has gone, or the test is over
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         async with connect(f"http://127.0.0.1:{port}", "key", 0.5) as client:
             yield client
+    # A connection that outlives the test's event loop would be told of in the next test.
+    await asyncio.gather(*(task for task in serving if task is not None), return_exceptions=True)
 
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"

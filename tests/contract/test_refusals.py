@@ -7,7 +7,7 @@ import pytest
 
 from model.grammar.check import CheckUnavailableError
 from model.protocol import GenerationRequest, Grammar, TokenEvent
-from server import lanes, planning
+from server import guides, lanes
 from tests.contract.conftest import serving
 from tests.fake_engine import STATS, FakeEngine
 from tests.text_tools import ids_of
@@ -65,7 +65,7 @@ async def test_a_grammar_that_cannot_be_checked_is_a_503_to_try_again(
         raise CheckUnavailableError("no more processes")
 
     async with serving(refusing()) as served:
-        monkeypatch.setattr(planning, "check_grammar", fails)
+        monkeypatch.setattr(guides, "check_grammar", fails)
         response = await served.post(structured_outputs={"regex": "a+"})
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (503, "check_unavailable")
@@ -90,7 +90,7 @@ async def test_only_so_many_grammars_are_checked_at_a_time_and_prompts_do_not_wa
         running -= 1
 
     monkeypatch.setattr(
-        planning, "check_grammar", lambda _: asyncio.run_coroutine_threadsafe(wait(), loop).result()
+        guides, "check_grammar", lambda _: asyncio.run_coroutine_threadsafe(wait(), loop).result()
     )
     async with serving(FakeEngine(lambda _: ids_of("done"))) as served:
         asked = [

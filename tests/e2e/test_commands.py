@@ -104,6 +104,7 @@ NOT_RUN = {
     "python -m model.checkpoint.convert_tokenizer": "has no options; test_old_tokenizers.py converts",
     "python -m model.worker": "is started by the server alone, as tests/unit/test_worker.py does",
     "python -m server": "tests/contract/test_cli.py runs it",
+    "python scripts/screenshots.py": "needs a server and Chromium, as tests/e2e/test_page.py does",
     "python scripts/arrows.py": "tests/unit/test_docs.py compares the graph that it prints",
 }
 PAGES = (

@@ -90,6 +90,13 @@ class Page:
         self.choose("Off")
         self.send("One, two,")
 
+    def read_slowly(self) -> None:
+        """Answers come by 30 kB/s from now on: none is over before it can be stopped."""
+        session = self.context.new_cdp_session(self.tab)
+        session.send("Network.enable")
+        speeds = {"latency": 0, "downloadThroughput": 30_000, "uploadThroughput": -1}
+        session.send("Network.emulateNetworkConditions", {"offline": False, **speeds})
+
     def done(self) -> None:
         expect(self.tab.locator("#status")).to_contain_text("Done", timeout=PATIENCE)
 
@@ -122,6 +129,13 @@ def opened(browser: "Browser", url: str, **options: Field) -> Iterator[Page]:
         assert page.outside == []
     finally:
         page.context.close()
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[ServerProcess]:
+    """It speculates whatever the machine's other work does to the prices of passes."""
+    with ServerProcess(str(checkpoint), "--row-budget", "64") as running:
+        yield running
 
 
 @pytest.fixture
@@ -173,7 +187,7 @@ def test_both_ways_side_by_side_say_the_same_and_the_gain_is_computed(page: Page
     rates = [float(page.number("rate", column)) for column in (ON, OFF)]
     gain = page.tab.locator("#gain").inner_text()
     said = float(re.findall(r"([\d.]+)×", gain)[0])
-    assert said == pytest.approx(rates[0] / rates[1], rel=0.02)
+    assert said == pytest.approx(rates[0] / rates[1], rel=0.02, abs=0.006)  # it has two decimals
     assert "the text is the same" in gain
     assert float(page.number("passes", OFF)) == 4.0  # one for each loop
     assert float(page.number("passes", ON)) <= 4.0
@@ -190,7 +204,7 @@ def test_the_wave_is_seen_settles_and_is_replayed(page: Page) -> None:
     assert page.number("tokens") == "30"
     assert page.tab.locator(".column.final").count() == 30
     assert page.tab.locator(".column.open").count() == 0
-    assert page.tab.locator(".text span[class^=g]").count() > 20  # some share a character
+    assert page.tab.locator(".text span[class^=g]").count() > 5  # some share a character, or a chunk
     assert page.tab.locator("#pass_number").inner_text().startswith("pass ")
     # Somewhere in the middle tokens are in flight, at depths that don't rise.
     passes = int(page.tab.locator("#pass").get_attribute("max") or "0")
@@ -227,6 +241,7 @@ def test_what_each_loop_said_is_told_by_keyboard_and_by_pointing(page: Page) -> 
 
 
 def test_stop_ends_the_answer_and_keeps_the_figures(page: Page, server: ServerProcess) -> None:
+    page.read_slowly()
     page.start_long_answer()
     expect(page.tab.locator(".text span").nth(5)).to_be_attached()
     page.tab.get_by_role("button", name="Stop").click()
