@@ -67,6 +67,7 @@ class Outcome(NamedTuple):
     num_tokens: int
     num_drafts: int  # that the full depth confirmed
     problem: str
+    is_cut: bool  # by the end of the context: nothing is promised of its last call
 
 
 def tools() -> list[Json]:
@@ -108,15 +109,17 @@ def judged(answer: Json) -> Outcome:
     (choice,) = answer["choices"]
     calls = [call["function"] for call in choice["message"].get("tool_calls", [])]
     text = json.dumps([choice["message"]["content"], calls], ensure_ascii=False)
-    problem = "" if choice["finish_reason"] == "tool_calls" else f"finish reason {choice['finish_reason']}"
-    for call in calls:
+    reason = choice["finish_reason"]
+    is_cut = reason == "length"
+    problem = "" if is_cut or reason == "tool_calls" else f"finish reason {reason}"
+    for call in calls[: len(calls) - is_cut]:
         try:
             jsonschema_rs.validate(schema_of(call["name"]), json.loads(call["arguments"]))
         except (ValueError, KeyError) as error:  # of the schema or of JSON
-            problem = f"{call}: {error}"
+            problem = f"{call}: {error}; finish reason {reason}"
     usage = answer["usage"]
     num_drafts = usage["completion_tokens_details"]["accepted_prediction_tokens"]
-    return Outcome(text, len(calls), usage["completion_tokens"], num_drafts, problem)
+    return Outcome(text, len(calls), usage["completion_tokens"], num_drafts, problem, is_cut)
 
 
 def run(server: ServerProcess, args: argparse.Namespace, *, speculation: bool) -> tuple[list[Outcome], float]:
@@ -153,7 +156,8 @@ def told(outcomes: list[Outcome], seconds: float, *, speculation: bool) -> Itera
     num_calls = sum(outcome.num_calls for outcome in outcomes)
     num_tokens = sum(outcome.num_tokens for outcome in outcomes)
     num_drafts = sum(outcome.num_drafts for outcome in outcomes)
-    counts = f"{num_calls} calls, {len(problems)} that do not parse or match"
+    num_cut = sum(outcome.is_cut for outcome in outcomes)
+    counts = f"{num_calls} calls, {len(problems)} that do not parse or match, {num_cut} cut by the context"
     work = f"{num_tokens} tokens, {num_drafts} of them drafts that held, in {seconds:.1f} s"
     is_good = not problems and (num_drafts > 0) == speculation
     yield f"speculation {'on' if speculation else 'off'}: {counts}, {work}", is_good

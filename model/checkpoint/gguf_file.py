@@ -130,6 +130,8 @@ class Vocabulary:
         self.tokens = [f"[UNUSED_{i}]" for i in range(size)]
         self.kinds = [UNUSED] * size
         for token, index in raw["model"]["vocab"].items():
+            if index >= size:
+                raise ExportError(f"the tokenizer's token {index} is beyond the model's vocabulary of {size}")
             self.tokens[index], self.kinds[index] = token, NORMAL
         for added in raw.get("added_tokens", []):
             if added["id"] < size:

@@ -1,5 +1,6 @@
 """A GGUF file holds the model: what llama.cpp reads from it gives our own logits."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cli.main import main
-from model.checkpoint.gguf_file import ExportError, check, interleaved
+from model.checkpoint.gguf_file import ExportError, Vocabulary, check, interleaved
 from model.checkpoint.loader import save_checkpoint
 from model.network.config import NormPlacement, RopeConfig
 from model.network.looped import LoopedTransformer
@@ -105,6 +106,14 @@ def test_what_llama_cpp_would_run_otherwise_is_refused(change: dict[str, Json], 
     check(config, "q8_0")
     with pytest.raises(ExportError, match=words):
         check(replace(config, **change), "q8_0")
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused() -> None:
+    """It ended in a traceback."""
+    raw = json.loads(byte_tokenizer().to_str())
+    assert len(Vocabulary(raw, 257).tokens) == 257
+    with pytest.raises(ExportError, match="token 255 is beyond the model's vocabulary of 255"):
+        Vocabulary(raw, 255)
 
 
 def test_a_model_without_a_tokenizer_is_refused(

@@ -17,6 +17,17 @@ from tests.loose import Json
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 VOCABULARY = 23
+SMALL: dict[str, Json] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 10,
+    "num_heads": 2,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "tie_word_embeddings": True,
+    "decoder_start_token_id": 0,
+}
 
 
 @st.composite
@@ -152,17 +163,7 @@ def test_what_is_saved_is_loaded_again(tmp_path: Path) -> None:
 
 
 def test_a_source_is_asked_for_where_it_is_needed(tmp_path: Path) -> None:
-    shape: dict[str, Json] = {
-        "vocab_size": VOCABULARY,
-        "d_model": 8,
-        "d_kv": 4,
-        "d_ff": 10,
-        "num_heads": 2,
-        "num_layers": 1,
-        "decoder_start_token_id": 0,
-        "num_decoder_layers": 1,
-        "tie_word_embeddings": True,
-    }
+    shape = SMALL
     loaded = on_disk(tmp_path, unrolled(shape, 1, 2), shape, 1)
     with pytest.raises(ValueError, match="needs encoder_ids"):
         loaded.logits([0])
@@ -174,17 +175,7 @@ def test_a_source_is_asked_for_where_it_is_needed(tmp_path: Path) -> None:
 
 def test_the_first_checkpoints_copies_are_dropped_and_strangers_refused(tmp_path: Path) -> None:
     """t5-small stores `shared` three times and a bias that nothing reads."""
-    shape: dict[str, Json] = {
-        "vocab_size": VOCABULARY,
-        "d_model": 8,
-        "d_kv": 4,
-        "d_ff": 10,
-        "num_heads": 2,
-        "num_layers": 1,
-        "num_decoder_layers": 1,
-        "tie_word_embeddings": True,
-        "decoder_start_token_id": 0,
-    }
+    shape = SMALL
     reference = unrolled(shape, 1, 2)
     wanted = on_disk(tmp_path, reference, shape, 1).logits([0], encoder_ids=[5])
     tensors = {
