@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from model.passes.native import build
 from model.passes.native.library import FOLDER, LEVELS, VARIABLE, Level
@@ -25,6 +26,12 @@ def put_in_place() -> None:
     """Every level that runs on this CPU; ends the run, with the command to give, where that can't be."""
     if not HAS_LIBRARY:
         return
+    FOLDER.mkdir(exist_ok=True)
+    with FileLock(FOLDER / "lock"):  # tests run in several processes
+        _put_in_place()
+
+
+def _put_in_place() -> None:
     missing = [level for level in LEVELS if level.runs_here and not is_fresh(level)]
     missing = [level for level in missing if not copy_installed(level)]
     if not missing:
@@ -65,7 +72,6 @@ def copy_installed(level: Level) -> bool:
     )
     if ours != theirs:
         return False
-    FOLDER.mkdir(exist_ok=True)
     partial = level.path.with_suffix(".partial")
     shutil.copyfile(library, partial)
     partial.replace(level.path)

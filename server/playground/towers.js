@@ -47,8 +47,9 @@ export class Towers {
   #summary() {
     if (!this.wave?.shown) return this.title;
     const { tokens, passes } = this.wave.summary;
-    const ratio = tokens > 1 ? `, ${(passes / (tokens - 1)).toFixed(2)} passes per token` : "";
-    return `${this.title}: ${tokens} ${tokens === 1 ? "token" : "tokens"}${ratio}`;
+    const ratio = tokens > 1 && !this.wave.missing ? `, ${(passes / (tokens - 1)).toFixed(2)} passes per token` : "";
+    const missing = this.wave.missing ? `; ${this.wave.missing} passes came too fast to be shown` : "";
+    return `${this.title}: ${tokens} ${tokens === 1 ? "token" : "tokens"}${ratio}${missing}`;
   }
 
   #clear() {

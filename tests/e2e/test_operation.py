@@ -57,10 +57,12 @@ def test_keys_logs_and_metrics_of_a_running_server(checkpoint: Path, tmp_path: P
     keys.write_text("right\n")
     flags = ("--api-key-file", str(keys), "--access-log", "json", "--log-level", "debug")
     with ServerProcess(str(checkpoint), *flags, stdout=subprocess.PIPE) as server:
-        with pytest.raises(openai.AuthenticationError) as caught:
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong") as stranger,
+            pytest.raises(openai.AuthenticationError) as caught,
+        ):
+            stranger.models.list()
         assert caught.value.code == "invalid_api_key"
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="right")
         only = {"structured_outputs": {"choice": [ANSWER]}}
         fields: dict[str, Field] = {
             "model": "default",
@@ -68,9 +70,10 @@ def test_keys_logs_and_metrics_of_a_running_server(checkpoint: Path, tmp_path: P
             "max_tokens": 20,
             "extra_body": only,
         }
-        assert client.completions.create(**fields).choices[0].text == ANSWER
-        streamed = client.completions.create(**fields, stream=True)
-        assert "".join(chunk.choices[0].text for chunk in streamed) == ANSWER
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="right") as client:
+            assert client.completions.create(**fields).choices[0].text == ANSWER
+            streamed = client.completions.create(**fields, stream=True)
+            assert "".join(chunk.choices[0].text for chunk in streamed) == ANSWER
         samples = gauges(server)
         assert samples["speed:request_success_total"] == 2
         assert samples["speed:time_to_first_token_seconds_count"] == 2

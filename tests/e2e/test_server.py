@@ -54,23 +54,23 @@ def test_a_stream_joined_is_the_text_that_is_given_whole_otherwise(server: Serve
 
 
 def test_the_openai_package_reads_whole_and_streamed_answers(server: ServerProcess) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    assert [model.id for model in client.models.list()] == ["default", "alias"]
-    fields: dict[str, Field] = {
-        "model": "default",
-        "prompt": PROMPTS[1],
-        "max_tokens": 24,
-        "temperature": 0.0,
-    }
-    whole = client.completions.create(**fields)
-    with client.completions.create(**fields, stream=True) as stream:
-        streamed = "".join(chunk.choices[0].text for chunk in stream)
-    assert streamed == whole.choices[0].text
-    assert whole.usage is not None
-    assert whole.usage.completion_tokens == 24 or whole.choices[0].finish_reason == "stop"
-    with pytest.raises(openai.NotFoundError) as caught:
-        client.completions.create(**{**fields, "model": "nobody"})
-    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["default", "alias"]
+        fields: dict[str, Field] = {
+            "model": "default",
+            "prompt": PROMPTS[1],
+            "max_tokens": 24,
+            "temperature": 0.0,
+        }
+        whole = client.completions.create(**fields)
+        with client.completions.create(**fields, stream=True) as stream:
+            streamed = "".join(chunk.choices[0].text for chunk in stream)
+        assert streamed == whole.choices[0].text
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 24 or whole.choices[0].finish_reason == "stop"
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.completions.create(**{**fields, "model": "nobody"})
+        assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
 @pytest.mark.parametrize(
