@@ -51,21 +51,20 @@ class ReadoutChooser:
         self._last_read: dict[int, int] = {}  # draft depth -> pass
 
     def choose(self, in_pass: abc.Sequence[tuple[Sequence, list[Run]]], outlay: Outlay) -> None:
-        """Notes on each run how many of its last rows are read out, and whether as a probe."""
+        """Tells each wave which of its runs are read out in this pass, and whether as a probe."""
         self._passes += 1
         able: list[_Candidate] = []
         for sequence, runs in in_pass:
             for run in runs:
-                run.num_read, run.is_probed = 0, False
                 if num_rows := sequence.wave.num_readouts(run):
                     able.append(_Candidate(sequence.wave, run, num_rows, run.depth + 1))
         worthy = [candidate for candidate in able if candidate.is_worth(outlay)]
         chosen = worthy if _pay_for_head(worthy, outlay) else []
         for one in chosen:
-            one.run.num_read = one.num_rows
+            one.wave.read_out(one.run, one.num_rows)
         for one in able:
             if not one.run.num_read and self._is_due(one, bool(chosen)):
-                one.run.num_read, one.run.is_probed = one.num_rows, True
+                one.wave.read_out(one.run, one.num_rows, is_probe=True)
         for one in able:
             if one.run.num_read:
                 self._last_read[one.depth] = self._passes

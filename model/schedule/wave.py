@@ -313,6 +313,10 @@ class Wave:
         """Whether a draft readout of the run would start a row, not just check the one that is there."""
         return run.last + 1 >= len(self.tokens)
 
+    def read_out(self, run: Run, num_rows: int, is_probe: bool = False) -> None:
+        """The run's next pass reads out its last `num_rows` rows; what a probe says changes nothing."""
+        run.num_read, run.is_probed = num_rows, is_probe
+
     def update(self, runs: list[Run], predictions: Mapping[int, int]) -> list[int]:
         """Takes in a pass in which `runs`, the first ones of the wave, did one loop.
 
@@ -327,6 +331,8 @@ class Wave:
         for run in runs:
             if not self._take_in(run, predictions, committed):
                 break  # whatever stood behind is gone
+        for run in runs:
+            run.num_read, run.is_probed = 0, False
         self.runs = [run for run in self.runs if run.depth < self.num_loops]
         if not self.runs and self.length_limit == self.num_entered:
             self.ending = Ending("length")  # a prompt to read and nothing to say
