@@ -87,7 +87,7 @@ def points(args: argparse.Namespace, longest: int) -> list[Point]:
 
 
 def requests(point: Point, prompts: list[list[int]], longest: int) -> list[GenerationRequest]:
-    """As long as they may be: the first one still writes when the last prompt is read."""
+    """Requests as long as they may be: the first still writes when the last prompt is read."""
     return [
         GenerationRequest(
             request_id=str(index),

@@ -48,7 +48,7 @@ def errors(*statuses: int) -> dict[int | str, Json]:
 
 
 def anthropic_errors(*statuses: int) -> dict[int | str, Json]:
-    """The same for a route of Anthropic's API."""
+    """Documents errors of a route of Anthropic's API; goes into its `responses`."""
     return {status: _error(status, AnthropicErrorResponse) for status in statuses}
 
 

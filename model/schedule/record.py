@@ -24,7 +24,7 @@ class WaveRecorder:
         self._said: dict[int, dict[int, int]] = {}
 
     def update(self, runs: list[Run], predictions: Mapping[int, int]) -> list[int]:
-        """As `Wave.update`, which it calls."""
+        """Takes a pass into the wave, and notes what that did; returns the tokens committed, oldest first."""
         wave = self._wave
         position, drafts = wave.num_committed, wave.tokens[wave.num_committed :]
         ran = [(run.start, run.num_rows, run.depth + 1) for run in runs]  # a flush cuts runs

@@ -113,7 +113,7 @@ class Sequence:
         return self._counts
 
     def update(self, runs: list[Run], predictions: Mapping[int, int]) -> list[int]:
-        """As `Wave.update`; notes what the pass did if the request asks for that."""
+        """Takes a pass in and notes what it did if that is asked for; returns what is committed."""
         return (self._recorder or self.wave).update(runs, predictions)
 
     def take_wave(self) -> WaveRecord | None:

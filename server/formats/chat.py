@@ -143,7 +143,7 @@ def _delta(piece: Piece) -> Delta:
 
 
 def _message(parsed: ParsedMessage) -> AssistantMessage:
-    """The same for a whole answer. Fields that were not set are left out of the JSON."""
+    """The message of a whole answer. Fields that were not set are left out of the JSON."""
     content = None if parsed.calls and not parsed.content else parsed.content
     message = AssistantMessage(role="assistant", content=content, refusal=None)
     if parsed.reasoning:

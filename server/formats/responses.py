@@ -157,7 +157,7 @@ class ResponsesFormat:
         return [*events, self._item_event("response.function_call_arguments.delta", delta=piece.text)]
 
     def _new_logprobs(self) -> list[TokenLogprob]:
-        """Those of tokens behind the thoughts that weren't told yet."""
+        """Log-probabilities of the tokens behind the thoughts that weren't told yet."""
         end = self._generation.choices[0].thoughts_end or 0
         tokens = [token for token in self._tokens if token.start >= end]
         self._tokens.clear()
@@ -288,6 +288,6 @@ def _dumped(choice: ToolChoice) -> Any:  # noqa: ANN401 - a word or an object
 
 
 def _dumped_tool(tool: FunctionTool) -> dict[str, Any]:
-    """As it was sent, with the fields that OpenAI always has."""
+    """A tool as the request sent it, with the fields that OpenAI always has."""
     empty = {"description": None, "parameters": None, "strict": None}
     return empty | tool.model_dump(by_alias=True, exclude_unset=True)

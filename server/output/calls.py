@@ -50,7 +50,7 @@ class CallReader(Protocol):
         """
 
     def flush(self) -> str:
-        """The same when no more text will come: the call may be whole without its closing tag."""
+        """Returns the rest of the JSON when no more text will come: the closing tag may be missing."""
 
 
 class ToolFormat(Protocol):
@@ -179,12 +179,12 @@ class WithheldReader:
 
     @property
     def state(self) -> State:
-        """That of the inner reader."""
+        """What the inner reader says of the call."""
         return self._inner.state
 
     @property
     def rest(self) -> str:
-        """That of the inner reader."""
+        """The text behind the call, as the inner reader says."""
         return self._inner.rest
 
     def push(self, text: str) -> str:
@@ -192,7 +192,7 @@ class WithheldReader:
         return self._shown(self._inner.push(text))
 
     def flush(self) -> str:
-        """The same when no more text will come."""
+        """All of the arguments if the call is whole now that no more text will come."""
         return self._shown(self._inner.flush())
 
     def _shown(self, arguments: str) -> str:

@@ -102,7 +102,7 @@ class WholeJsonReader:
         return self._has_begun
 
     def flush(self) -> str:
-        """The same when no more text will come: models that end at once leave the tag out."""
+        """Returns the rest of the arguments when no more text will come: some models omit the closing tag."""
         return self._read(self._body[: len(self._body) - begun(self._body, CLOSING)])
 
     def _read(self, body: str) -> str:

@@ -123,7 +123,7 @@ def parsed_message(pieces: Iterable[Piece]) -> ParsedMessage:
 
 
 def join_pieces(pieces: Sequence[Piece]) -> list[Piece]:
-    """The same with neighbours of one kind as one piece."""
+    """Joins neighbours of one kind into one piece each."""
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None

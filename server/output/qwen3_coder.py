@@ -143,7 +143,7 @@ class TagReader:
         return shown
 
     def flush(self) -> str:
-        """The same when no more text will come."""
+        """Returns the rest of the arguments' JSON when no more text will come."""
         return self._json(self._of_json.flush()) if self._is_json else ""
 
     def _json(self, arguments: str) -> str:

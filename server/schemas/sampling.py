@@ -181,7 +181,7 @@ class SamplingFields(TokenFields):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """The same for the tokens of the prompt, whichever field asks; None: they are not scored."""
+        """How many likeliest tokens are reported beside each of the prompt's; None: they are not scored."""
         asked = [self.prompt_logprobs, self.num_logprobs if self.echoes else None]
         return max((number for number in asked if number is not None), default=None)
 
