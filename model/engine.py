@@ -124,6 +124,7 @@ class Engine:
             has_noisy_start=self.model.config.has_noisy_start,
             prompt_scores_problem=_prompt_scores_problem(config),
             is_encoder_decoder=config.encoder is not None,
+            has_exit_gate=config.exit_gate,
         )
 
     @property
@@ -313,6 +314,8 @@ class Engine:
             ending_tokens=self._ending_tokens(request),
             constraint=constraint,
             prefix=len(prompt) if self.model.config.prefix_lm else 0,
+            exit_threshold=request.exit_threshold,
+            ends_alone=self._reads_coda_of_loops(request),
         )
         noise = (request.init_scale, request.sampling.seed) if request.init_scale > 0 else ""
         # All that K/V depends on beside the tokens before it.
@@ -334,7 +337,14 @@ class Engine:
         return Source(request.prompt_token_ids, request.cache_salt, PAGE_SIZE, is_shared=is_shared)
 
     def _policy_name(self, request: GenerationRequest) -> str:
-        return (request.draft_policy or self.draft_policy) if request.speculation else "none"
+        is_plain = request.exit_threshold is not None or self._reads_coda_of_loops(request)
+        if is_plain or not request.speculation:
+            return "none"
+        return request.draft_policy or self.draft_policy
+
+    def _reads_coda_of_loops(self, request: GenerationRequest) -> bool:
+        """Whether the coda runs behind every loop for scores, and so must find final K/V before each row."""
+        return request.loop_logprobs is not None and self.model.config.num_coda_layers > 0
 
     def _depths(self, policy: str, num_loops: int) -> frozenset[int]:
         return policy_depths(policy, num_loops, self.draft_depths, self._given_depths)

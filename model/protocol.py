@@ -77,6 +77,19 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []
 
 
+class LoopScores(msgspec.Struct, frozen=True, array_like=True):
+    """What one loop says at the place of a token that the last loop has chosen.
+
+    `scores` are the chosen token's own. `agrees`: the loop's most likely token is that of the last loop.
+    `gate` is the probability by which the model's exit gate stops here, if it has stopped at no loop before;
+    None in a model without a gate.
+    """
+
+    scores: TokenLogprobs
+    agrees: bool
+    gate: float | None = None
+
+
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a sequence is continued, but for the choice of tokens: what those of one HTTP request share."""
 
@@ -95,6 +108,9 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     draft_policy: str | None = None  # None: the engine's own
     decoder_prompt: list[int] = []  # behind an encoder: what the text begins with, after its start token
     include_wave: bool = False  # tell what each pass did for it
+    loop_logprobs: int | None = None  # likeliest tokens to report of every loop; None: nothing of any
+    # Lossy: a token is what the first loop says at which the gate has stopped with this probability.
+    exit_threshold: float | None = None
 
 
 class GenerationRequest(RequestOptions, frozen=True, kw_only=True):
@@ -177,7 +193,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     if `is_refusal`, for whoever sent the request: it is at fault and would meet the same again.
     `logprobs` has one entry for each of `token_ids` if the request asked; `prompt_logprobs` comes once,
     with or before the first token: one entry for each prompt token, None for the first. `wave` tells of the
-    passes since the event before, if the request asked for it.
+    passes since the event before, if the request asked for it. `loop_logprobs` has, for each of `token_ids`,
+    an entry for each loop that had been run when the token was chosen, if the request asked.
     """
 
     request_id: str
@@ -190,6 +207,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     is_refusal: bool = False
     wave: WaveRecord | None = None
+    loop_logprobs: list[list[LoopScores]] = []
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -217,6 +235,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     has_noisy_start: bool = False  # whether requests may have an `init_scale` above 0
     prompt_scores_problem: str = ""  # why log-probabilities of a prompt would mean nothing; empty: they do
     is_encoder_decoder: bool = False  # whether a prompt is the source of another text
+    has_exit_gate: bool = False  # whether requests may have an `exit_threshold`
 
     @property
     def most_loops(self) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Collection
 from model.options import unknown_policy
 from model.protocol import EngineInfo, GenerationRequest, RequestOptions
 
+MOST_OF_LOOPS = 256  # log-probabilities of one token by all loops, the token's own included
+
 
 class RuleError(ValueError):
     """A request that the model cannot serve. `field` is at fault; the message names its value and limit."""
@@ -62,6 +64,19 @@ def check_options(options: RequestOptions, info: EngineInfo) -> None:
         raise RuleError("draft_policy", unknown_policy(options.draft_policy, info.draft_policies))
     if options.prompt_logprobs is not None and info.prompt_scores_problem:
         raise RuleError("prompt_logprobs", info.prompt_scores_problem)
+    loops = options.num_loops or info.num_loops
+    if options.loop_logprobs is not None and (total := loops * (1 + options.loop_logprobs)) > MOST_OF_LOOPS:
+        raise RuleError(
+            "loop_logprobs",
+            f"loop_logprobs is {options.loop_logprobs}, which for {loops} loops is {total} log-probabilities "
+            f"of each token; {MOST_OF_LOOPS} are the most",
+        )
+    if options.exit_threshold is not None and not info.has_exit_gate:
+        raise RuleError(
+            "exit_threshold",
+            f"exit_threshold is {options.exit_threshold:g}, but this model has no exit gate that could stop "
+            "before its last loop; models of Ouro's family have one",
+        )
     if options.decoder_prompt and not info.is_encoder_decoder:
         raise RuleError(
             "decoder_prompt",

@@ -3,7 +3,7 @@
 Invariant: a generation is closed however its answer ends.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
@@ -112,19 +112,22 @@ async def _whole(generation: Generation, form: WholeFormat, lane: Lane) -> str |
     return await lane.run(lambda: json_bytes(form.whole(best, usage)))
 
 
-def is_short(deltas: Iterable[ChoiceDelta], generation: Generation) -> bool:
+def is_short(deltas: Sequence[ChoiceDelta], generation: Generation) -> bool:
     """Whether writing the deltas takes but a few milliseconds."""
     num_entries = sum(len(delta.echoed) + len(delta.tokens) for delta in deltas)
     # How many tokens, with their texts, are written for each token.
     size = 1 if generation.fields.num_logprobs is None else 2 + generation.fields.num_logprobs
-    return num_entries * size <= SHORT_ANSWER
+    num_loops = sum(len(token.loops) for delta in deltas for token in delta.tokens)
+    return num_entries * size + num_loops * (2 + (generation.fields.loop_logprobs or 0)) <= SHORT_ANSWER
 
 
 async def _chunks(generation: Generation, form: Format[Part], lane: Lane) -> AsyncGenerator[Frame, None]:
     """The JSON of a stream's chunks. Deltas without anything to see are left out."""
     fields = generation.fields
     options = fields.stream_options or StreamOptions()
-    shows_tokens = fields.return_token_ids or fields.num_logprobs is not None
+    shows_tokens = (
+        fields.return_token_ids or fields.num_logprobs is not None or fields.loop_logprobs is not None
+    )
     begun: set[int] = set()
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:

@@ -59,10 +59,12 @@ def merge_events(first: TokenEvent, second: TokenEvent) -> TokenEvent:
     """
     first.token_ids.extend(second.token_ids)
     first.logprobs.extend(second.logprobs)
+    first.loop_logprobs.extend(second.loop_logprobs)
     return msgspec.structs.replace(
         second,
         token_ids=first.token_ids,
         logprobs=first.logprobs,
+        loop_logprobs=first.loop_logprobs,
         prompt_logprobs=second.prompt_logprobs or first.prompt_logprobs,
         wave=first.wave.followed_by(second.wave) if first.wave else second.wave,
     )

@@ -9,12 +9,20 @@ from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import msgspec
 
-from model.protocol import GenerationRequest, SequenceStats, TokenEvent, TokenLogprobs, WaveRecord
+from model.protocol import (
+    GenerationRequest,
+    LoopScores,
+    SequenceStats,
+    TokenEvent,
+    TokenLogprobs,
+    WaveRecord,
+)
 from server.batcher import EventStream, RequestBatcher
 from server.errors import EngineFailureError, RefusedError
 from server.output.pieces import CallStart, OutputParser, PassThrough, Piece, join_pieces
@@ -39,12 +47,14 @@ class SpecialStop(NamedTuple):
 class ShownToken(NamedTuple):
     """A token of a choice: where in the choice's text it begins, and its log-probabilities if wanted.
 
-    `logprobs` is None for the first token of a prompt as well: nothing predicts it.
+    `logprobs` is None for the first token of a prompt as well: nothing predicts it. `loops` is what each loop
+    said of the token, empty unless that is wanted.
     """
 
     token_id: int
     start: int
     logprobs: TokenLogprobs | None
+    loops: Sequence[LoopScores] = ()
 
 
 class ChoiceDelta(NamedTuple):
@@ -79,6 +89,14 @@ def join_deltas(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
     )
 
 
+class _Waiting(NamedTuple):
+    """A token whose text is held back, and its scores if they are wanted."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    loops: Sequence[LoopScores]
+
+
 class Choice:
     """One completion: its text, its count of tokens, and in the end what it cost."""
 
@@ -107,7 +125,7 @@ class Choice:
         self._special_stops = special_stops
         self._echo = echo
         self._pending_echo = echo.text  # not yet shown
-        self._waiting: deque[tuple[int, TokenLogprobs | None]] = deque()  # tokens whose text is held back
+        self._waiting: deque[_Waiting] = deque()  # tokens whose text is held back
 
     @property
     def mean_logprob(self) -> float:
@@ -155,7 +173,9 @@ class Choice:
         """Takes the first tokens of an event as the choice's own."""
         asked = self.request.logprobs is not None
         logprobs: Sequence[TokenLogprobs | None] = event.logprobs if asked else [None] * len(event.token_ids)
-        self._waiting.extend(zip(event.token_ids[:num_tokens], logprobs[:num_tokens], strict=True))
+        loops = event.loop_logprobs or [()] * len(event.token_ids)
+        shown = zip(event.token_ids, logprobs, loops, strict=True)
+        self._waiting.extend(_Waiting(*entry) for entry in islice(shown, num_tokens))
         self._sum_logprobs += sum(entry.logprob for entry in event.logprobs[:num_tokens])
         self.num_tokens += num_tokens
 
@@ -192,8 +212,8 @@ class Choice:
         offset = len(self._echo.text)
         tokens = []
         for start in starts:
-            token_id, logprobs = self._waiting.popleft()
-            tokens.append(ShownToken(token_id, offset + start, logprobs))
+            token_id, logprobs, loops = self._waiting.popleft()
+            tokens.append(ShownToken(token_id, offset + start, logprobs, loops))
         pieces = self._parser.push(echo + text)
         if self.finished:
             pieces += self._parser.flush()

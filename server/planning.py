@@ -220,6 +220,8 @@ def _options(body: SamplingFields, codec: TextCodec, info: EngineInfo, caller: C
         draft_policy=body.draft_policy,
         tenant=caller.tenant,
         include_wave=body.includes_wave,
+        loop_logprobs=body.loop_logprobs,
+        exit_threshold=body.exit_threshold,
     )
 
 

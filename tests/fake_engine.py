@@ -10,6 +10,7 @@ from model.protocol import (
     EngineStats,
     EngineUnavailableError,
     GenerationRequest,
+    LoopScores,
     RestartReason,
     SequenceStats,
     TokenEvent,
@@ -44,6 +45,14 @@ def logprobs_of(token_id: int, position: int, num_top: int) -> TokenLogprobs:
     ranked = [(other, -0.25 * (rank + 1) - position / 64) for rank, other in enumerate(order)]
     rank = order.index(token_id)
     return TokenLogprobs(token_id=token_id, logprob=ranked[rank][1], rank=rank + 1, top=ranked[:num_top])
+
+
+def loops_of(token_id: int, position: int, num_top: int, gate: float | None = None) -> list[LoopScores]:
+    """Made up as well; the last loop's scores are those of `logprobs_of`, and every second one agrees."""
+    return [
+        LoopScores(logprobs_of(token_id, position + back, num_top), agrees=back % 2 == 0, gate=gate)
+        for back in range(INFO.num_loops - 1, -1, -1)
+    ]
 
 
 def wave_of(chunk: list[int], position: int) -> WaveRecord:
@@ -160,7 +169,16 @@ class FakeEngine:
             wave=wave_of(chunk, self._position(request, num_tokens - len(chunk)))
             if request.include_wave
             else None,
+            loop_logprobs=self._loops(request, chunk, num_tokens),
         )
+
+    def _loops(self, request: GenerationRequest, chunk: list[int], end: int) -> list[list[LoopScores]]:
+        if request.loop_logprobs is None:
+            return []
+        start, gate = self._position(request, end - len(chunk)), 0.25 if self._info.has_exit_gate else None
+        return [
+            loops_of(token_id, start + i, request.loop_logprobs, gate) for i, token_id in enumerate(chunk)
+        ]
 
     def _position(self, request: GenerationRequest, num_tokens: int) -> int:
         return len(request.prompt_token_ids) + num_tokens

@@ -2,14 +2,22 @@
 
 The final token behind a prefix is a hash of the prefix; the readout at an earlier depth gives the same
 token, or another one with a set probability (also a hash, so every run repeats). Every row checks that
-each entry it would attend to was written, at its own loop, by the very tokens that stand there now.
+each entry it would attend to was written, at its own loop, by the very tokens that stand there now. What
+is kept of a row for its last loop is the prefix and the depth, and is checked against that row.
 """
 
 from collections.abc import Callable, Sequence
 
 from model.options import SchedulerLimits
-from model.protocol import GenerationRequest, SamplingParams, SequenceStats, TokenEvent
-from model.schedule.batch import PassResult, ScheduledRun
+from model.protocol import (
+    GenerationRequest,
+    LoopScores,
+    SamplingParams,
+    SequenceStats,
+    TokenEvent,
+    TokenLogprobs,
+)
+from model.schedule.batch import LoopResult, PassResult, Readouts, ScheduledRun
 from model.schedule.cost import PassCost
 from model.schedule.drafts import Experience, make_policy, policy_depths
 from model.schedule.pages import PagePool, PrefixKeys
@@ -27,6 +35,11 @@ def mixed(*values: int) -> int:
         state = (state ^ (value + 1)) * 0xBF58476D1CE4E5B9 % 2**64
         state ^= state >> 29
     return state
+
+
+def gate_of(prefix: Sequence[int], depth: int) -> float:
+    """The probability by which the exit gate stops behind a prefix after so many loops."""
+    return mixed(*prefix, depth, 13) % 1000 / 1000
 
 
 def waiting_sequence(
@@ -81,7 +94,31 @@ class FakeBackend:
             for item in batch
             for position in range(item.start + item.num_rows - item.num_readouts, item.start + item.num_rows)
         ]
-        return PassResult(tokens, {}, [], self.faults.copy())
+        return PassResult(tokens, {}, [], self.faults.copy(), self._loops(batch, tokens))
+
+    def _loops(self, batch: Sequence[ScheduledRun], tokens: list[int]) -> LoopResult:
+        """The loop's number for each row that is kept, and for a final token one entry for each loop."""
+        predicting, _, keeping = Readouts.of(batch)
+        depths: dict[EngineSequence, dict[int, int]] = {
+            run.sequence: {} for run in batch
+        }  # of each row's position
+        for run in batch:
+            depths[run.sequence].update(
+                dict.fromkeys(range(run.start, run.start + run.num_rows), run.loop + 1)
+            )
+        scores, gates = {}, {}
+        for index, (readout, token) in enumerate(zip(predicting, tokens, strict=True)):
+            sequence, row = readout.sequence, readout.position - 1
+            depth = depths[sequence][row]
+            prefix = tuple(sequence.wave.tokens[: row + 1])
+            if sequence.wave.exit_threshold is not None:
+                gates[index] = gate_of(prefix, depth)
+            if readout.is_final and sequence.request.loop_logprobs is not None:
+                kept = sequence.head_inputs.get(row, [])
+                assert kept == [(prefix, earlier) for earlier in range(1, depth)]
+                scores[index] = [LoopScores(TokenLogprobs(token, 0.0, 1), True) for _ in range(depth)]
+        kept_now = [(tuple(row.sequence.wave.tokens[: row.position + 1]), row.loop + 1) for row in keeping]
+        return LoopResult(scores, list[object](kept_now), gates)
 
     def final_token(self, tokens: list[int]) -> int:
         """The token that depth R gives behind a text."""
@@ -96,11 +133,27 @@ class FakeBackend:
                 break
         return tokens
 
+    def continue_by_gate(
+        self, prompt: list[int], count: int, num_loops: int, threshold: float
+    ) -> tuple[list[int], list[int]]:
+        """What the first loops say at which the gate has stopped, and which loops these are."""
+        tokens, exits = list[int](), list[int]()
+        for _ in range(count):
+            text, going_on, depth = [*prompt, *tokens], 1.0, 0
+            while depth < num_loops and (depth == 0 or 1 - going_on < threshold):
+                depth += 1
+                going_on *= 1 - gate_of(tuple(text), depth)
+            tokens.append(self._said(text, depth, num_loops))
+            exits.append(depth)
+        return tokens, exits
+
     def _token(self, item: ScheduledRun, position: int) -> int:
         tokens = item.sequence.wave.tokens[: position + 1]
+        return self._said(tokens, item.loop + 1, item.sequence.wave.num_loops)
+
+    def _said(self, tokens: list[int], depth: int, num_loops: int) -> int:
         token = self.final_token(tokens)
-        depth = item.loop + 1
-        may_err = depth < item.sequence.wave.num_loops and depth in self.error_depths
+        may_err = depth < num_loops and depth in self.error_depths
         wrong = may_err and mixed(*tokens, depth, 99) % 1000 < 1000 * self.error_rate
         return (token + 1) % VOCAB if wrong else token
 
@@ -143,6 +196,9 @@ class Harness:
         priority: int = 0,
         tenant: str = "",
         include_wave: bool = False,
+        loop_logprobs: int | None = None,
+        exit_threshold: float | None = None,
+        ends_alone: bool = False,
     ) -> None:
         """Queues a request."""
         request = GenerationRequest(
@@ -153,10 +209,20 @@ class Harness:
             priority=priority,
             tenant=tenant,
             include_wave=include_wave,
+            loop_logprobs=loop_logprobs,
+            exit_threshold=exit_threshold,
         )
         depths = policy_depths(policy, num_loops, (), draft_depths)
         drafts = make_policy(policy, depths, self.experience)
-        wave = Wave(prompt, num_loops, drafts, len(prompt) + max_tokens, ending)
+        wave = Wave(
+            prompt,
+            num_loops,
+            drafts,
+            len(prompt) + max_tokens,
+            ending,
+            exit_threshold=exit_threshold,
+            ends_alone=ends_alone,
+        )
         self.answers[request_id] = []
         self.scheduler.add(EngineSequence(request, wave, PrefixKeys(f"{num_loops}", self.pool.page_size)))
 

@@ -462,10 +462,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
     """
     if window is None and prefix == 0 and q.requires_grad and q.device.type == "cpu":
         return _trained_attention(q, k, v)
+    is_plain = window is None and not prefix
+    return masked_attention(q, k, v, None if is_plain else seen_tokens(q.shape[-3], window, prefix, q.device))
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    """Attention of q (batch, tokens, heads, head_dim) over grouped k and v (batch, keys, groups, head_dim).
+
+    `seen` (tokens, keys) says which key a token sees; None: itself and those before it.
+    """
     grouped = q.shape[-2] != k.shape[-2]
     q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
-    mask = None if window is None and not prefix else _seen(q.shape[-2], window, prefix, q.device)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=grouped)
     return out.transpose(-2, -3)
 
 
@@ -500,7 +508,7 @@ def _trained_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, size)
 
 
-def _seen(tokens: int, window: int | None, prefix: int, device: torch.device) -> Tensor:
+def seen_tokens(tokens: int, window: int | None, prefix: int, device: torch.device) -> Tensor:
     """(tokens, tokens): whether the row's token sees the column's."""
     everything = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
     seen = everything.tril() if window is None else everything.tril() & everything.triu(1 - window)

@@ -5,6 +5,7 @@ reads K and V. Invariant: `loop` is one function of (state, injected input) what
 row (but for one flag), so rows at different depths run in one batch.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -20,7 +21,9 @@ from model.network.layers import (
     causal_attention,
     make_layer,
     make_norm,
+    masked_attention,
     scored_attention,
+    seen_tokens,
     wide,
 )
 from model.network.relative import RelativeScores
@@ -217,6 +220,22 @@ class LoopedTransformer(nn.Module):
             states.append(state)
         return states
 
+    def whole_loops(self, states: list[Tensor]) -> Iterator[Tensor]:
+        """The head's input (batch, tokens, hidden) after each loop, of the states that `depths` returned.
+
+        What each token's loops say where all tokens before it have run all of theirs, as in decoding: a coda
+        behind an earlier loop sees itself and, of earlier tokens, what the coda stored behind the last loop.
+        """
+        if not self.config.num_coda_layers:
+            yield from map(self.whole_finish, states)
+            return
+        angles = self.angles(torch.arange(states[-1].shape[-2], device=states[-1].device))
+        stored: Stored = {}
+        last = self.finish(states[-1], angles, self._attend_whole(0, stored))
+        for state in states[:-1]:
+            yield self.finish(state, angles, self._attend_stored(stored))
+        yield last
+
     def whole_finish(self, state: Tensor) -> Tensor:
         """The head's input (batch, tokens, hidden) of one of the states that `depths` returned."""
         angles = self.angles(torch.arange(state.shape[-2], device=state.device))
@@ -238,6 +257,18 @@ class LoopedTransformer(nn.Module):
             return causal_attention(q, *stored[layer])
 
         return self.gated(own, first) if self.config.first_loop_gate and loop > 0 else own
+
+    def _attend_stored(self, stored: Stored) -> Attend:
+        """Attention of each token over itself and over what is `stored` of those before it."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            tokens = q.shape[-3]
+            own = torch.eye(tokens, dtype=torch.bool, device=q.device)
+            before = seen_tokens(tokens, self.config.window(layer, 0), 0, q.device) & ~own
+            keys, values = (torch.cat(pair, -3) for pair in zip(stored[layer], (k, v), strict=True))
+            return masked_attention(q, keys, values, torch.cat((before, own), -1))
+
+        return attend
 
     def _attend_source(self, token_ids: Tensor, source: Source) -> Attend:
         """Attention over whole texts (batch, tokens) and over their sources."""

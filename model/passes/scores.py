@@ -9,15 +9,16 @@ numbers is a fault of its sequence and of no other.
 import math
 from collections import abc
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from model.passes.loops import gated_exits, kept_inputs, loop_scores, num_likeliest, scored_loops
 from model.passes.sampling import Sampler
 from model.passes.tensors import to_device
 from model.protocol import TokenLogprobs
-from model.schedule.batch import NOTHING_READ, PassResult, PromptReadout, Readout, Readouts
+from model.schedule.batch import NOTHING_READ, LoopResult, PassResult, PromptReadout, Readout, Readouts
 from model.schedule.sequence import Sequence
 
 
@@ -38,21 +39,39 @@ class _Scores(NamedTuple):
     places: list[_Place]
 
 
-class Reader:
-    """Reads out hidden states with `head`, which makes logits (rows, vocab) of them (rows, hidden)."""
+class _LoopRows(NamedTuple):
+    """Scores of one token by every loop so far, and the gate after each (loops,), or nothing without one."""
 
-    def __init__(self, head: abc.Callable[[Tensor], Tensor], sampler: Sampler) -> None:
+    readout: int  # its index among those that predict
+    score: _Scores
+    gates: Tensor
+
+
+class Reader:
+    """Reads out hidden states with `head`, which makes logits (rows, vocab) of them (rows, hidden).
+
+    `gate` makes logits (rows, 1) of an exit gate, in a model that has one.
+    """
+
+    def __init__(
+        self,
+        head: abc.Callable[[Tensor], Tensor],
+        sampler: Sampler,
+        gate: abc.Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.head = head
         self.sampler = sampler
+        self.gate = gate
 
     def read(self, hidden: Tensor, readouts: Readouts) -> PassResult:
         """Tokens and scores, on the host.
 
-        hidden (rows, hidden): first those that predict, then those that score their prompt.
+        hidden (rows, hidden): first those that predict, then those that score their prompt, then those
+        that are kept.
         """
         if not len(hidden):
             return NOTHING_READ
-        predicting, scoring = readouts
+        predicting, scoring, keeping = readouts
         faults: dict[Sequence, str] = {}
         tokens_scored: dict[int, TokenLogprobs] = {}
         prompts_scored: list[dict[int, TokenLogprobs]] = [{} for _ in scoring]
@@ -62,9 +81,14 @@ class Reader:
             *_scores_of_tokens(logits, tokens, predicting, tokens_scored),
             *self._scores_of_prompts(hidden[len(predicting) :], scoring, prompts_scored),
         ]
+        loops = list(self._loops_of_tokens(hidden, logits, tokens, predicting))
+        exits = gated_exits(predicting)
+        gates = self._gates(hidden[to_device(exits, torch.int64, hidden.device)] if exits else hidden[:0])
         # An argmax takes a nan for the greatest number: the token's own logit shows one anywhere in the row.
         own = logits.gather(-1, tokens[:, None])[:, 0]
-        flat = torch.cat([tokens.double(), own.double(), *(score.packed.flatten() for score in scores)])
+        parts = [tokens.double(), own.double(), *(score.packed.flatten() for score in scores)]
+        parts += (part for rows in loops for part in (rows.score.packed.flatten(), rows.gates))
+        flat = torch.cat([*parts, gates])
         numbers = iter(flat.tolist())
         chosen = [int(number) for number in islice(numbers, len(predicting))]
         for readout, logit in zip(predicting, islice(numbers, len(predicting)), strict=True):
@@ -72,7 +96,44 @@ class Reader:
                 faults[readout.sequence] = not_a_number(readout.position, logit)
         for score in scores:
             _file(score, numbers, faults)
-        return PassResult(chosen, tokens_scored, [list(part.values()) for part in prompts_scored], faults)
+        of_loops = {}
+        for rows in loops:
+            _file(rows.score, numbers, faults)
+            of_gates = list(islice(numbers, len(rows.gates)))
+            said = list(rows.score.places[0].scores.values())
+            of_loops[rows.readout] = loop_scores(said, of_gates, predicting[rows.readout])
+        kept: list[object] = [*hidden[len(hidden) - len(keeping) :].clone()]
+        return PassResult(
+            chosen,
+            tokens_scored,
+            [list(part.values()) for part in prompts_scored],
+            faults,
+            LoopResult(of_loops, kept, dict(zip(exits, numbers, strict=True))),
+        )
+
+    def _loops_of_tokens(
+        self, hidden: Tensor, logits: Tensor, tokens: Tensor, predicting: list[Readout]
+    ) -> abc.Iterator[_LoopRows]:
+        """Scores of tokens by all loops so far; the last loop's are those of the row's own logits."""
+        for index in scored_loops(predicting):
+            readout, own = predicting[index], slice(index, index + 1)
+            inputs = torch.stack(
+                [*cast(list[Tensor], kept_inputs(readout)), hidden[index]]
+            )  # (loops, hidden)
+            whole = torch.cat([self.head(inputs[:-1]), logits[own]])
+            num_top, found = num_likeliest(readout), dict[int, TokenLogprobs]()
+            packed = token_logprobs(whole, tokens[own].expand(len(inputs)), num_top)
+            places = [
+                _Place(readout.sequence, readout.position, num_top, found, loop)
+                for loop in range(len(inputs))
+            ]
+            yield _LoopRows(index, _Scores(packed, places), self._gates(inputs))
+
+    def _gates(self, inputs: Tensor) -> Tensor:
+        """The probability to stop at inputs of the head, fp64 (rows,); empty without an exit gate."""
+        if self.gate is None:
+            return inputs.new_empty(0, dtype=torch.float64)
+        return self.gate(inputs)[:, 0].float().sigmoid().double()
 
     def _scores_of_prompts(
         self, hidden: Tensor, scoring: list[PromptReadout], found: list[dict[int, TokenLogprobs]]

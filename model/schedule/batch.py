@@ -8,7 +8,7 @@ order of the runs, so that nothing but the batch is needed to know whose each re
 from collections import abc
 from typing import NamedTuple
 
-from model.protocol import TokenLogprobs
+from model.protocol import LoopScores, TokenLogprobs
 from model.schedule.sequence import Sequence
 
 
@@ -36,11 +36,19 @@ class ScheduledRun(NamedTuple):
             return 0
         return max(0, min(self.num_rows, self.sequence.wave.prompt_length - 1 - self.start))
 
+    @property
+    def num_kept_rows(self) -> int:
+        """How many of its last rows are kept for the loop that will choose the token behind theirs."""
+        if self.sequence.request.loop_logprobs is None or self.is_last_loop:
+            return 0
+        num_undecided = self.start + self.num_rows - self.sequence.wave.num_committed + 1
+        return max(0, min(self.num_rows, num_undecided))
+
 
 class Readout(NamedTuple):
     """A row of the pass that predicts a token: its sequence, and the position of that token.
 
-    `is_final` is False for a draft: a readout before the sequence's last depth.
+    `is_final` is False for a draft: a readout that no token is committed by.
     """
 
     row: int
@@ -63,27 +71,61 @@ class PromptReadout(NamedTuple):
         return self.sequence.wave.tokens[self.start + 1 : self.start + 1 + self.num_rows]
 
 
+class KeptRow(NamedTuple):
+    """A row of the pass, that of `position`, whose head's input after loop `loop` (0..R-1) is kept."""
+
+    row: int
+    sequence: Sequence
+    position: int
+    loop: int
+
+
 class Readouts(NamedTuple):
-    """All that a pass reads out: rows that predict tokens, and rows that score their prompt."""
+    """All that a pass reads out: rows that predict tokens, and rows that score their prompt.
+
+    `keeping` are rows whose head's input goes out, to be scored when their token is known.
+    """
 
     predicting: list[Readout]
     scoring: list[PromptReadout]
+    keeping: list[KeptRow]
 
     @classmethod
     def of(cls, batch: abc.Sequence[ScheduledRun]) -> "Readouts":
         """The readouts of a batch, in its order."""
         predicting: list[Readout] = []
         scoring: list[PromptReadout] = []
+        keeping: list[KeptRow] = []
         row = 0
         for run in batch:
             sequence, start, num_rows, loop, num_readouts = run
             if num_prompt_rows := run.num_prompt_rows:
                 scoring.append(PromptReadout(row, sequence, start, num_prompt_rows))
             row += num_rows
-            is_final = loop + 1 == sequence.wave.num_loops
+            is_final = run.is_last_loop or sequence.wave.exit_threshold is not None
+            end = start + num_rows
             for back in range(num_readouts, 0, -1):
-                predicting.append(Readout(row - back, sequence, start + num_rows - back + 1, is_final))
-        return cls(predicting, scoring)
+                predicting.append(Readout(row - back, sequence, end - back + 1, is_final))
+            keeping += (
+                KeptRow(row - back, sequence, end - back, loop) for back in range(run.num_kept_rows, 0, -1)
+            )
+        return cls(predicting, scoring, keeping)
+
+
+class LoopResult(NamedTuple):
+    """What a pass says of single loops.
+
+    `scores` maps the index of a final readout to what each loop so far says of its token, where the request
+    asks for it. `kept` has the head's input of each row of `Readouts.keeping`, in the backend's own form.
+    `gates` maps the index of a readout to the probability to stop there, where the exit gate decides.
+    """
+
+    scores: dict[int, list[LoopScores]]
+    kept: list[object]
+    gates: dict[int, float]
+
+
+NOTHING_OF_LOOPS = LoopResult({}, [], {})
 
 
 class PassResult(NamedTuple):
@@ -99,6 +141,7 @@ class PassResult(NamedTuple):
     scores: dict[int, TokenLogprobs]
     prompt_scores: list[list[TokenLogprobs]]
     faults: dict[Sequence, str]
+    loops: LoopResult = NOTHING_OF_LOOPS
 
 
 NOTHING_READ = PassResult([], {}, [], {})

@@ -26,13 +26,13 @@ class _Candidate(NamedTuple):
 
     @property
     def is_draft(self) -> bool:
-        return self.depth < self.wave.num_loops
+        return self.depth < self.wave.first_committing_depth
 
     def is_worth(self, outlay: Outlay) -> bool:
         """Whether it is read out if the pass has a head."""
-        loops_ahead = self.wave.num_loops - self.depth
-        if not loops_ahead:
+        if self.depth >= self.wave.first_committing_depth:
             return True
+        loops_ahead = self.wave.num_loops - self.depth
         return self.wave.policy.reads(self.depth, outlay.least_agreement_of_readout(loops_ahead))
 
     def saved(self, outlay: Outlay) -> float:
@@ -79,8 +79,9 @@ class ReadoutChooser:
 
 
 def must_read(wave: Wave, num_runs: int) -> bool:
-    """Whether a pass over the first `num_runs` of the wave reads out the last depth."""
-    return any(wave.num_readouts(run) for run in wave.runs[:num_runs] if run.depth + 1 == wave.num_loops)
+    """Whether a pass over the first `num_runs` of the wave has a readout that may commit."""
+    first = wave.first_committing_depth
+    return any(wave.num_readouts(run) for run in wave.runs[:num_runs] if run.depth + 1 >= first)
 
 
 def _pay_for_head(worthy: list[_Candidate], outlay: Outlay) -> bool:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from model.protocol import MOST_WAVE_PASSES, WavePass, WaveRecord, WaveToken
-from model.schedule.wave import Run, Wave
+from model.schedule.wave import NO_GATES, Run, Wave
 
 MOST_ENTRIES = 64  # of each list of a pass; waves as they are have a few
 
@@ -23,14 +23,16 @@ class WaveRecorder:
         # By position of a token that is not committed: what the loops of its row said, by depth.
         self._said: dict[int, dict[int, int]] = {}
 
-    def update(self, runs: list[Run], predictions: Mapping[int, int]) -> list[int]:
+    def update(
+        self, runs: list[Run], predictions: Mapping[int, int], gates: Mapping[int, float] = NO_GATES
+    ) -> list[int]:
         """Takes a pass into the wave, and notes what that did; returns the tokens committed, oldest first."""
         wave = self._wave
         position, drafts = wave.num_committed, wave.tokens[wave.num_committed :]
         ran = [(run.start, run.num_rows, run.depth + 1) for run in runs]  # a flush cuts runs
         for run in ran:
             self._note_said(*run, predictions)
-        committed = wave.update(runs, predictions)
+        committed = wave.update(runs, predictions, gates)
         tokens = [self._token(position + index, token) for index, token in enumerate(committed)]
         self._passes.append(
             WavePass(

@@ -33,6 +33,8 @@ from model.schedule.sequence import Sequence, contained
 from model.schedule.wave import Ending, Run, Wave
 
 ABORTED = Ending("abort")
+# What a pass says to one sequence, by the rows' positions: the tokens predicted, and the exit gates.
+_Said = tuple[dict[int, int], dict[int, float]]
 
 
 @dataclass
@@ -133,13 +135,13 @@ class Scheduler:
         A sequence that has a fault, or whose wave fails here, is left to `take_ended`.
         """
         faults = dict(result.faults)
-        predictions = self._file(batch, result)
+        said = self._file(batch, result)
         events = []
         for sequence, runs in self._in_pass:
             if sequence in faults:
                 continue
             with contained(sequence, faults):
-                event = self._advance(sequence, runs, predictions[sequence])
+                event = self._advance(sequence, runs, said[sequence])
                 if event is not None:
                     events.append(event)
         for sequence, fault in faults.items():
@@ -147,21 +149,28 @@ class Scheduler:
         self._in_pass = []
         return events
 
-    def _file(self, batch: abc.Sequence[ScheduledRun], result: PassResult) -> dict[Sequence, dict[int, int]]:
-        """Leaves scores on their sequences; the tokens predicted for each sequence by the rows' positions."""
-        predictions: dict[Sequence, dict[int, int]] = {seq: {} for seq, _ in self._in_pass}
-        index, prompts = 0, iter(result.prompt_scores)
+    def _file(self, batch: abc.Sequence[ScheduledRun], result: PassResult) -> dict[Sequence, _Said]:
+        """Leaves scores on their sequences; what is said to each sequence."""
+        said: dict[Sequence, _Said] = {sequence: ({}, {}) for sequence, _ in self._in_pass}
+        index, prompts, kept = 0, iter(result.prompt_scores), iter(result.loops.kept)
         for run in batch:
             sequence, start, num_rows, _, num_readouts = run
-            end, said = start + num_rows, predictions[sequence]
+            end, (tokens, gates) = start + num_rows, said[sequence]
             for position in range(end - num_readouts, end):
-                said[position] = result.tokens[index]
+                tokens[position] = result.tokens[index]
                 if index in result.scores:
                     sequence.logprobs[position + 1] = result.scores[index]
+                if index in result.loops.scores:
+                    sequence.loop_logprobs[position + 1] = result.loops.scores[index]
+                if index in result.loops.gates:
+                    gates[position] = result.loops.gates[index]
                 index += 1
+            if result.loops.kept:
+                for position in range(end - run.num_kept_rows, end):
+                    sequence.keep(position, run.loop, next(kept))
             if result.prompt_scores and run.num_prompt_rows:
                 sequence.prompt_logprobs.update(enumerate(next(prompts), start=start + 1))
-        return predictions
+        return said
 
     def take_ended(self) -> list[TokenEvent]:
         """Ends the sequences that have a fault; the last events of these and of those that `retry` ended."""
@@ -316,7 +325,7 @@ class Scheduler:
         """Frees the sequence's pages; it will read again what is committed, and goes on from there."""
         self._release(sequence)
         dropped = sequence.wave.rejected_drafts
-        sequence.wave.restart()
+        sequence.restart()
         self.counts.rejected_drafts += sequence.wave.rejected_drafts - dropped
 
     def _release(self, sequence: Sequence) -> None:
@@ -408,7 +417,7 @@ class Scheduler:
                 taken[sequence] += 1
                 offer(sequence, agreement)
 
-    def _advance(self, sequence: Sequence, runs: list[Run], predictions: dict[int, int]) -> TokenEvent | None:
+    def _advance(self, sequence: Sequence, runs: list[Run], said: _Said) -> TokenEvent | None:
         wave = sequence.wave
         if sequence.num_generated:
             sequence.passes += 1
@@ -416,7 +425,7 @@ class Scheduler:
         before = wave.accepted_drafts, wave.rejected_drafts
         if sequence.num_unread_source and sequence.source is not None:
             sequence.source.written(self.pool)
-        committed = sequence.update(runs, predictions)
+        committed = sequence.update(runs, *said)
         self._count(wave, before, len(committed))
         self._register(sequence)
         if wave.ending is None:
@@ -447,6 +456,7 @@ def _event(sequence: Sequence, committed: list[int]) -> TokenEvent:
         logprobs=sequence.take_logprobs(len(committed)),
         prompt_logprobs=sequence.take_prompt_logprobs(),
         wave=sequence.take_wave(),
+        loop_logprobs=sequence.take_loop_logprobs(len(committed)),
     )
 
 

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from model.protocol import GenerationRequest, SequenceStats, TokenLogprobs, WaveRecord
+from model.protocol import GenerationRequest, LoopScores, SequenceStats, TokenLogprobs, WaveRecord
 from model.schedule.counts import TokenCounts
 from model.schedule.pages import PagePool, PageTable, PrefixKeys
 from model.schedule.record import WaveRecorder
 from model.schedule.source import Source
-from model.schedule.wave import Run, Wave
+from model.schedule.wave import NO_GATES, Run, Wave
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,9 @@ class Sequence:
         self.rows = 0
         self.logprobs: dict[int, TokenLogprobs] = {}  # by position, what the last depth said, until taken
         self.prompt_logprobs: dict[int, TokenLogprobs] = {}  # the same of prompt tokens
+        self.loop_logprobs: dict[int, list[LoopScores]] = {}  # by position, what each loop said, until taken
+        # By position of a row, its head's inputs after each loop so far, in the backend's own form.
+        self.head_inputs: dict[int, list[object]] = {}
         # Whether its tokens are those of the largest logits, but for endings before `min_tokens`.
         self.takes_likeliest = _takes_likeliest(request)
         self._prompt_logprobs_are_due = request.prompt_logprobs is not None
@@ -112,9 +115,31 @@ class Sequence:
             self._counts = TokenCounts()
         return self._counts
 
-    def update(self, runs: list[Run], predictions: Mapping[int, int]) -> list[int]:
+    def update(
+        self, runs: list[Run], predictions: Mapping[int, int], gates: Mapping[int, float] = NO_GATES
+    ) -> list[int]:
         """Takes a pass in and notes what it did if that is asked for; returns what is committed."""
-        return (self._recorder or self.wave).update(runs, predictions)
+        return (self._recorder or self.wave).update(runs, predictions, gates)
+
+    def restart(self) -> None:
+        """Forgets all rows and what was kept of them; what is committed will be read again like a prompt."""
+        self.wave.restart()
+        self.head_inputs.clear()
+
+    def keep(self, position: int, loop: int, head_input: object) -> None:
+        """Keeps what the head would read at the row of `position` after loop `loop` (0..R-1)."""
+        if loop == 0:  # the row entered, maybe again behind another token
+            self.head_inputs[position] = []
+        self.head_inputs[position].append(head_input)
+
+    def take_loop_logprobs(self, count: int) -> list[list[LoopScores]]:
+        """What each loop said of the `count` tokens committed last; empty unless the request asks."""
+        if self.request.loop_logprobs is None:
+            return []
+        end = self.wave.num_committed
+        for position in [row for row in self.head_inputs if row < end - 1]:
+            del self.head_inputs[position]
+        return [self.loop_logprobs.pop(position) for position in range(end - count, end)]
 
     def take_wave(self) -> WaveRecord | None:
         """What the passes since the last call did; None unless the request asks for it."""

@@ -17,10 +17,15 @@ chunk, or a decoded token with the tokens that a text match proposes behind it. 
 Invariants: depths never rise along the list, and a run enters the block only behind one that has
 already done the same loop, so the K/V that it reads is there; every token up to `num_committed` is
 final; a token behind it is a draft. What the last depth says is committed, whatever the drafts were.
+
+With an exit threshold (Ouro, arXiv 2510.25741) nothing is drafted: a token is what the first depth says at
+which the gate has stopped with that probability. Its row runs on to the last depth all the same, for the K/V
+of the rows behind it, and is not read out again.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from model.protocol import FinishReason
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Outcome = Literal["open", "complete", "stuck"]
+NO_GATES: Mapping[int, float] = MappingProxyType({})
 
 
 class Constraint(Protocol):
@@ -114,7 +120,7 @@ class Run:
     `is_probed`: the readouts of its latest pass, short of the last depth, are noted to be compared with
     the last depth, and change nothing else. `num_read`: so many of its last rows are read out in that pass.
     `guesses` maps a position to what the readouts of its row said at each depth so far; it goes when the
-    row goes.
+    row goes. `going_on` is the probability that the exit gate has stopped the last row at no depth so far.
     """
 
     start: int
@@ -123,6 +129,7 @@ class Run:
     is_probed: bool = False
     num_read: int = 0
     guesses: dict[int, dict[int, int]] = field(default_factory=dict)
+    going_on: float = 1.0
 
     @property
     def last(self) -> int:
@@ -145,7 +152,8 @@ class Wave:
     `length_limit` bounds prompt and output together; `ending_tokens` end the sequence when committed (a
     draft that might end it isn't followed up), and so does a token that the `constraint` says nothing can
     follow. The first `prefix` tokens, none or the prompt, see one another both ways: they are read in one
-    piece, and so are again after a restart.
+    piece, and so are again after a restart. With `ends_alone` the last known token enters when those before
+    it have done all their loops, so that whatever is read out of it has seen what is final.
     """
 
     def __init__(
@@ -158,6 +166,8 @@ class Wave:
         *,
         constraint: Constraint | None = None,
         prefix: int = 0,
+        exit_threshold: float | None = None,
+        ends_alone: bool = False,
     ) -> None:
         self.tokens = list(prompt)
         self.num_loops = num_loops
@@ -167,6 +177,10 @@ class Wave:
         self.constraint = constraint or Unconstrained()
         self.prompt_length = len(prompt)
         self.prefix = prefix
+        self.exit_threshold = exit_threshold
+        # The first depth whose readout can make a token final.
+        self.first_committing_depth = num_loops if exit_threshold is None else 1
+        self.ends_alone = ends_alone
         self.num_known = len(prompt)  # tokens that are read as a prompt: after a restart, outputs as well
         self.num_committed = len(prompt)
         self.ending: Ending | None = None
@@ -230,7 +244,12 @@ class Wave:
         """Known positions that enter together next: at most `max_rows`, but all that are left of a prefix."""
         if self.reads_whole:
             return self.prefix - self.num_entered
-        return min(max_rows, self.num_known - self.num_entered)
+        left = self.num_known - self.num_entered
+        if self.ends_alone and left > 1:
+            left -= 1
+        elif self.ends_alone and self.runs:
+            return 0
+        return min(max_rows, left)
 
     def is_whole(self, run: Run) -> bool:
         """Whether the run is part of a prefix, and so can't be cut."""
@@ -251,7 +270,8 @@ class Wave:
         """Cuts a run of known positions behind its first `num_rows` rows, which can go ahead alone."""
         run, end = self.runs[index], self.runs[index].start + num_rows
         said = {row: guesses for row, guesses in run.guesses.items() if row >= end}
-        self.runs.insert(index + 1, Run(end, run.num_rows - num_rows, run.depth, guesses=said))
+        rest = Run(end, run.num_rows - num_rows, run.depth, guesses=said, going_on=run.going_on)
+        self.runs.insert(index + 1, rest)
         run.cut(end)
 
     def narrow(self) -> None:
@@ -289,13 +309,13 @@ class Wave:
     def num_readouts(self, run: Run) -> int:
         """How many of the run's last rows the pass that it takes part in next can read out.
 
-        Those of the last depth must be, those of a draft depth are if that is worth it.
+        Those that may commit must be, those of a draft depth are if that is worth it.
         """
         end = run.start + run.num_rows
-        rows = min(run.num_rows, end - self.num_known + 1)
+        rows = min(run.num_rows, end - self.num_committed + 1)
         if rows <= 0 or self.length_limit == self.prompt_length:
             return 0  # the next token is known, or none is wanted
-        if run.depth + 1 == self.num_loops:
+        if run.depth + 1 >= self.first_committing_depth:
             return rows
         useless = run.num_rows == 1 and end + 1 >= self.length_limit  # nothing would follow a draft
         return 0 if useless or run.depth + 1 not in self.policy.depths else rows
@@ -317,19 +337,22 @@ class Wave:
         """The run's next pass reads out its last `num_rows` rows; what a probe says changes nothing."""
         run.num_read, run.is_probed = num_rows, is_probe
 
-    def update(self, runs: list[Run], predictions: Mapping[int, int]) -> list[int]:
+    def update(
+        self, runs: list[Run], predictions: Mapping[int, int], gates: Mapping[int, float] = NO_GATES
+    ) -> list[int]:
         """Takes in a pass in which `runs`, the first ones of the wave, did one loop.
 
         `predictions` maps the position of every readout, those of the last depth among them, to the token
-        predicted for the position behind it. Returns the tokens committed, oldest first; after an
-        ending token or at the length limit the wave is `finished` and has no runs left.
+        predicted for the position behind it; `gates` the same positions to the probability by which the
+        exit gate stops there. Returns the tokens committed, oldest first; after an ending token or at the
+        length limit the wave is `finished` and has no runs left.
         """
         self.flushed_depth = None
         committed: list[int] = []
         for run in runs:
             run.depth += 1
         for run in runs:
-            if not self._take_in(run, predictions, committed):
+            if not self._take_in(run, predictions, gates, committed):
                 break  # whatever stood behind is gone
         for run in runs:
             run.num_read, run.is_probed = 0, False
@@ -342,20 +365,30 @@ class Wave:
             self.policy.committed(self.tokens, self.num_committed)
         return committed
 
-    def _take_in(self, run: Run, predictions: Mapping[int, int], committed: list[int]) -> bool:
+    def _take_in(
+        self, run: Run, predictions: Mapping[int, int], gates: Mapping[int, float], committed: list[int]
+    ) -> bool:
         """Takes in the readouts of one run; False when one contradicted, or was the first of its position."""
         for position in range(run.start, run.start + run.num_rows):
             token = predictions.get(position)
             if token is None:
                 continue
-            if run.depth == self.num_loops:
-                holds = self._commit(run, position + 1, token, committed)
+            if run.depth >= self.first_committing_depth:
+                # Where the gate lets it go on, a deeper loop will say the token: nothing is guessed.
+                is_said = run.depth == self.num_loops or self._exits(run, gates[position])
+                holds = is_said and self._commit(run, position + 1, token, committed)
             else:
                 run.guesses.setdefault(position, {})[run.depth] = token
                 holds = run.is_probed or self._compare(run, position + 1, token)
             if not holds:
                 return False
         return True
+
+    def _exits(self, run: Run, gate: float) -> bool:
+        """Whether the gate has stopped the last row of the run by now, with the probability that is asked."""
+        assert self.exit_threshold is not None
+        run.going_on *= 1.0 - gate
+        return 1.0 - run.going_on >= self.exit_threshold
 
     def _commit(self, run: Run, position: int, token: int, committed: list[int]) -> bool:
         """The last depth says `token` at `position`."""

@@ -4,21 +4,22 @@ Two ways: teacher forcing over a text (one forward pass says what every depth wo
 position), and decoding through the engine. Knows nothing about files. Source of the expected passes: a
 token's row enters when the prediction it grew from is made, so the gap between the rows of two tokens is
 the depth from which on every readout agrees with the last one (R if none does); the mean gap is the passes
-per token of an undisturbed sequence. With a coda it is an upper estimate: here each depth reads the coda's
-K/V of that same depth, in the engine a draft reads the final K/V of committed positions.
+per token of an undisturbed sequence. With a coda that is a little optimistic: here every earlier position has
+its final K/V, in the engine a draft's readout may find provisional ones. Losses and agreement are those of
+`loop_logprobs`: the same loops, scored by the same function.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.engine import Engine
 from model.network.looped import LoopedTransformer
 from model.options import EngineOptions
 from model.passes.backend import BackendMaker
+from model.passes.scores import token_logprobs
 from model.protocol import GenerationRequest, SamplingParams
 from model.schedule.drafts import FEW_LOOPS
 
@@ -144,9 +145,11 @@ def _readouts(model: LoopedTransformer, ids: Sequence[int], window: int) -> tupl
     for start in range(0, len(ids) - 1, window):
         # One token more than is read: the last one's successor is a target too.
         part = torch.tensor(ids[start : start + window + 1], device=model.device)
-        logits = [model.whole_readout(state)[0].float() for state in model.depths(part[None, :-1])]
-        losses.append(torch.stack([F.cross_entropy(each, part[1:], reduction="none") for each in logits]))
-        predictions.append(torch.stack([each.argmax(-1) for each in logits]))
+        hidden = model.whole_loops(model.depths(part[None, :-1]))
+        # Of each loop: the target, its log-probability, its rank, and the likeliest token.
+        scores = torch.stack([token_logprobs(model.logits(each)[0], part[1:], 1) for each in hidden])
+        losses.append(-scores[..., 1])
+        predictions.append(scores[..., 3].long())
         targets.append(part[1:])
     return torch.cat(losses, 1).cpu(), torch.cat(predictions, 1).cpu(), torch.cat(targets).cpu()
 

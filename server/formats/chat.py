@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from server.choices import ChoiceDelta, Generation, ShownToken
+from server.formats.loop_scores import loop_scores
 from server.formats.prompt_scores import prompt_scores
 from server.formats.token_scores import token_logprobs
 from server.formats.wave import shown_wave
@@ -54,6 +55,8 @@ class ChatFormat:
             choices=[self._choice(index, delta) for index, delta in enumerate(choices)],
             usage=usage,
         )
+        if lossy := self._body.lossy_fields:
+            response.lossy = lossy
         if self._body.return_token_ids:
             response.prompt_token_ids = self._prompt_ids
         scores = self._generation.choices[0].prompt_scores
@@ -77,6 +80,8 @@ class ChatFormat:
             part.stop_reason = delta.stop_reason
         if self._body.return_token_ids:
             part.token_ids = [token.token_id for token in delta.tokens]
+        if self._body.loop_logprobs is not None:
+            part.loop_logprobs = loop_scores(delta.tokens, self._codec)
         if delta.wave is not None:
             part.wave = shown_wave(delta.wave, self._codec)
         before = [
@@ -98,6 +103,8 @@ class ChatFormat:
             model=self._body.model,
             choices=parts,
         )
+        if lossy := self._body.lossy_fields:
+            chunk.lossy = lossy
         if "usage" in usage:
             chunk.usage = usage["usage"]
         if self._prompt_ids_due and any(part.delta.role for part in parts):
@@ -119,6 +126,8 @@ class ChatFormat:
         )
         if self._body.return_token_ids:
             choice.token_ids = [token.token_id for token in delta.tokens]
+        if self._body.loop_logprobs is not None:
+            choice.loop_logprobs = loop_scores(delta.tokens, self._codec)
         return choice
 
     def _logprobs(self, tokens: Sequence[ShownToken]) -> ChatLogprobs | None:

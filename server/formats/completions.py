@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from server.choices import ChoiceDelta, Generation, ShownToken
+from server.formats.loop_scores import loop_scores
 from server.formats.prompt_scores import clamp, prompt_scores
 from server.formats.wave import shown_wave
 from server.schemas.completions import (
@@ -43,7 +44,7 @@ class CompletionFormat:
 
     def chunk(self, parts: list[CompletionChoice], **usage: Usage | None) -> CompletionResponse:
         """A chunk of a stream."""
-        return CompletionResponse(
+        chunk = CompletionResponse(
             id=self._generation.plan.id,
             object="text_completion",
             created=self._created,
@@ -51,6 +52,9 @@ class CompletionFormat:
             choices=parts,
             **usage,
         )
+        if lossy := self._body.lossy_fields:
+            chunk.lossy = lossy
+        return chunk
 
     def _part(self, delta: ChoiceDelta, *, first: bool) -> CompletionChoice:
         part = CompletionChoice(
@@ -64,6 +68,8 @@ class CompletionFormat:
             part.token_ids = [token.token_id for token in delta.tokens]
             if first:
                 part.prompt_token_ids = self._generation.choices[delta.choice_index].request.prompt_token_ids
+        if self._body.loop_logprobs is not None:
+            part.loop_logprobs = loop_scores(delta.tokens, self._codec)
         if delta.wave is not None:
             part.wave = shown_wave(delta.wave, self._codec)
         choice = self._generation.choices[delta.choice_index]

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, StringConstraints, field_validator, model
 from server.errors import InvalidRequestError, quote
 from server.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOLS
 from server.schemas.base import Name, RequestModel, Text, at_most, complain, each_of
+from server.schemas.loop_scores import LoopToken
 from server.schemas.prompt_scores import PromptScores
 from server.schemas.sampling import MAX_LOGPROBS, NO_LIMIT, SamplingFields, agreed_limit
 from server.schemas.tools import FunctionDefinition, ToolCallMessage, ToolChoice, ToolChoiceObject, Tools
@@ -341,6 +342,7 @@ class ChatChoice(BaseModel):
     finish_reason: Literal["stop", "tool_calls", "length", "abort"]
     stop_reason: str | int | None
     token_ids: list[int] | None = None
+    loop_logprobs: list[LoopToken] | None = None
 
 
 class ChatResponse(BaseModel):
@@ -351,6 +353,7 @@ class ChatResponse(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
+    lossy: list[str] | None = Field(None, description="fields by which the text may not be the model's own")
     usage: Usage
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptScores | None = None
@@ -391,6 +394,7 @@ class ChatChunkChoice(BaseModel):
     finish_reason: Literal["stop", "tool_calls", "length", "abort"] | None = None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
+    loop_logprobs: list[LoopToken] | None = None
     wave: Wave | None = None
 
 
@@ -402,5 +406,6 @@ class ChatChunk(BaseModel):
     created: int
     model: str
     choices: list[ChatChunkChoice]
+    lossy: list[str] | None = None
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None

@@ -13,6 +13,7 @@ from pydantic import (
 from server.errors import InvalidRequestError
 from server.limits import MAX_IDS, MAX_PROMPTS
 from server.schemas.base import Text, TokenId, each_of
+from server.schemas.loop_scores import LoopToken
 from server.schemas.prompt_scores import PromptScores
 from server.schemas.sampling import MAX_LOGPROBS, NO_LIMIT, SamplingFields, agreed_limit
 from server.schemas.usage import Usage
@@ -160,6 +161,7 @@ class CompletionChoice(BaseModel):
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptScores | None = None
+    loop_logprobs: list[LoopToken] | None = None
     wave: Wave | None = None
 
 
@@ -171,4 +173,5 @@ class CompletionResponse(BaseModel):
     created: int
     model: str
     choices: list[CompletionChoice]
+    lossy: list[str] | None = Field(None, description="fields by which the text may not be the model's own")
     usage: Usage | None = None

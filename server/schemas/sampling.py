@@ -107,6 +107,20 @@ class SamplingFields(TokenFields):
         None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens beside each of the prompt's; not streamed"
     )
 
+    loop_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="ours: what every loop says of each token of the answer, with so many of its likeliest",
+    )
+    exit_threshold: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="ours, lossy, for models with an exit gate: a token is that of the first loop at which "
+        "the gate has stopped with this probability",
+    )
+
     @model_validator(mode="after")
     def _check_shared_combinations(self) -> Self:
         if self.stream_options is not None and not self.stream:
@@ -131,6 +145,11 @@ class SamplingFields(TokenFields):
     def stop_strings(self) -> list[str]:
         """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def lossy_fields(self) -> list[str]:
+        """Fields by which the text may be another one than that of the model's own depth."""
+        return [] if self.exit_threshold is None else ["exit_threshold"]
 
     def _formats(self) -> dict[str, ResponseFormat | StructuredOutputs]:
         """By field, everything that asks for a format. Those called guided are vLLM's older names."""

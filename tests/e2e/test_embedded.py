@@ -47,6 +47,20 @@ def test_the_python_of_the_readme_runs(embedded: ServerProcess, capsys: pytest.C
     assert capsys.readouterr().out
 
 
+def test_the_logit_lens_of_the_api_page_runs(
+    embedded: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(block.splitlines()) <= 21
+    exec(block.replace(ADDRESS, embedded.url), {})
+    *tokens, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"loop (\d+): 100% of its likeliest tokens are the last loop's", last)
+    num_loops = int(last.split()[1].rstrip(":"))
+    assert num_loops > 1
+    assert {line.count(" | ") for line in tokens[: -num_loops + 1]} == {num_loops}
+
+
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_a_stream_joined_is_the_whole_answer_and_that_without_speculation(
     embedded: ServerProcess, path: str

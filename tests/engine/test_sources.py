@@ -86,6 +86,24 @@ def test_text_is_plain_decoding_for_every_policy_alone_and_in_a_batch(policy: st
     assert [texts(engine, [each])[0] for each in requests] == wanted
 
 
+def test_every_loop_says_what_a_whole_forward_pass_of_the_decoder_says() -> None:
+    (source,) = sources(30)
+    events = engine_of().run([request("a", source, loop_logprobs=1), request("b", source)])["a"]
+    text = [token for event in events for token in event.token_ids]
+    told = [loops for event in events for loops in event.loop_logprobs]
+    with torch.inference_mode():
+        states = MODEL.depths(
+            torch.tensor([[START, *text[:-1]]]), source=MODEL.encode(torch.tensor([source]))
+        )
+        wanted = torch.stack(
+            [MODEL.logits(hidden)[0].log_softmax(-1) for hidden in MODEL.whole_loops(states)]
+        )
+    for index, token in enumerate(text):
+        found = [said.scores.logprob for said in told[index]]
+        assert found == pytest.approx(wanted[:, index, token].tolist(), abs=1e-4)
+    assert text == plain_greedy(source)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

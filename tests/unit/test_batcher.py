@@ -10,7 +10,7 @@ from model.protocol import MOST_WAVE_PASSES, GenerationRequest, SamplingParams, 
 from server.batcher import AdmissionLimits, RequestBatcher
 from server.errors import QueueFullError, UnavailableError
 from server.metrics import Metrics
-from tests.fake_engine import INFO, FakeEngine
+from tests.fake_engine import INFO, FakeEngine, logprobs_of, loops_of
 
 IDS = list(range(50, 70))
 
@@ -46,6 +46,17 @@ async def test_slow_reader_finds_its_deltas_merged() -> None:
     events = await drained(stream)
     assert [(event.request_id, event.token_ids) for event in events] == [("a", IDS), ("b", IDS)]
     assert all(event.finish_reason == "length" and event.stats for event in events)
+    await batcher.close()
+
+
+async def test_slow_reader_finds_all_scores_of_all_tokens() -> None:
+    batcher = await started(FakeEngine(lambda _: IDS))
+    asked = msgspec.structs.replace(request("a"), logprobs=1, loop_logprobs=2)
+    stream = batcher.open([asked])
+    await until(lambda: batcher.num_in_flight == 0)
+    (event,) = await drained(stream)
+    assert event.logprobs == [logprobs_of(token_id, 1 + i, 1) for i, token_id in enumerate(IDS)]
+    assert event.loop_logprobs == [loops_of(token_id, 1 + i, 2) for i, token_id in enumerate(IDS)]
     await batcher.close()
 
 

@@ -42,6 +42,8 @@ BROKEN = [
     ({"stop_token_ids": [50]}, "stop_token_ids", ["50", "0 to 49"]),
     ({"sampling": SamplingParams(logit_bias={77: 1.0})}, "logit_bias", ["77", "0 to 49"]),
     ({"grammar": Grammar(kind="json_object")}, "grammar", ["tokenizer"]),
+    ({"loop_logprobs": 64}, "loop_logprobs", ["64", "4 loops", "260", "256"]),
+    ({"exit_threshold": 0.25}, "exit_threshold", ["0.25", "no exit gate"]),
 ]
 
 
@@ -67,7 +69,13 @@ def test_a_broken_rule_names_field_value_and_limit(
     assert not [word for word in (field, *words) if word not in str(broken.value)]
 
 
-OF_BODIES = [{"num_loops": 5}, {"init_scale": 0.5}, {"draft_policy": "best"}, {"stop_token_ids": [50]}]
+OF_BODIES = [
+    {"num_loops": 5},
+    {"init_scale": 0.5},
+    {"draft_policy": "best"},
+    {"stop_token_ids": [50]},
+    {"exit_threshold": 0.5},
+]
 
 
 @pytest.mark.parametrize("asked", OF_BODIES)

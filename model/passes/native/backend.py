@@ -24,6 +24,7 @@ from model.passes.backend import BackendFacts, CacheBytes
 from model.passes.native import structs
 from model.passes.native.choosing import Asked, Scores
 from model.passes.native.library import NativeUnavailableError, choose, load
+from model.passes.native.loops import AskedLoops, ExitGate, HeadRows
 from model.passes.native.weights import PackedModel, allocate
 from model.passes.noise import state_noise
 from model.passes.rows import Rows
@@ -90,11 +91,13 @@ class RowArrays(NamedTuple):
 class NativeResult(NamedTuple):
     """The likeliest token of every readout, and the logits (n, vocab) of those that asked for them.
 
-    The token is NO_TOKEN where a logit is infinite or no number.
+    The token is NO_TOKEN where a logit is infinite or no number. `kept` are the head's inputs (n, hidden) of
+    the rows that were to be kept.
     """
 
     tokens: list[int]
     logits: Floats
+    kept: Floats
 
 
 class _Columns:
@@ -139,21 +142,29 @@ class NativePasses:
         self._scratch = allocate(self.library.speed_scratch_bytes(self._engine))
         weakref.finalize(self, self.library.speed_close, self._engine)
 
-    def run(self, rows: RowArrays, readouts: Numbers, logit_rows: Numbers) -> NativeResult:
+    def run(
+        self, rows: RowArrays, readouts: Numbers, logit_rows: Numbers, head: HeadRows | None = None
+    ) -> NativeResult:
         """One pass. `readouts` are rows; `logit_rows` where each one's logits go in the result, or -1.
 
+        A readout behind the last row reads a row of `head.given`.
         Raises ValueError, with nothing changed, for numbers that are out of range.
         """
         tokens, ends = array("i", bytes(4 * len(readouts))), array("B", bytes(rows.ends))
         num_logits = max(logit_rows, default=-1) + 1
         logits = np.empty((num_logits, self.config.vocab_size), np.float32)
-        columns = _Columns(*rows[:5], readouts, logit_rows, () if rows.noises is None else rows.noises)
+        kept_rows = () if head is None else head.kept
+        kept = np.empty((len(kept_rows), self.config.hidden_size), np.float32)
+        noises = () if rows.noises is None else rows.noises
+        columns = _Columns(*rows[:5], readouts, logit_rows, noises, kept_rows)
         work = structs.Pass(
             len(rows.positions),
             len(rows.pages),
             len(readouts),
             num_logits,
             0 if rows.noise is None else len(rows.noise),
+            len(kept_rows),
+            0 if head is None else len(head.given),
         )
         (
             work.tokens,
@@ -163,16 +174,19 @@ class NativePasses:
             work.pages,
             work.readouts,
             work.logit_rows,
-            noises,
+            noise_rows,
+            work.kept,
         ) = columns.addresses
         work.ends, work.tokens_out = ends.buffer_info()[0], tokens.buffer_info()[0]
         if num_logits:
             work.logits = logits.ctypes.data
         if rows.noise is not None:
-            work.noises, work.noise = noises, rows.noise.ctypes.data
+            work.noises, work.noise = noise_rows, rows.noise.ctypes.data
+        if head is not None:
+            work.kept_out, work.given = kept.ctypes.data, head.given.ctypes.data
         if self.library.speed_run(self._engine, work, self._error, _ERROR_BYTES):
             raise ValueError(self._problem())
-        return NativeResult(tokens.tolist(), logits)
+        return NativeResult(tokens.tolist(), logits, kept)
 
     def fill_cache(self, byte: int) -> None:
         """Overwrites all K/V and states, as other texts would: nothing of them may show."""
@@ -243,6 +257,7 @@ class NativeBackend:
     ) -> None:
         self.model = model
         self.passes = NativePasses(model, num_tokens, max_positions, options)
+        self._gate = ExitGate(model) if model.config.exit_gate else None
         self.facts = BackendFacts(
             name=options.name,
             device="cpu",
@@ -253,14 +268,17 @@ class NativeBackend:
 
     def run(self, rows: Rows, readouts: Readouts) -> PassResult:
         """Runs one loop for every row of a pass and reads out what is asked for."""
-        predicting, scoring = readouts
+        predicting, scoring, _ = readouts
         faults: dict[Sequence, str] = {}
         asked = Asked.of(predicting, faults)
+        loops = AskedLoops.of(readouts, self.model.config.hidden_size, has_gate=self._gate is not None)
         numbers = [readout.row for readout in predicting]
         for prompt in scoring:
             numbers.extend(range(prompt.row, prompt.row + prompt.num_rows))
-        logit_rows = _logit_rows(asked, len(predicting), len(numbers))
-        found = self.passes.run(row_arrays(rows, readouts, self.model.config), numbers, logit_rows)
+        numbers.extend(range(rows.num_rows, rows.num_rows + loops.num_given))
+        logit_rows = _logit_rows({*asked.chosen, *asked.scored, *loops.scored}, len(predicting), len(numbers))
+        arrays = row_arrays(rows, readouts, self.model.config)
+        found = self.passes.run(arrays, numbers, logit_rows, loops.head)
         tokens = found.tokens
         for readout, token in zip(predicting, tokens, strict=False):
             if token == NO_TOKEN and readout.is_final:
@@ -272,46 +290,51 @@ class NativeBackend:
                 tokens[index] = token
         # A draft of nothing: the last word will say so.
         predicted = [max(0, token) for token in tokens[: len(predicting)]]
-        if not (asked.scored or scoring):
+        if not (asked.scored or scoring or loops.head):
             return PassResult(predicted, {}, [], faults)
-        for prompt, token in _scored_rows(scoring, tokens[len(predicting) :]):
+        for prompt, token in zip(_scored_rows(scoring), tokens[len(predicting) :], strict=False):
             if token == NO_TOKEN:
                 faults[prompt.sequence] = not_a_number(prompt.start, math.nan)
+        of_tokens, of_prompts, of_loops = self._scores(found.logits, logit_rows, asked, loops, predicted)
         return PassResult(
-            predicted, *self._scores(found.logits, logit_rows, asked, readouts, predicted), faults
+            predicted, of_tokens, of_prompts, faults, loops.result(found.kept, of_loops, self._gate)
         )
 
     def _scores(
-        self, logits: Floats, logit_rows: list[int], asked: Asked, readouts: Readouts, predicted: list[int]
-    ) -> tuple[dict[int, TokenLogprobs], list[list[TokenLogprobs]]]:
-        """Scores of predicted tokens by the readouts' indices, and of each prompt's tokens."""
-        predicting, scoring = readouts
+        self, logits: Floats, logit_rows: list[int], asked: Asked, loops: AskedLoops, predicted: list[int]
+    ) -> tuple[dict[int, TokenLogprobs], list[list[TokenLogprobs]], abc.Iterator[TokenLogprobs]]:
+        """Scores of predicted tokens by the readouts' indices, of each prompt's tokens, and of loops."""
+        predicting, scoring, _ = loops.readouts
         tokens = [predicted[index] for index in asked.scored]
         num_tops = [predicting[index].sequence.request.logprobs or 0 for index in asked.scored]
         for prompt in scoring:
             tokens.extend(prompt.token_ids)
             num_tops.extend([prompt.sequence.request.prompt_logprobs or 0] * prompt.num_rows)
-        rows = [*(logit_rows[index] for index in asked.scored), *logit_rows[len(predicting) :]]
-        scores = self.passes.score(logits, rows, tokens, max(num_tops)).listed(num_tops)
-        of_tokens, of_prompts = (
-            dict(zip(asked.scored, scores, strict=False)),
-            iter(scores[len(asked.scored) :]),
-        )
-        return of_tokens, [list(islice(of_prompts, prompt.num_rows)) for prompt in scoring]
+        end = len(logit_rows) - loops.num_given
+        rows = [*(logit_rows[index] for index in asked.scored), *logit_rows[len(predicting) : end]]
+        rows += loops.logit_rows(logit_rows, logit_rows[end] if loops.num_given else 0)
+        for index, num_loops in zip(loops.scored, loops.num_loops, strict=True):
+            tokens.extend([predicted[index]] * num_loops)
+        num_tops.extend(loops.num_tops)
+        if not rows:
+            return {}, [], iter(())
+        scores = iter(self.passes.score(logits, rows, tokens, max(num_tops)).listed(num_tops))
+        of_tokens = {index: next(scores) for index in asked.scored}
+        return of_tokens, [list(islice(scores, prompt.num_rows)) for prompt in scoring], scores
 
 
-def _logit_rows(asked: Asked, num_predicting: int, num_rows: int) -> list[int]:
+def _logit_rows(asked: set[int], num_predicting: int, num_rows: int) -> list[int]:
     """Where the logits of each readout go, -1 where the likeliest token is all that is asked for."""
     rows = [-1] * num_rows
-    wanted = [*sorted({*asked.chosen, *asked.scored}), *range(num_predicting, num_rows)]
+    wanted = [*sorted(asked), *range(num_predicting, num_rows)]
     for place, index in enumerate(wanted):
         rows[index] = place
     return rows
 
 
-def _scored_rows(scoring: list[PromptReadout], tokens: list[int]) -> abc.Iterator[tuple[PromptReadout, int]]:
-    """The prompt of each row that scores one, and the likeliest token there."""
-    return zip((prompt for prompt in scoring for _ in range(prompt.num_rows)), tokens, strict=True)
+def _scored_rows(scoring: list[PromptReadout]) -> abc.Iterator[PromptReadout]:
+    """The prompt of each row that scores one."""
+    return (prompt for prompt in scoring for _ in range(prompt.num_rows))
 
 
 def row_arrays(rows: Rows, readouts: Readouts, config: LoopedConfig) -> RowArrays:
@@ -335,6 +358,8 @@ def row_arrays(rows: Rows, readouts: Readouts, config: LoopedConfig) -> RowArray
         ends += bytes([loop + 1 == wave.num_loops]) * num_rows
     for readout in readouts.predicting:
         ends[readout.row] = 1
+    for kept in readouts.keeping:
+        ends[kept.row] = 1
     return RowArrays(tokens, positions, loops, tables, pages, ends, *_noise(rows, config))
 
 

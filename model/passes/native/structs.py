@@ -8,7 +8,7 @@ import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from enum import IntEnum
 
-INTERFACE = 3  # src/api.h
+INTERFACE = 4  # src/api.h
 BLOCK = 16  # outputs that are stored together
 PAGE = 16  # positions of a page of K/V
 MOST_INPUTS = 65536
@@ -92,9 +92,10 @@ class Pass(ctypes.Structure):
     """The rows of a pass and where its results go."""
 
     _fields_ = [
-        *_int32s("num_rows num_pages num_readouts num_logits num_noise unused"),
+        *_int32s("num_rows num_pages num_readouts num_logits num_noise"),
+        *_int32s("num_kept num_given unused"),
         *_pointers("tokens positions loops tables pages ends noises noise"),
-        *_pointers("readouts logit_rows tokens_out logits"),
+        *_pointers("readouts logit_rows tokens_out logits kept kept_out given"),
     ]
 
 

@@ -49,7 +49,7 @@ class TorchBackend:
             relative = model.relative.upto_distance() if config.relative_bias else None
         self.attention: PagedAttention = attention_for(self.store, relative)
         self.sampler = Sampler(config.vocab_size, model.device)
-        self.reader = Reader(model.logits, self.sampler)
+        self.reader = Reader(model.logits, self.sampler, model.gate if config.exit_gate else None)
         self._states = zeros((num_tokens, config.state_size), model.device, model.dtype)
         shape = (num_tokens, config.hidden_size)
         self._entered = zeros(shape, model.device, model.dtype) if config.keeps_input else self._states
@@ -123,7 +123,7 @@ class TorchBackend:
         return state
 
     def _finish(self, rows: Rows, readouts: Readouts, state: Tensor, positions: Tensor) -> Tensor:
-        """Coda and final norm; the head's inputs (rows, hidden), first those of rows that predict.
+        """Coda and final norm; the head's inputs (rows, hidden), in the order that `Reader.read` wants.
 
         A coda has K/V of its own, so every row that ends its last loop runs it, prompt rows as well;
         a draft readout writes provisional K/V there, which the row's last loop overwrites.
@@ -131,6 +131,7 @@ class TorchBackend:
         wanted = [readout.row for readout in readouts.predicting]
         for prompt in readouts.scoring:
             wanted.extend(range(prompt.row, prompt.row + prompt.num_rows))
+        wanted.extend(kept.row for kept in readouts.keeping)
         if not self.model.config.num_coda_layers:
             whole = wanted == list(range(len(rows)))
             picked = state if whole else state[self._indices(wanted)]

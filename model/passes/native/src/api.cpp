@@ -291,17 +291,26 @@ static bool check_row(const Engine& e, const Pass& p, int row, char* error, int3
   return !p.noises || check_range("noise row", p.noises[row], -1, p.num_noise - 1, error, bytes);
 }
 
+static bool check_coda(const Engine& e, const Pass& p, int row, char* error, int32_t bytes) {
+  return !e.model.num_coda_layers || p.ends[row] || fail(error, bytes, "row %d is read out but runs no coda", row);
+}
+
 static bool check_pass(const Engine& e, const Pass& p, char* error, int32_t bytes) {
   if (!p.positions || !p.loops || !p.tokens || !p.tables || !p.pages || (e.model.num_coda_layers && !p.ends)) return fail(error, bytes, "rows are missing");
   if (!check_range("rows", p.num_rows, 1, MAX_CHUNKS, error, bytes) || !check_range("readouts", p.num_readouts, 0, MAX_CHUNKS, error, bytes)) return false;
   if (p.num_readouts && (!p.readouts || !p.logit_rows || !p.tokens_out)) return fail(error, bytes, "readouts are missing");
+  if (!check_range("kept", p.num_kept, 0, MAX_CHUNKS, error, bytes) || !check_range("given", p.num_given, 0, MAX_CHUNKS, error, bytes)) return false;
+  if ((p.num_kept && (!p.kept || !p.kept_out)) || (p.num_given && !p.given)) return fail(error, bytes, "inputs of the head are missing");
   for (int row = 0; row < p.num_rows; row++) {
     if (!check_row(e, p, row, error, bytes)) return false;
   }
   for (int i = 0; i < p.num_readouts; i++) {
-    if (!check_range("readout", p.readouts[i], 0, p.num_rows - 1, error, bytes)) return false;
-    if (e.model.num_coda_layers && !p.ends[p.readouts[i]]) return fail(error, bytes, "row %d is read out but runs no coda", p.readouts[i]);
+    if (!check_range("readout", p.readouts[i], 0, p.num_rows + p.num_given - 1, error, bytes)) return false;
+    if (p.readouts[i] < p.num_rows && !check_coda(e, p, p.readouts[i], error, bytes)) return false;
     if (!check_range("logits row", p.logit_rows[i], -1, p.logits ? p.num_logits - 1 : -1, error, bytes)) return false;
+  }
+  for (int i = 0; i < p.num_kept; i++) {
+    if (!check_range("kept row", p.kept[i], 0, p.num_rows - 1, error, bytes) || !check_coda(e, p, p.kept[i], error, bytes)) return false;
   }
   return true;
 }

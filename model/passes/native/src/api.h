@@ -2,7 +2,7 @@
 #pragma once
 #include "products.h"
 
-enum { INTERFACE = 3 };  // changes with any of the structures below
+enum { INTERFACE = 4 };  // changes with any of the structures below
 
 // INTERPOLATION: norms give unit length and have no weights, and states step towards normalised outputs.
 enum Placement { PRE, SANDWICH, POST_ADD, OUTPUT, INTERPOLATION };
@@ -43,7 +43,7 @@ struct Setup {
 };
 
 struct Pass {
-  int32_t num_rows, num_pages, num_readouts, num_logits, num_noise, unused;
+  int32_t num_rows, num_pages, num_readouts, num_logits, num_noise, num_kept, num_given, unused;
   const int32_t* tokens;     // of rows in their first loop
   const int32_t* positions;  // (rows)
   const int32_t* loops;      // (rows) 0..num_loops - 1
@@ -52,10 +52,13 @@ struct Pass {
   const uint8_t* ends;       // (rows) whether the coda runs behind this loop
   const int32_t* noises;     // (rows) row of `noise` that its state starts from, or -1
   const float* noise;        // (num_noise, hidden_size)
-  const int32_t* readouts;   // (readouts) rows
+  const int32_t* readouts;   // (readouts) rows, or num_rows + i for row i of `given`
   const int32_t* logit_rows; // (readouts) row of `logits`, or -1
   int32_t* tokens_out;       // (readouts) argmax of each, -1 where a logit is no finite number
   float* logits;             // (num_logits, vocab_size)
+  const int32_t* kept;       // (num_kept) rows whose head's inputs go to `kept_out`
+  float* kept_out;           // (num_kept, hidden_size)
+  const float* given;        // (num_given, hidden_size) head's inputs that earlier passes kept
 };
 
 // What the time of a pass goes to; as in structs.py.

@@ -482,17 +482,26 @@ struct Step {
     mark(JOIN);
   }
 
+  const float* head_input(int row, float* scratch) {
+    const float* h = m.num_coda_layers ? e.coda_h + (size_t)e.coda_row[row] * (size_t)e.hidden_padded
+                                       : e.h + (size_t)row * (size_t)e.hidden_padded;
+    if (m.placement == INTERPOLATION) {
+      unit_norm(h, m.hidden_size, m.norm_eps, scratch);
+      return scratch;
+    }
+    return normed(h, m.norm_after_loop && !m.num_coda_layers ? nullptr : m.norm, scratch);
+  }
+
   void read_out() {
     layers(m.num_prelude_layers + m.num_block_layers, m.num_coda_layers, {e.num_ending, e.ending, e.coda_h});
+    if (p.num_kept) {
+      each(p.num_kept, [&](int i) {
+        memcpy(p.kept_out + (size_t)i * (size_t)m.hidden_size, head_input(p.kept[i], mine.row), (size_t)m.hidden_size * 4);
+      });
+    }
     auto fill = [&](int i, float* scratch) {
-      int row = p.readouts[i];
-      const float* h = m.num_coda_layers ? e.coda_h + (size_t)e.coda_row[row] * (size_t)e.hidden_padded
-                                         : e.h + (size_t)row * (size_t)e.hidden_padded;
-      if (m.placement == INTERPOLATION) {
-        unit_norm(h, m.hidden_size, m.norm_eps, scratch);
-        return (const float*)scratch;
-      }
-      return normed(h, m.norm_after_loop && !m.num_coda_layers ? nullptr : m.norm, scratch);
+      int row = p.readouts[i], given = row - p.num_rows;
+      return given < 0 ? head_input(row, scratch) : p.given + (size_t)given * (size_t)m.hidden_size;
     };
     int per = head_chunk_blocks(e);
     auto emit = [&](int i, int block, f32x16 v, int chunk) { note(i, block, v, chunk, block == chunk * per); };
