@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import shtab
 
-from cli import bench, export, inspect, serve, train
+from cli import bench, chat, complete, export, inspect, serve, train
 from cli.arguments import COMPLETION
 from server.command import UsageError, exit_status
 from server.version import package_version
@@ -25,7 +25,7 @@ def build_parser(argv: Iterable[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"speed {package_version()}")
     shtab.add_argument_to(parser, COMPLETION, help="print what makes a shell complete this command's options")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for command in (serve, inspect, export, train, bench):
+    for command in (serve, chat, complete, inspect, export, train, bench):
         command.add_to(commands, given)
     return parser
 

@@ -400,7 +400,9 @@ def _fitting_tokens(model: LoopedTransformer, options: EngineOptions, each: int)
     """Cells of `each` bytes that the cache may have: as many as was said, or as memory holds."""
     if options.kv_cache_tokens is not None:
         return options.kv_cache_tokens
-    return (options.kv_cache_memory or cache_memory(model, model.device, options)) // each
+    if options.kv_cache_memory is not None:
+        return options.kv_cache_memory // each
+    return cache_memory(model, model.device, options) // options.cache_sharers // each
 
 
 def _is_sized(options: EngineOptions) -> bool:

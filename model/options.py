@@ -58,6 +58,7 @@ class EngineOptions(SchedulerLimits, frozen=True, kw_only=True):
     max_model_len: int | None = None  # tokens
     kv_cache_tokens: int | None = None
     kv_cache_memory: int | None = None  # bytes; `kv_cache_tokens` goes first
+    cache_sharers: int = 1  # engines that share what a cache may take where no size was asked for
     row_budget: int | None = None  # rows a pass; None: by measured pass times
 
 

@@ -10,7 +10,8 @@ from typing import Literal, Protocol
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-EngineState = Literal["loading", "ready", "dead"]
+# Unloaded: there is no process, and nobody has asked for one yet.
+EngineState = Literal["unloaded", "loading", "ready", "dead"]
 # Why an engine had to be started again: its process ended by itself or was killed (exited), said what was
 # wrong (failed), said nothing for too long (silent), stood still by a signal (stopped), took too long to load
 # (load_timeout), could not be started (not_started), or said what is no message (not_understood).
@@ -277,6 +278,7 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     state: EngineState
     reason: str = ""
     num_failures: int = 0  # in a row, while the engine is started again
+    load_failed: bool = False  # whether it is dead because its first load showed what a user can mend
 
 
 class EngineUnavailableError(RuntimeError):

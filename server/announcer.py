@@ -19,12 +19,16 @@ SECONDS_BETWEEN_LINES = 10.0  # while a model loads
 class Announcer:
     """Follows the state of the engine and writes a line of the log when there is something to say."""
 
-    def __init__(self, name: str, url: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, name: str, url: str | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`url`: where the model is served, if those who are told don't know that yet."""
         self._name = name
         self._url = url
         self._clock = clock
         self._began: float | None = None  # when it was last seen to begin loading
         self._next_line = 0.0
+        self._has_begun = False  # whether an address was told
         self._last = ""
 
     def warn(self, settings: Settings) -> None:
@@ -43,10 +47,13 @@ class Announcer:
         if health.state == "loading":
             self._loading(health.reason)
         elif health.state == "ready" and self._began is not None:
-            logger.info(
-                "%s is served at %s (after %.1f s)", self._name, self._url, self._clock() - self._began
-            )
+            place = f"served at {self._url}" if self._url else "loaded"
+            logger.info("%s is %s (after %.1f s)", self._name, place, self._clock() - self._began)
             self._began = None
+            self._has_begun = True
+        elif health.state == "unloaded" and not self._has_begun:
+            logger.info("served at %s, each loaded by the first request for it: %s", self._url, self._name)
+            self._has_begun = True
 
     def _loading(self, reason: str) -> None:
         now = self._clock()

@@ -1,6 +1,5 @@
-"""Wiring: an engine, a tokenizer and settings become an ASGI application. No globals, no decisions."""
+"""Wiring: engines, tokenizers and settings become an ASGI application. No globals, no decisions."""
 
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -9,16 +8,14 @@ from starlette.routing import BaseRoute
 
 from model.protocol import EngineClient
 from server.auth import ApiKeyMiddleware, load_api_keys, open_paths
-from server.batcher import AdmissionLimits, RequestBatcher
 from server.chat_template import ChatTemplate
 from server.defaults import NO_DEFAULTS, SamplingDefaults
 from server.encodings import GzipBodyMiddleware
 from server.error_answers import install_error_handlers
 from server.hosts import HostMiddleware, allowed_hosts
 from server.http_counts import StatusCountMiddleware
-from server.lanes import Lanes
 from server.logs import AccessLogMiddleware
-from server.metrics import Metrics
+from server.metrics import AnswerCounts
 from server.middleware import (
     BodyLimitMiddleware,
     HeadMiddleware,
@@ -26,24 +23,23 @@ from server.middleware import (
     RequestIdMiddleware,
     RootPathMiddleware,
 )
+from server.models import Models
 from server.openapi import install_document
-from server.output.formats import PLAIN, OutputFormats, output_formats
 from server.routes import chat, completions, messages, models, operations, playground, responses, tokenize
-from server.settings import Settings, SettingsError
-from server.state import ServerState
+from server.served import ModelSource
+from server.settings import Settings
 from server.tokenizer import TextCodec
 from server.version import package_version
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    state: ServerState = app.state.server
-    await state.batcher.start()
+    served: Models = app.state.server
+    await served.start()
     try:
         yield
     finally:
-        await state.batcher.close()
-        state.lanes.close()
+        await served.close()
 
 
 def create_app(
@@ -53,7 +49,16 @@ def create_app(
     chat_template: ChatTemplate | None = None,
     defaults: SamplingDefaults = NO_DEFAULTS,
 ) -> FastAPI:
-    """An application that starts and closes `engine` with its lifespan."""
+    """An application of one model; starts and closes `engine` with its lifespan."""
+    source = ModelSource(settings, lambda: engine, lambda: tokenizer, chat_template, defaults)
+    return create_app_of([source])
+
+
+def create_app_of(sources: Sequence[ModelSource], *, starts_first: bool = True) -> FastAPI:
+    """An application of several models; `starts_first`: the first one is loaded with its lifespan.
+
+    Settings that are of the server are those of the first model.
+    """
     app = FastAPI(
         title="SPEED",
         version=package_version(),
@@ -61,19 +66,8 @@ def create_app(
         docs_url=None,  # the library's page loads its scripts from elsewhere; ours is among the routes
         redoc_url=None,
     )
-    metrics = Metrics(engine, settings.model_names[0])
-    limits = AdmissionLimits(settings.max_queued_requests, settings.max_queued_tokens)
-    app.state.server = ServerState(
-        batcher=RequestBatcher(engine, limits, metrics),
-        metrics=metrics,
-        codec=tokenizer,
-        chat_template=chat_template,
-        formats=_formats(settings, chat_template, tokenizer),
-        defaults=defaults,
-        lanes=Lanes(),
-        settings=settings,
-        created=int(time.time()),
-    )
+    served = Models(sources, starts_first=starts_first)
+    app.state.server, settings = served, served.settings
     install_error_handlers(app)
     routes = [*app.routes]
     for module in (completions, chat, responses, messages, tokenize, models, operations, playground):
@@ -83,30 +77,11 @@ def create_app(
     _add_middleware(app, settings, keys, routes)
     install_document(
         app,
-        settings.model_names,
+        served.names,
         allow_unknown_fields=settings.allow_unknown_fields,
         open_paths=open_paths(settings) if keys else None,
     )
     return app
-
-
-def _formats(settings: Settings, template: ChatTemplate | None, codec: TextCodec) -> OutputFormats:
-    """In which format the model writes thoughts and calls; raises SettingsError for a contradiction."""
-    if template is None:
-        return PLAIN
-    if template.describes_tools and settings.tool_call_parser not in ("auto", "hermes"):
-        raise SettingsError(
-            "--tool-template generic asks the model for calls in the format hermes, which "
-            f"--tool-call-parser {settings.tool_call_parser} does not read"
-        )
-    return output_formats(
-        settings.reasoning_parser,
-        settings.tool_call_parser,
-        template=template.source,
-        describes_tools=template.describes_tools,
-        added_tokens=codec.added_tokens,
-        special_tokens=codec.special_ids,
-    )
 
 
 def _add_middleware(app: FastAPI, settings: Settings, keys: list[str], routes: Sequence[BaseRoute]) -> None:
@@ -124,5 +99,7 @@ def _add_middleware(app: FastAPI, settings: Settings, keys: list[str], routes: S
     if settings.access_log != "off":
         app.add_middleware(AccessLogMiddleware, as_json=settings.access_log == "json")
     app.add_middleware(RequestIdMiddleware)
-    app.add_middleware(StatusCountMiddleware, routes=routes, metrics=app.state.server.metrics)
+    served: Models = app.state.server
+    counts = AnswerCounts(served.families, [model.name for model in served])
+    app.add_middleware(StatusCountMiddleware, routes=routes, counts=counts)
     app.add_middleware(RootPathMiddleware, root_path=settings.root_path)

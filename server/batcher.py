@@ -15,6 +15,7 @@ import msgspec
 
 from model.protocol import (
     EngineClient,
+    EngineHealth,
     EngineInfo,
     EngineUnavailableError,
     FinishReason,
@@ -146,6 +147,10 @@ class RequestBatcher:
     def num_in_flight(self) -> int:
         """Sequences that the engine runs or keeps waiting."""
         return len(self._in_flight)
+
+    def health(self) -> EngineHealth:
+        """The engine's present state."""
+        return self._engine.health()
 
     async def start(self) -> None:
         """Starts the engine and reads its events. Call once, in the event loop that serves requests."""

@@ -7,7 +7,8 @@ wrong option, or a model that isn't there, is one line on stderr and exit status
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,8 +21,8 @@ from server.version import package_version
 USAGE_ERROR = 2
 INTERRUPTED = 130  # a shell's status for Ctrl-C
 
-DESCRIPTION = "Serves a model over OpenAI's API. Each option is an environment variable too: [NAME]."
-USAGE = "%(prog)s [options] [MODEL]"
+DESCRIPTION = "Serves models over OpenAI's API. Each option is an environment variable too: [NAME]."
+USAGE = "%(prog)s [options] [MODEL ...]"
 
 
 class UsageError(Exception):
@@ -101,10 +102,77 @@ def local_model(settings: Settings) -> Settings:
     return settings.model_copy(update={"model": str(folder), "served_model_name": settings.model_names})
 
 
+def is_named(settings: Settings, words: Sequence[str]) -> bool:
+    """Whether a model is named by itself, not by `--model-dir` alone: the first is loaded at once then."""
+    return bool(words) or settings.model_dir is None or "model" in settings.model_fields_set
+
+
+def served_models(settings: Settings, words: Sequence[str]) -> list[Settings]:
+    """The settings of each model: those that are named, by `words` or the settings, then those of a folder.
+
+    Downloads what isn't here. Raises UsageError for a model that can't be served, and for names that clash.
+    """
+    named = [_named(settings, word) for word in words]
+    if not named and is_named(settings, words):
+        named = [settings]
+    for name in ("served_model_name", "revision"):
+        if len(named) != 1 and getattr(settings, name) is not None:
+            raise UsageError(f"{_flag(name)} is of one model, but {len(named)} are named one by one")
+    models = [local_model(each) for each in named]
+    known = {Path(each.model).resolve() for each in models}
+    models += [each for each in _models_in_folder(settings) if Path(each.model).resolve() not in known]
+    _check_names(models)
+    most = min(settings.max_loaded or max(1, len(named)), len(models))
+    return [each.model_copy(update={"max_loaded": most}) for each in models]
+
+
+def _named(settings: Settings, word: str) -> Settings:
+    """The settings of the model that a word of the command line means: MODEL or NAME=MODEL."""
+    names, equals, model = word.partition("=")
+    if not equals or Path(word).is_dir():
+        return settings.model_copy(update={"model": word})
+    if settings.served_model_name is not None:
+        raise UsageError(f"the model's name is given twice: {word} and --served-model-name")
+    found = [name.strip() for name in names.split(",")]
+    if not all(found):
+        raise UsageError(f"{word} has an empty name before =")
+    return settings.model_copy(update={"model": model, "served_model_name": found})
+
+
+def _models_in_folder(settings: Settings) -> list[Settings]:
+    """Those of `--model-dir`, by name."""
+    folder = settings.model_dir
+    if folder is None:
+        return []
+    if not folder.is_dir():
+        raise UsageError(f"--model-dir: there is no folder {str(folder)!r}")
+    found = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not found:
+        raise UsageError(f"--model-dir: no subfolder of {str(folder)!r} has a config.json")
+    return [
+        settings.model_copy(update={"model": str(path), "served_model_name": [path.name]}) for path in found
+    ]
+
+
+def _check_names(models: Sequence[Settings]) -> None:
+    owners: dict[str, str] = {}
+    for each in models if len(models) > 1 else ():
+        for name in each.model_names:
+            if name in owners:
+                raise UsageError(
+                    f"{owners[name]} and {each.model} are both named {name!r}; NAME=MODEL gives another name"
+                )
+            owners[name] = each.model
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options, and the model as an argument of its own."""
     parser.add_argument(
-        "checkpoint", nargs="?", metavar="MODEL", help="the same as --model: a folder or a Hugging Face id"
+        "checkpoint",
+        nargs="*",
+        metavar="MODEL",
+        help="the same as --model: a folder or a Hugging Face id. Of several the first is loaded at once, "
+        "each other by the first request for it. NAME=MODEL serves it under that name, A,B=MODEL under two",
     )
     add_settings(parser)
     parser.set_defaults(run=run)
@@ -112,16 +180,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal arrives; returns the exit status. Raises UsageError."""
-    if args.checkpoint is not None:
-        if args.model is not None:
-            raise UsageError(f"the model is given twice: {args.checkpoint} and --model {args.model}")
-        args.model = args.checkpoint
-    settings = local_model(read_settings(args))
+    words: list[str] = args.checkpoint
+    if words and args.model is not None:
+        raise UsageError(f"the model is given twice: {words[0]} and --model {args.model}")
+    settings = read_settings(args)
+    models = served_models(settings, words)
     # Here, lest `speed --help` wait a second for the web framework.
     from server.serve import serve  # noqa: PLC0415
 
     try:
-        return serve(settings)
+        return serve(models, starts_first=is_named(settings, words))
     except SettingsError as error:
         raise UsageError(str(error)) from None
 

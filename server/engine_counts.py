@@ -1,9 +1,10 @@
 """The engine's counts as Prometheus sees them: read when they are asked for, never stored twice.
 
 Invariant: a counter never falls. The engine counts from the moment it was loaded; what an engine that
-died had counted is added to what the next one counts.
+died or was unloaded had counted is added to what the next one counts.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import get_args
 
@@ -55,19 +56,47 @@ RENAMED = {
 }
 ROW_BUCKETS = [2**i for i in range(13)]
 PREFIX = "speed:"
+LABEL = "model_name"  # as vLLM's dashboards expect
 
 
 class LifetimeCounts:
     """Adds up the counts of one engine after the other."""
 
-    def __init__(self, engine: EngineClient) -> None:
-        self._engine = engine
-        self._num_restarts = _num_restarts(engine)
+    def __init__(self, engine: EngineClient | None = None) -> None:
+        self._engine: EngineClient | None = None
+        self._num_restarts = 0
         self._ended = EngineStats()  # counts of all engines before this one
+        self._ended_restarts: Counter[RestartReason] = Counter()  # of those that were unloaded
         self._latest = EngineStats()
+        self.follow(engine)
+
+    def follow(self, engine: EngineClient | None) -> None:
+        """Counts another engine from now on, or none: the model was unloaded, and no gauge is above 0."""
+        if self._engine is not None:
+            self.update()
+            self._ended = add_counts(self._ended, self._latest)
+            self._ended_restarts.update(self._engine.restarts)
+        self._engine = engine
+        self._num_restarts = 0 if engine is None else _num_restarts(engine)
+        self._latest = EngineStats()
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """Facts of the model, if it is loaded."""
+        try:
+            return None if self._engine is None else self._engine.info
+        except EngineUnavailableError:
+            return None
+
+    def restarts(self, reason: RestartReason) -> int:
+        """How often an engine was started again for `reason`."""
+        present = 0 if self._engine is None else self._engine.restarts.get(reason, 0)
+        return self._ended_restarts[reason] + present
 
     def update(self) -> None:
         """Takes the engine's latest counts. To be called whenever it says anything."""
+        if self._engine is None:
+            return
         stats = self._engine.stats()
         if stats is self._latest:
             return  # the engine has said nothing of its counts
@@ -98,70 +127,72 @@ def add_counts(ended: EngineStats, present: EngineStats) -> EngineStats:
 
 
 class EngineCollector(Collector):
-    """Turns the engine's counts into metrics at every scrape."""
+    """Turns the counts of all engines into metrics at every scrape: one family, a series for each model."""
 
-    def __init__(self, counts: LifetimeCounts, engine: EngineClient, labels: Mapping[str, str]) -> None:
-        self._counts = counts
-        self._engine = engine
-        self._names = list(labels)
-        self._values = list(labels.values())
+    def __init__(self) -> None:
+        self._counts: dict[str, LifetimeCounts] = {}  # by the name of the model
+
+    def add(self, model_name: str, counts: LifetimeCounts) -> None:
+        """Shows the counts of one more model."""
+        self._counts[model_name] = counts
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics of the engine."""
-        stats = self._counts.total()
+        """All metrics of the engines."""
+        stats = {name: counts.total() for name, counts in self._counts.items()}
         for field, text in GAUGES.items():
-            gauge = GaugeMetricFamily(PREFIX + RENAMED.get(field, field), text, labels=self._names)
-            gauge.add_metric(self._values, getattr(stats, field))
+            gauge = GaugeMetricFamily(PREFIX + RENAMED.get(field, field), text, labels=[LABEL])
+            for name, counts in stats.items():
+                gauge.add_metric([name], getattr(counts, field))
             yield gauge
-        for field, (name, text) in COUNTERS.items():
-            yield self._counter(name, text, getattr(stats, field))
+        for field, (metric, text) in COUNTERS.items():
+            counter = CounterMetricFamily(PREFIX + metric, text, labels=[LABEL])
+            for name, counts in stats.items():
+                counter.add_metric([name], getattr(counts, field))
+            yield counter
         yield self._restarts()
-        for field, (name, text) in COUNTERS_BY_DEPTH.items():
-            yield self._by_depth(name, text, getattr(stats, field))
+        for field, (metric, text) in COUNTERS_BY_DEPTH.items():
+            by_model = {name: getattr(counts, field) for name, counts in stats.items()}
+            yield self._by_depth(metric, text, by_model)
         yield self._pass_rows(stats)
         yield self._cache_config()
 
-    def _counter(self, name: str, text: str, value: int) -> Metric:
-        counter = CounterMetricFamily(PREFIX + name, text, labels=self._names)
-        counter.add_metric(self._values, value)
-        return counter
-
     def _restarts(self) -> Metric:
         text = "Engines started after one failed, by what became of that one"
-        family = CounterMetricFamily(PREFIX + "engine_restarts", text, labels=[*self._names, "reason"])
-        for reason in get_args(RestartReason):  # from the start: rates need a value before the first fault
-            family.add_metric([*self._values, reason], self._engine.restarts.get(reason, 0))
+        family = CounterMetricFamily(PREFIX + "engine_restarts", text, labels=[LABEL, "reason"])
+        for name, counts in self._counts.items():
+            for reason in get_args(
+                RestartReason
+            ):  # from the start: rates need a value before the first fault
+                family.add_metric([name, reason], counts.restarts(reason))
         return family
 
-    def _by_depth(self, name: str, text: str, counts: Mapping[int, int]) -> Metric:
+    def _by_depth(self, metric: str, text: str, by_model: Mapping[str, Mapping[int, int]]) -> Metric:
         """A series for each depth, before anything was counted for it: drafts come before the last one."""
-        family = CounterMetricFamily(PREFIX + name, text, labels=[*self._names, "depth"])
-        info = self._info()
-        first = 2 if name == "spec_decode_flushes" else 1  # the first draft has nothing to contradict
-        depths = range(first, info.num_loops + first - 1) if info else ()
-        for depth in sorted({*depths, *counts}):
-            family.add_metric([*self._values, str(depth)], counts.get(depth, 0))
+        family = CounterMetricFamily(PREFIX + metric, text, labels=[LABEL, "depth"])
+        first = 2 if metric == "spec_decode_flushes" else 1  # the first draft has nothing to contradict
+        for name, counts in by_model.items():
+            info = self._counts[name].info
+            depths = range(first, info.num_loops + first - 1) if info else ()
+            for depth in sorted({*depths, *counts}):
+                family.add_metric([name, str(depth)], counts.get(depth, 0))
         return family
 
     def _cache_config(self) -> Metric:
         """vLLM's names of these labels, by which routers learn how large the cache is; none while loading."""
         text = "1, with the size of the KV cache as labels: tokens of a page, and pages"
-        labels = [*self._names, "block_size", "num_gpu_blocks"]
-        family = GaugeMetricFamily(PREFIX + "cache_config_info", text, labels=labels)
-        if info := self._info():
-            size = info.kv_page_size
-            family.add_metric([*self._values, str(size), str(info.kv_cache_tokens // size)], 1)
+        family = GaugeMetricFamily(
+            PREFIX + "cache_config_info", text, labels=[LABEL, "block_size", "num_gpu_blocks"]
+        )
+        for name, counts in self._counts.items():
+            if info := counts.info:
+                size = info.kv_page_size
+                family.add_metric([name, str(size), str(info.kv_cache_tokens // size)], 1)
         return family
 
-    def _info(self) -> EngineInfo | None:
-        try:
-            return self._engine.info
-        except EngineUnavailableError:
-            return None
-
-    def _pass_rows(self, stats: EngineStats) -> Metric:
-        family = HistogramMetricFamily(PREFIX + "pass_rows", "Rows of a pass", labels=self._names)
-        family.add_metric(self._values, cumulative(stats.pass_rows, ROW_BUCKETS), sum_value=stats.rows)
+    def _pass_rows(self, by_model: Mapping[str, EngineStats]) -> Metric:
+        family = HistogramMetricFamily(PREFIX + "pass_rows", "Rows of a pass", labels=[LABEL])
+        for name, stats in by_model.items():
+            family.add_metric([name], cumulative(stats.pass_rows, ROW_BUCKETS), sum_value=stats.rows)
         return family
 
 

@@ -17,7 +17,7 @@
     ├── QueueFullError              429  queue_full, Retry-After
     ├── EngineFailureError          500  engine_error: it failed while running the request
     └── UnavailableError            503  engine_loading, engine_unavailable, server_draining,
-                                         check_unavailable, Retry-After
+                                         check_unavailable, models_busy, Retry-After
 
 Before a request is whole, `connections` answers by itself, in the same shape: 400 bad_request, 408
 request_timeout, 431 headers_too_large, 503 too_many_connections.

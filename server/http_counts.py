@@ -10,8 +10,9 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.logs import NO_ANSWER
-from server.metrics import Metrics
+from server.metrics import AnswerCounts
 from server.paths import route_path
+from server.state import MODEL
 
 OTHER = "other"
 # What a route that generates or counts tokens answers sooner or later.
@@ -19,13 +20,13 @@ EXPECTED_STATUSES = (200, 400, 401, 404, 413, 429, NO_ANSWER, 500, 503)
 
 
 class StatusCountMiddleware:
-    """Tells `metrics` of each request when its answer has ended. `routes` are those of the application."""
+    """Tells `counts` of each request when its answer has ended. `routes` are those of the application."""
 
-    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], counts: AnswerCounts) -> None:
         self._app = app
         self._routes = [route for route in routes if isinstance(route, Route)]
-        self._metrics = metrics
-        metrics.expect_answers(_expected(self._routes))
+        self._counts = counts
+        counts.expect(_expected(self._routes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on everything that isn't HTTP."""
@@ -46,7 +47,7 @@ class StatusCountMiddleware:
             status = 500  # answered outside of all middleware
             raise
         finally:
-            self._metrics.answered(self._handler(route_path(scope)), status)
+            self._counts.answered(self._handler(route_path(scope)), status, scope.get(MODEL))
 
     def _handler(self, path: str) -> str:
         fitting = (route.path for route in self._routes if route.path_regex.match(path))

@@ -19,11 +19,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope
 
 from server.complaints import complaint
-from server.errors import BodyTooLargeError, InvalidRequestError, UnavailableError, quote
+from server.errors import BodyTooLargeError, InvalidRequestError, quote
 from server.limits import BodyLimits, body_limits
+from server.models import Models, all_models
 from server.schemas.base import RequestModel
+from server.served import ServedModel
 from server.sse import CLIENT_CLOSED_REQUEST, ClientDisconnectedError, unless_disconnected
-from server.state import ServerState, require_json, server_state
+from server.state import MODEL, STATE, ServerState, require_json
+from server.waiting_streams import stream_when_loaded
 
 Body = TypeVar("Body", bound=RequestModel)
 
@@ -120,26 +123,39 @@ class _ParsedRequest(Request):
         return self._parsed
 
 
-async def _receive_parsed(request: Request, kind: type[RequestModel]) -> RequestModel:
-    state = server_state(request)
-    body = await read_body(request, _limits(state, kind))
-    parse = partial(parse_body, body, kind, allow_unknown_fields=state.settings.allow_unknown_fields)
+async def _receive_parsed(request: Request, kind: type[RequestModel], models: Models) -> RequestModel:
+    body = await read_body(request, _limits(models, kind))
+    parse = partial(parse_body, body, kind, allow_unknown_fields=models.settings.allow_unknown_fields)
     if len(body) <= SMALL_BODY:
         return parse()
-    return await unless_disconnected(request, state.lanes.bodies.run(parse))
+    return await unless_disconnected(request, models.lanes.bodies.run(parse))
 
 
-def _limits(state: ServerState, kind: type[RequestModel]) -> BodyLimits:
-    try:
-        info = state.batcher.engine_info()
-    except UnavailableError:  # the route will say so, once it knows that the request is a good one
-        info = None
-    max_prompts = state.batcher.max_queued_requests if kind.has_many_prompts else 1
-    return body_limits(info, state.codec.longest_piece, max_prompts, state.settings.body_limit)
+def _limits(models: Models, kind: type[RequestModel]) -> BodyLimits:
+    """Those of the model that takes most: which one a body is for is known when it was read."""
+    each = [_limits_of(model, kind) for model in models]
+    return BodyLimits(max(one.num_bytes for one in each), max(one.num_values for one in each))
+
+
+def _limits_of(model: ServedModel, kind: type[RequestModel]) -> BodyLimits:
+    settings, info = model.source.settings, model.info
+    # Without facts the route will say so, once it knows that the request is a good one.
+    longest_piece = 0 if info is None or model.state is None else model.state.codec.longest_piece
+    max_prompts = settings.max_queued_requests if kind.has_many_prompts else 1
+    return body_limits(info, longest_piece, max_prompts, settings.body_limit)
+
+
+async def _loaded(request: Request, models: Models, model: ServedModel) -> ServerState:
+    if models.must_wait(model):
+        return await unless_disconnected(request, models.loaded(model))
+    return await models.loaded(model)
 
 
 class BodyRoute(APIRoute):
-    """A route whose parameter `body`, a RequestModel, is received as this module says."""
+    """A route whose parameter `body`, a RequestModel, is received as this module says.
+
+    The model that it names is loaded and in use until the answer is there, or has begun.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The framework's own, behind ours."""
@@ -148,9 +164,20 @@ class BodyRoute(APIRoute):
 
         async def receive_and_handle(request: Request) -> Response:
             require_json(request)
+            models = all_models(request)
             try:
-                parsed = await _receive_parsed(request, kind)
-                return await handle(_ParsedRequest(request.scope, request.receive, parsed))
+                parsed = await _receive_parsed(request, kind, models)
+                model = models.find(getattr(parsed, "model", None))
+                request.scope[MODEL] = model.name
+
+                async def answer(state: ServerState) -> Response:
+                    request.scope[STATE] = state
+                    return await handle(_ParsedRequest(request.scope, request.receive, parsed))
+
+                if models.must_wait(model) and getattr(parsed, "stream", False):
+                    return await stream_when_loaded(request, models, model, answer)
+                with model.used():
+                    return await answer(await _loaded(request, models, model))
             except (ClientDisconnect, ClientDisconnectedError):
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
 

@@ -4,17 +4,17 @@ Each application has a registry of its own. Requests are measured where their ev
 slow client doesn't make the engine look slow. Knows nothing about HTTP but the format of its answer.
 """
 
-from collections.abc import Iterable, Mapping
-from itertools import product
+from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 
 from model.protocol import EngineClient, FinishReason, SequenceStats
-from server.engine_counts import PREFIX, EngineCollector, LifetimeCounts
+from server.engine_counts import LABEL, PREFIX, EngineCollector, LifetimeCounts
 
 REFUSAL_REASONS = ("requests", "tokens", "engine_loading", "engine_unavailable", "server_draining")
+MODELS_BUSY = "models_busy"  # where models share a server: none could be unloaded to make room
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # Seconds.
@@ -29,23 +29,20 @@ QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.3, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120
 PASSES_PER_TOKEN = (0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8, 16, 32)
 
 
-class Metrics:
-    """All metrics of one server. `model_name` becomes a label, as vLLM's dashboards expect."""
+class MetricFamilies:
+    """The metrics of one server. Each has a series for each model, whose name is a label."""
 
-    def __init__(self, engine: EngineClient, model_name: str) -> None:
-        self._labels = {"model_name": model_name}
-        self._registry = CollectorRegistry()
-        self._counts = LifetimeCounts(engine)
-        self._registry.register(EngineCollector(self._counts, engine, self._labels))
-        ProcessCollector(registry=self._registry)
-        self._finished = self._counter(
-            "request_success", "Sequences that ended", {"finished_reason": get_args(FinishReason)}
-        )
-        self._rejected = self._counter(
-            "admission_rejections", "Requests not taken", {"reason": REFUSAL_REASONS}
-        )
-        self._answers = self._counter(
-            "http_requests", "Requests answered; 499: the client left before", {"handler": (), "status": ()}
+    def __init__(self, reasons: Sequence[str] = REFUSAL_REASONS) -> None:
+        """`reasons`: why requests may be refused."""
+        self.registry = CollectorRegistry()
+        self.engines = EngineCollector()
+        self.registry.register(self.engines)
+        ProcessCollector(registry=self.registry)
+        self.reasons = reasons
+        self.finished = self._counter("request_success", "Sequences that ended", "finished_reason")
+        self.rejected = self._counter("admission_rejections", "Requests not taken", "reason")
+        self.answers = self._counter(
+            "http_requests", "Requests answered; 499: the client left before", "handler", "status"
         )
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token", FIRST_TOKEN
@@ -63,45 +60,80 @@ class Metrics:
             "passes_per_token", "Decode passes of a sequence / tokens it committed", PASSES_PER_TOKEN
         )
 
+    def render(self) -> bytes:
+        """The answer to a scrape, of type `CONTENT_TYPE`.
+
+        Never OpenMetrics, even if it is asked for: prometheus-client's turns the colon of a name into _.
+        """
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, text, [LABEL, *labels], registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(PREFIX + name, text, [LABEL], buckets=buckets, registry=self.registry)
+
+
+class Metrics:
+    """The metrics of one model. Every series is there from the start, whether or not it is loaded."""
+
+    def __init__(
+        self, engine: EngineClient | None, model_name: str, families: MetricFamilies | None = None
+    ) -> None:
+        """`families` are those of the server; None: the model has some of its own."""
+        families = families or MetricFamilies()
+        self._name = model_name
+        self._counts = LifetimeCounts(engine)
+        families.engines.add(model_name, self._counts)
+        self._finished = families.finished
+        self._rejected = families.rejected
+        for reason in get_args(FinishReason):
+            self._finished.labels(model_name, reason)
+        for reason in families.reasons:
+            self._rejected.labels(model_name, reason)
+        self.first_token = families.first_token.labels(model_name)
+        self.between_tokens = families.between_tokens.labels(model_name)
+        self.whole_request = families.whole_request.labels(model_name)
+        self.queue = families.queue.labels(model_name)
+        self.passes_per_token = families.passes_per_token.labels(model_name)
+
+    def follow(self, engine: EngineClient | None) -> None:
+        """Counts another engine of the model from now on, or none while it is unloaded."""
+        self._counts.follow(engine)
+
     def engine_spoke(self) -> None:
         """Notes the engine's counts, lest those since the last scrape be lost if it dies."""
         self._counts.update()
 
     def rejected(self, reason: str) -> None:
         """A request was refused."""
-        self._rejected.labels(**self._labels, reason=reason).inc()
+        self._rejected.labels(self._name, reason).inc()
 
     def finished(self, reason: FinishReason) -> None:
         """A sequence ended."""
-        self._finished.labels(**self._labels, finished_reason=reason).inc()
+        self._finished.labels(self._name, reason).inc()
 
-    def expect_answers(self, answers: Iterable[tuple[str, int]]) -> None:
+
+class AnswerCounts:
+    """Counts answers by route, status and the model that was named.
+
+    A request that names no model counts as one of the model that is alone, else as one of "".
+    """
+
+    def __init__(self, families: MetricFamilies, model_names: Sequence[str]) -> None:
+        self._answers = families.answers
+        self._names = [*model_names, ""] if len(model_names) > 1 else model_names
+
+    def expect(self, answers: Iterable[tuple[str, int]]) -> None:
         """Lets the series of these handlers and statuses begin at 0."""
         for handler, status in answers:
-            self._answers.labels(**self._labels, handler=handler, status=status)
+            for name in self._names:
+                self._answers.labels(name, handler, status)
 
-    def answered(self, handler: str, status: int) -> None:
+    def answered(self, handler: str, status: int, model_name: str | None) -> None:
         """A request to `handler`, the path of a route, was answered."""
-        self._answers.labels(**self._labels, handler=handler, status=status).inc()
-
-    def render(self) -> bytes:
-        """The answer to a scrape, of type `CONTENT_TYPE`.
-
-        Never OpenMetrics, even if it is asked for: prometheus-client's turns the colon of a name into _.
-        """
-        return generate_latest(self._registry)
-
-    def _counter(self, name: str, text: str, labels: Mapping[str, Iterable[str]]) -> Counter:
-        """`labels`: the values that are known beforehand, each of which is a series from the start."""
-        counter = Counter(PREFIX + name, text, [*self._labels, *labels], registry=self._registry)
-        for values in product(*labels.values()):
-            counter.labels(*self._labels.values(), *values)
-        return counter
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        names = list(self._labels)
-        family = Histogram(PREFIX + name, text, names, buckets=buckets, registry=self._registry)
-        return family.labels(**self._labels)
+        name = self._names[-1] if model_name is None else model_name
+        self._answers.labels(name, handler, status).inc()
 
 
 class SequenceMeter:

@@ -33,7 +33,7 @@ DESCRIPTIONS = {
     415: "The body isn't announced as JSON",
     429: "Too much is waiting already",
     500: "The engine failed while running the request",
-    503: "The engine is loading or gone, or the server is shutting down",
+    503: "The engine is loading or gone, no model can make room, or the server is shutting down",
 }
 EVENT_STREAM: Json = {
     "text/event-stream": {

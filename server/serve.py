@@ -1,4 +1,4 @@
-"""`speed serve`: the engine in its own process, the application, and uvicorn around it.
+"""`speed serve`: each engine in its own process, the application, and uvicorn around it.
 
 Invariants: the address is taken before the model loads, so that a port in use is known at once; at the first
 SIGTERM or SIGINT nothing new is accepted, running requests get `shutdown_timeout` seconds, what is left then
@@ -14,28 +14,29 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from model.options import WorkerOptions
+from model.protocol import EngineHealth
 from model.worker import EngineProcess, Patience
 from server.announcer import Announcer
-from server.app import create_app
-from server.batcher import RequestBatcher
+from server.app import create_app_of
 from server.chat_template import load_chat_template
 from server.connections import BoundedProtocol, ConnectionLimits, Crowd
 from server.defaults import NO_DEFAULTS, load_defaults
 from server.listening import bound, open_connections, url_of
 from server.logs import configure_logging
+from server.served import ModelSource
 from server.settings import Settings, SettingsError, check_variables
-from server.tokenizer import load_codec
+from server.tokenizer import TextCodec, load_codec
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,33 @@ CUT_OFF = 1  # exit status when a second signal ended what was running
 FINAL_FRAMES_TIMEOUT = 3  # seconds for aborted requests to be answered
 
 
+class Work(Protocol):
+    """What a server has to finish before it ends."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Sequences that have not ended."""
+
+    def drain(self) -> None:
+        """Accepts nothing from now on; what runs goes on."""
+
+    def abort_all(self) -> None:
+        """Ends all that runs."""
+
+
+class Watched(Protocol):
+    """What a server can't do without."""
+
+    def health(self) -> EngineHealth:
+        """Its present state; "dead" ends the server."""
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn, but with answers (503) instead of refused connections while requests finish."""
 
-    def __init__(self, config: uvicorn.Config, batcher: RequestBatcher, drain_timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, work: Work, drain_timeout: float) -> None:
         super().__init__(config)
-        self._batcher = batcher
+        self._work = work
         self._drain_timeout = drain_timeout
 
     @contextmanager
@@ -83,11 +105,11 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drains, then shuts down."""
-        self._batcher.drain()
+        self._work.drain()
         deadline = time.monotonic() + self._drain_timeout
-        while self._batcher.num_in_flight and not self.force_exit and time.monotonic() < deadline:
+        while self._work.num_in_flight and not self.force_exit and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        self._batcher.abort_all()
+        self._work.abort_all()
         await super().shutdown(sockets)
 
 
@@ -97,12 +119,12 @@ class EngineServer(DrainingServer):
     def __init__(
         self,
         config: uvicorn.Config,
-        batcher: RequestBatcher,
+        work: Work,
         drain_timeout: float,
-        engine: EngineProcess,
+        engine: Watched,
         announcer: Announcer,
     ) -> None:
-        super().__init__(config, batcher, drain_timeout)
+        super().__init__(config, work, drain_timeout)
         self._engine = engine
         self._announcer = announcer
         self._failure: int | None = None
@@ -116,18 +138,19 @@ class EngineServer(DrainingServer):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; true ends the server."""
-        if self._engine.gave_up.is_set():
-            self._failure = self._report_failure()
+        health = self._engine.health()
+        if health.state == "dead":
+            self._failure = _report_failure(health)
             return True
-        self._announcer.tick(self._engine.health())
+        self._announcer.tick(health)
         return await super().on_tick(counter)
 
-    def _report_failure(self) -> int:
-        """One line for whoever started the server; the exit status."""
-        load_failed = self._engine.load_failed
-        what = "the model cannot be loaded" if load_failed else "the engine is given up"
-        print(f"speed: error: {what}: {self._engine.health().reason}", file=sys.stderr)
-        return LOAD_FAILED if load_failed else ENGINE_FAILED
+
+def _report_failure(health: EngineHealth) -> int:
+    """One line for whoever started the server; the exit status."""
+    what = "the model cannot be loaded" if health.load_failed else "the engine is given up"
+    print(f"speed: error: {what}: {health.reason}", file=sys.stderr)
+    return LOAD_FAILED if health.load_failed else ENGINE_FAILED
 
 
 def worker_options(settings: Settings) -> WorkerOptions:
@@ -136,21 +159,40 @@ def worker_options(settings: Settings) -> WorkerOptions:
     given = {name: getattr(settings, name) for name in names}
     given["row_budget"] = None if settings.row_budget == "auto" else settings.row_budget
     given["generation_config"] = settings.generation_config == "auto"
-    return WorkerOptions(model_path=settings.model, **given)
+    return WorkerOptions(model_path=settings.model, cache_sharers=settings.max_loaded or 1, **given)
 
 
-def serve(settings: Settings) -> int:
-    """Serves until a signal arrives; returns the exit status. Raises SettingsError."""
+def serve(models: Sequence[Settings], *, starts_first: bool = True) -> int:
+    """Serves until a signal arrives; returns the exit status. Raises SettingsError.
+
+    One entry for each model, alike in what is of the server; `starts_first`: the first is loaded at once.
+    """
+    settings = models[0]
     configure_logging(settings)
     check_certificate(settings)
     check_variables()
     with bound(settings.host, settings.port) as sockets:
-        server = _engine_server(settings, url_of(settings, sockets[0]))
+        server = engine_server(models, url_of(settings, sockets[0]), starts_first=starts_first)
         server.run(sockets)
     return server.exit_status
 
 
-def _engine_server(settings: Settings, url: str) -> EngineServer:
+def engine_server(models: Sequence[Settings], url: str, *, starts_first: bool = True) -> EngineServer:
+    """The server of these models, to be run with sockets of that address."""
+    settings = models[0]
+    app = create_app_of([_model_source(each) for each in models], starts_first=starts_first)
+    config = uvicorn_config(app, settings)
+    first, *others = [each.model_names[0] for each in models]
+    announcer = Announcer(first if starts_first else ", ".join([first, *others]), url)
+    announcer.warn(settings)
+    if starts_first and others:
+        logger.info("loaded by the first request for it: %s", ", ".join(others))
+    served = app.state.server
+    return EngineServer(config, served, settings.shutdown_timeout, served, announcer)
+
+
+def _model_source(settings: Settings) -> ModelSource:
+    """What the model is made of; raises SettingsError for a file of it that can't be used."""
     folder = Path(settings.model)
     template = load_chat_template(
         folder,
@@ -161,15 +203,18 @@ def _engine_server(settings: Settings, url: str) -> EngineServer:
     )
     defaults = load_defaults(folder) if settings.generation_config == "auto" else NO_DEFAULTS
     patience = Patience(silence=settings.worker_timeout, loading=settings.load_timeout)
-    engine = EngineProcess(worker_options(settings), patience, has_standby=settings.standby_engine)
-    codec = load_codec(folder)
-    if template is not None and not template.trusts_content:
-        codec.prepare_for_chats()
-    app = create_app(engine, codec, settings, template, defaults)
-    config = uvicorn_config(app, settings)
-    announcer = Announcer(settings.model_names[0], url)
-    announcer.warn(settings)
-    return EngineServer(config, app.state.server.batcher, settings.shutdown_timeout, engine, announcer)
+    options = worker_options(settings)
+
+    def make_engine() -> EngineProcess:
+        return EngineProcess(options, patience, has_standby=settings.standby_engine)
+
+    def load() -> TextCodec:
+        codec = load_codec(folder)
+        if template is not None and not template.trusts_content:
+            codec.prepare_for_chats()
+        return codec
+
+    return ModelSource(settings, make_engine, load, template, defaults)
 
 
 def connection_limits(settings: Settings) -> ConnectionLimits:

@@ -160,6 +160,26 @@ class Settings(BaseSettings):
         description="comma separated names clients may use, the first one being the main name; "
         'default: "default" for the embedded model, the id of one from the hub, else the name of the folder',
     )
+    model_dir: Path | None = Field(
+        None,
+        json_schema_extra=MODEL,
+        description="a folder whose subfolders with a config.json are models too, each served under the name "
+        "of its folder and loaded by the first request for it",
+    )
+    max_loaded: int | None = Field(
+        None,
+        json_schema_extra=MODEL,
+        description="models that may be loaded at the same time; for one more the one that has been idle for "
+        "the longest is unloaded; default: those that are named one by one, at least one",
+        ge=1,
+    )
+    unload_idle: float | None = Field(
+        None,
+        json_schema_extra=MODEL,
+        description="seconds without a request after which a model is unloaded; the next request for it "
+        "loads it again; default: never",
+        gt=0,
+    )
     chat_template: Path | None = Field(
         None,
         json_schema_extra=MODEL,

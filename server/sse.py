@@ -77,13 +77,13 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
     """
     task = asyncio.create_task(work)
     try:
-        await _until_done(task, request, None)
+        await until_done(task, request, None)
         return task.result()
     finally:
-        await _cancelled(task)
+        await cancelled(task)
 
 
-async def _until_done(task: asyncio.Future[T], request: Request, seconds: float | None) -> None:
+async def until_done(task: asyncio.Future[T], request: Request, seconds: float | None) -> None:
     """Waits, at most so long; raises ClientDisconnectedError if the client goes first."""
     watcher = asyncio.create_task(_wait_for_disconnect(request))
     try:
@@ -92,10 +92,10 @@ async def _until_done(task: asyncio.Future[T], request: Request, seconds: float 
         if watcher.done() and not task.done():
             raise ClientDisconnectedError
     finally:
-        await _cancelled(watcher)
+        await cancelled(watcher)
 
 
-async def _cancelled(task: asyncio.Future[T]) -> None:
+async def cancelled(task: asyncio.Future[T]) -> None:
     """Ends a task, if it hasn't ended, without a word about how."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -112,7 +112,7 @@ async def frames(items: AsyncGenerator[Frame, None], style: StreamStyle) -> Asyn
     except Exception as error:
         if not started:
             raise
-        last = style.failure(_told(error))
+        last = style.failure(told(error))
     finally:
         await items.aclose()
     for frame in last:
@@ -127,7 +127,7 @@ def _escape(character: re.Match[str]) -> str:
     return f"\\u{ord(character[0]):04x}"
 
 
-def _told(error: Exception) -> ApiError:
+def told(error: Exception) -> ApiError:
     """What the client is told of an error."""
     if isinstance(error, ApiError):
         return error
@@ -135,8 +135,8 @@ def _told(error: Exception) -> ApiError:
     return EngineFailureError()
 
 
-def _encoded(frame: Frame) -> bytes:
-    """Text is JSON, which has no line breaks, or DONE."""
+def encoded(frame: Frame) -> bytes:
+    """A frame as it is sent. Text is JSON, which has no line breaks, or DONE."""
     return f"data: {frame}\n\n".encode() if isinstance(frame, str) else frame.encode()
 
 
@@ -176,6 +176,10 @@ class StreamResponse(EventSourceResponse):
         self._sending_since: float | None = None
         self._is_pause = False  # a comment was the last that was sent
 
+    def follow_pause(self) -> None:
+        """Lets the stream begin as behind a comment, since one was the last that was sent."""
+        self._is_pause = True
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the response."""
         try:
@@ -191,9 +195,9 @@ class StreamResponse(EventSourceResponse):
         async for frame in self._begin(rest):
             self._sending_since = time.monotonic()
             if self._is_pause and self._style.filler is not None:
-                yield _encoded(self._style.filler())
+                yield encoded(self._style.filler())
             self._is_pause = False
-            yield _encoded(frame)
+            yield encoded(frame)
             self._sending_since = None
             self._quiet_since = time.monotonic()
 
@@ -201,7 +205,7 @@ class StreamResponse(EventSourceResponse):
         try:
             first = await self._first
         except Exception as error:
-            for frame in self._style.failure(_told(error)):
+            for frame in self._style.failure(told(error)):
                 yield frame
             return
         yield first
@@ -247,11 +251,11 @@ async def stream_response(
     data = frames(items, style)
     first = asyncio.ensure_future(anext(data))
     try:
-        await _until_done(first, request, ping_seconds)
+        await until_done(first, request, ping_seconds)
         if first.done():
             first.result()
     except BaseException:
-        await _cancelled(first)
+        await cancelled(first)
         raise
     return StreamResponse(
         first,

@@ -1,4 +1,8 @@
-"""What every route needs, made once by `create_app` and handed to routes by `Depends`."""
+"""What serves a request to a model, handed to routes by `Depends`.
+
+Made when the model is loaded. Which model a request means is found out by its body (`server.intake`), so that
+no route knows whether there are several.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -9,7 +13,7 @@ from server.auth import TENANT
 from server.batcher import RequestBatcher
 from server.chat_template import ChatTemplate
 from server.defaults import SamplingDefaults
-from server.errors import ModelNotFoundError, UnsupportedMediaTypeError, quote
+from server.errors import UnsupportedMediaTypeError, quote
 from server.lanes import Lanes
 from server.metrics import Metrics
 from server.output.formats import OutputFormats
@@ -17,10 +21,17 @@ from server.planning import Caller
 from server.settings import Settings
 from server.tokenizer import TextCodec
 
+# In the scope of a request, once it is known which model it means: the model's main name, and its state.
+MODEL = "speed.model"
+STATE = "speed.state"
+
 
 @dataclass(frozen=True)
 class ServerState:
-    """The parts of one server. `created` is when it started, in seconds since 1970."""
+    """The parts that serve one loaded model; `lanes` are those of the server.
+
+    `created` is when the server started, in seconds since 1970.
+    """
 
     batcher: RequestBatcher
     metrics: Metrics
@@ -43,15 +54,10 @@ class ServerState:
             max_stop_token_ids=self.settings.max_stop_token_ids,
         )
 
-    def check_model(self, name: str) -> None:
-        """Raises ModelNotFoundError unless `name` is served."""
-        if name not in self.settings.model_names:
-            raise ModelNotFoundError(name)
-
 
 def server_state(request: Request) -> ServerState:
-    """The parts of the server that `request` came to."""
-    state = request.app.state.server
+    """What serves the model that the body of `request` names."""
+    state = request.scope[STATE]
     assert isinstance(state, ServerState)
     return state
 

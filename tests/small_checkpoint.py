@@ -31,11 +31,11 @@ import os\n    for item in items:\n        print(item)\n    return value\nclass 
 """
 
 
-def write_small_checkpoint(folder: Path) -> Path:
+def write_small_checkpoint(folder: Path, *, seed: int = 3) -> Path:
     """Fills `folder` with a model that `speed serve` can serve, and returns it."""
     tokenizer = small_tokenizer()
     model = tiny_model(
-        seed=3,
+        seed=seed,
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=64,
         intermediate_size=96,

@@ -193,7 +193,7 @@ class EngineProcess:
         return True
 
     def _give_up(self, reason: str) -> None:
-        self._health = EngineHealth(state="dead", reason=reason)
+        self._health = EngineHealth(state="dead", reason=reason, load_failed=self.load_failed)
         log.error("the engine is given up: %s", reason)
         self.gave_up.set()
 

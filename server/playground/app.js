@@ -14,6 +14,7 @@ const CHECK_AGAIN = 3000; // milliseconds between two looks at a server that isn
 const conversation = []; // of { user, assistant }
 const latest = { on: null, off: null, asked: "" }; // the runs of the latest body
 let running = null; // the AbortController of the answer in flight
+let cards = []; // of the models that are served
 let watching = 0; // the timer of the next look at a server that isn't ready
 
 // ---- what is asked -----------------------------------------------------------------------------
@@ -225,9 +226,14 @@ function clear() {
 // ---- the server --------------------------------------------------------------------------------
 
 async function loadModels() {
-  const cards = await models(field("key").value.trim());
+  cards = await models(field("key").value.trim());
   field("model").replaceChildren(...cards.map((card) => new Option(card.id)));
-  const [card] = cards;
+  showModel();
+}
+
+// What the chosen model can do, as far as the server knows: one that isn't loaded has told nothing of its loops.
+function showModel() {
+  const card = cards.find((one) => one.id === field("model").value) ?? cards[0];
   const chat = document.querySelector('input[value="chat"]');
   chat.disabled = !card.supports_chat;
   if (chat.disabled) document.querySelector('input[value="completion"]').checked = true;
@@ -287,6 +293,7 @@ field("stop").addEventListener("click", () => running?.abort());
 field("clear").addEventListener("click", () => (clear(), field("prompt").focus()));
 field("prompt").addEventListener("keydown", key);
 field("mode").addEventListener("change", () => (clear(), chooseMode()));
+field("model").addEventListener("change", showModel);
 field("key").addEventListener("change", () => (complain(""), watchHealth()));
 document.addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
 showWaves(["on"]);

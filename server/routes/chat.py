@@ -24,7 +24,6 @@ router = APIRouter(route_class=BodyRoute, prefix="/v1", tags=["chat"])
 )
 async def create_chat_completion(request: Request, body: ChatRequest, state: State) -> Response:
     """Answers a conversation."""
-    state.check_model(body.model)
     generation = await start_chat(request, body, state)
     form = ChatFormat(body, generation, state.codec)
     return await answer(request, generation, form, state)

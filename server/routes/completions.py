@@ -23,7 +23,6 @@ router = APIRouter(route_class=BodyRoute, prefix="/v1", tags=["completions"])
 )
 async def create_completion(request: Request, body: CompletionRequest, state: State) -> Response:
     """Continues one or more prompts."""
-    state.check_model(body.model)
     body = state.defaults.apply(body)
     info = state.batcher.admit()
     caller = state.caller(request)

@@ -20,7 +20,6 @@ router = APIRouter(route_class=BodyRoute, prefix="/v1", tags=["messages"])
 @router.post("/messages", response_model=MessageObject, responses=ANTHROPIC_GENERATION)
 async def create_message(request: Request, body: MessagesRequest, state: State) -> Response:
     """Answers a conversation."""
-    state.check_model(body.model)
     asked = await translate(lambda: messages_to_chat(body), len(body.messages), state.lanes.bodies)
     with in_anthropics_words(), asked.names.told():
         generation = await start_chat(request, asked.chat, state)
@@ -31,7 +30,6 @@ async def create_message(request: Request, body: MessagesRequest, state: State) 
 @router.post("/messages/count_tokens", responses=anthropic_errors(*JSON_BODY, 500, 503))
 async def count_tokens(request: Request, body: CountTokensRequest, state: State) -> TokenCount:
     """How many tokens a conversation has as a prompt."""
-    state.check_model(body.model)
     asked = await translate(lambda: messages_to_chat(body), len(body.messages), state.lanes.bodies)
     with in_anthropics_words(), asked.names.told():
         prompt = await unless_disconnected(request, encode_chat(asked.chat, state))

@@ -2,32 +2,35 @@
 
 from fastapi import APIRouter
 
-from server.errors import UnavailableError
+from server.models import AllModels, Models
 from server.openapi import errors
 from server.schemas.models import ModelCard, ModelList
-from server.state import ServerState, State
+from server.served import ServedModel
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
 
 @router.get("/models", response_model_exclude_none=True)
-async def list_models(state: State) -> ModelList:
-    """All names of the model."""
-    return ModelList(data=[_card(name, state) for name in state.settings.model_names])
+async def list_models(models: AllModels) -> ModelList:
+    """All names of all models."""
+    return ModelList(data=[_card(name, model, models) for model in models for name in model.names])
 
 
 @router.get("/models/{name:path}", response_model_exclude_none=True, responses=errors(404))
-async def get_model(name: str, state: State) -> ModelCard:
+async def get_model(name: str, models: AllModels) -> ModelCard:
     """One name; names may contain slashes."""
-    state.check_model(name)
-    return _card(name, state)
+    return _card(name, models.find(name), models)
 
 
-def _card(name: str, state: ServerState) -> ModelCard:
-    card = ModelCard(id=name, created=state.created, supports_chat=state.chat_template is not None)
-    try:
-        info = state.batcher.engine_info()
-    except UnavailableError:
+def _card(name: str, model: ServedModel, models: Models) -> ModelCard:
+    card = ModelCard(
+        id=name,
+        created=models.created,
+        supports_chat=model.source.chat_template is not None,
+        state=model.status if models.load_on_demand else None,
+    )
+    info = model.info
+    if info is None:
         return card
     return card.model_copy(
         update={

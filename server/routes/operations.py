@@ -4,8 +4,8 @@ from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
 from server.metrics import CONTENT_TYPE
+from server.models import AllModels
 from server.openapi import errors
-from server.state import State
 from server.version import package_version
 
 router = APIRouter(tags=["operations"])
@@ -18,16 +18,16 @@ async def health() -> dict[str, str]:
 
 
 @router.get("/ready", responses=errors(503))
-async def ready(state: State) -> dict[str, str]:
+async def ready(models: AllModels) -> dict[str, str]:
     """Whether a request would be served now; 503 with the reason if not."""
-    state.batcher.check_ready()
+    models.check_ready()
     return {"status": "ready"}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(state: State) -> Response:
+async def metrics(models: AllModels) -> Response:
     """Gauges, counters and histograms in Prometheus' text format."""
-    return Response(state.metrics.render(), headers={"content-type": CONTENT_TYPE})
+    return Response(models.families.render(), headers={"content-type": CONTENT_TYPE})
 
 
 @router.get("/version")

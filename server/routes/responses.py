@@ -19,7 +19,6 @@ router = APIRouter(route_class=BodyRoute, prefix="/v1", tags=["responses"])
 @router.post("/responses", response_model=ResponseObject, responses=RESPONSES)
 async def create_response(request: Request, body: ResponsesRequest, state: State) -> Response:
     """Answers a conversation that is sent whole. Nothing is kept."""
-    state.check_model(body.model)
     asked = await translate(lambda: responses_to_chat(body), len(body.items), state.lanes.bodies)
     with asked.names.told():
         generation = await start_chat(request, asked.chat, state)

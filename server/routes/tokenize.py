@@ -18,7 +18,6 @@ router = APIRouter(route_class=BodyRoute, tags=["tokenize"], responses=errors(*J
 @router.post("/tokenize", response_model=TokenizeResponse)
 async def tokenize(request: Request, body: TokenizeRequest, state: State) -> Response:
     """The tokens of a text or of a conversation."""
-    _check_model(body.model, state)
     content = await unless_disconnected(request, _tokens(body, state, state.batcher.engine_info()))
     return Response(content, media_type="application/json")
 
@@ -26,16 +25,10 @@ async def tokenize(request: Request, body: TokenizeRequest, state: State) -> Res
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest, state: State) -> DetokenizeResponse:
     """The text of tokens."""
-    _check_model(body.model, state)
     state.codec.check_text("tokens")
     check_vocabulary("tokens", body.tokens, state.batcher.engine_info().vocab_size)
     decode = state.lanes.texts(len(body.tokens)).run(lambda: state.codec.decode_long(body.tokens))
     return DetokenizeResponse(prompt=await unless_disconnected(request, decode))
-
-
-def _check_model(name: str | None, state: ServerState) -> None:
-    if name is not None:
-        state.check_model(name)
 
 
 async def _tokens(body: TokenizeRequest, state: ServerState, info: EngineInfo) -> bytes:

@@ -2,7 +2,10 @@
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+# Failed: it could not be loaded, or its engine was given up; a later request tries again.
+ModelStatus = Literal["unloaded", "loading", "ready", "failed"]
 
 
 class ModelCard(BaseModel):
@@ -13,6 +16,10 @@ class ModelCard(BaseModel):
     created: int
     owned_by: Literal["speed"] = "speed"
     supports_chat: bool
+    state: ModelStatus | None = Field(
+        None,
+        description="where models are loaded when a request names them: unloaded, loading, ready or failed",
+    )
     max_model_len: int | None = None
     num_loops: int | None = None
     max_loops: int | None = None
@@ -21,7 +28,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All names, the main one first."""
+    """All names of all models, of each the main one first."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]

@@ -43,7 +43,7 @@ BENCHMARKS = sorted(
     if "__main__" in path.read_text(encoding="utf-8") and path.stem not in PEERS
 )
 BENCH = (f"bench {name} " for name in ("latency", "throughput", "serve"))
-SPEED = ("", "serve ", "inspect ", "train ", "train distill ", *BENCH)
+SPEED = ("", "serve ", "chat ", "complete ", "inspect ", "train ", "train distill ", *BENCH)
 HELP = {
     **{f"bench.{name} --help": f"usage: python -m bench.{name}" for name in BENCHMARKS},
     **{f"cli.main {words}--help": f"usage: speed {words}".rstrip() for words in SPEED},

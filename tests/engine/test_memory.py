@@ -52,6 +52,19 @@ def test_memory_that_is_shared_is_not_taken_whole(leaves: Leaves) -> None:
     assert memory.cache_memory(tiny_model(), CPU, SchedulerLimits()) < 2**34
 
 
+def test_engines_that_share_a_machine_take_equal_parts(leaves: Leaves) -> None:
+    model = tiny_model()
+    each = TorchMaker().cache_bytes(model).per_token
+    limits = SchedulerLimits(prefill_rows=64 * model.config.num_loops)
+    leaves(memory.pass_bytes(model, limits) + int(1600 * each / memory.OWN_SHARE), True)
+    alone, shared = (Engine(model, EngineOptions(cache_sharers=n)).info.kv_cache_tokens for n in (1, 4))
+    assert 1500 <= alone <= 1600
+    assert alone // 4 - 16 <= shared <= alone // 4 + 16
+    # A size that was asked for is each one's own.
+    for size in ({"kv_cache_tokens": 320}, {"kv_cache_memory": 320 * each}):
+        assert Engine(model, EngineOptions(cache_sharers=4, **size)).info.kv_cache_tokens == 320
+
+
 def test_the_engine_plans_by_it(leaves: Leaves, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model()
     limits = SchedulerLimits(prefill_rows=64 * model.config.num_loops)

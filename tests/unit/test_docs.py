@@ -19,6 +19,7 @@ OPERATING = ROOT / "docs" / "operating.md"
 # Of other programs, and those that every command has.
 OTHERS = {"--help", "--version", "--print-completion", "--build-arg", "--build", "--profile", "--no"}
 OTHERS |= {"--text", "--gguf", "--type"}  # of `speed inspect` and `speed export`
+OTHERS |= {"--url", "--system", "--max-tokens"}  # of `speed chat` and `speed complete`
 # Of containers.
 OTHERS |= {"--cap-drop", "--cpus", "--from-literal", "--gpus", "--memory", "--read-only", "--rm"}
 OTHERS |= {"--security-opt", "--user"}
