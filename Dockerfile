@@ -17,25 +17,31 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
 ARG TORCH=cpu
 # Where torch without CUDA is to be had; empty: where pip looks by itself.
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-# Of torch's files those are left out that only serve to compile or to test extensions.
+# Of torch's files those are left out that only serve to compile or to test extensions, and the byte code of the many
+# modules that importing it doesn't load.
 RUN case "$TORCH" in \
         cpu) index=${TORCH_CPU_INDEX:+--index-url $TORCH_CPU_INDEX} ;; \
         cuda) index= ;; \
         *) echo "TORCH must be cpu or cuda, not '$TORCH'" >&2; exit 1 ;; \
     esac \
     && grep '^torch' /tmp/requirements.txt > /tmp/torch.txt \
-    && /opt/pip/bin/pip --python /opt/speed/bin/python install $index -r /tmp/torch.txt \
+    && /opt/pip/bin/pip --python /opt/speed/bin/python install --no-compile $index -r /tmp/torch.txt \
     && cd /opt/speed/lib/python3*/site-packages/torch \
     && rm -rf include share test lib/*test*.so && find bin -type f ! -name torch_shm_manager -delete \
-    && find /opt/speed -type d -name tests -prune -exec rm -rf {} +
-# Of transformers only tokenizers are used, by a process of its own when a checkpoint has an older form of them.
+    && find /opt/speed -type d -name tests -prune -exec rm -rf {} + \
+    && /opt/speed/bin/python -P -W ignore -c "import torch, jinja2.ext, jinja2.sandbox" \
+    && if [ "$TORCH" = cuda ]; then /opt/speed/bin/python -P -c "import triton.language"; fi
+# Of transformers only tokenizers are used, by a process of its own when a checkpoint has an older form of them: its
+# models and its command line are left out, with the packages that only the latter asks for. Nor is any other command.
 RUN /opt/pip/bin/pip --python /opt/speed/bin/python install --prefix /layers/dependencies/opt/speed \
         -r /tmp/requirements.txt \
     && find /layers/dependencies -type d -name tests -prune -exec rm -rf {} + \
-    && cd /layers/dependencies/opt/speed/lib/python3*/site-packages/transformers \
-    && find . -type d -name __pycache__ -prune -exec rm -rf {} + \
-    && find models -type f ! -path '*/auto/*' \( -name 'convert_*' -o -name 'modeling_*' -o -name 'modular_*' \
-        -o -name '*processing_*' -o -name 'feature_extraction_*' \) -delete
+    && cd /layers/dependencies/opt/speed/lib/python3*/site-packages \
+    && for name in typer rich pygments markdown_it mdurl shellingham; do rm -rf "$name" "$name"[-_]*.dist-info; done \
+    && rm -rf ../../../bin numpy/distutils numpy/f2py transformers/cli \
+    && find transformers -type d -name __pycache__ -prune -exec rm -rf {} + \
+    && find transformers/models -type f ! -path '*/auto/*' \( -name 'convert_*' -o -name 'modeling_*' \
+        -o -name 'modular_*' -o -name '*processing_*' -o -name 'feature_extraction_*' \) -delete
 COPY setup.py README.md LICENSE ./
 COPY cli cli
 COPY server server

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from model.options import LOG_FORMAT
 from server.errors import quote
 from server.paths import route_path
 from server.settings import Settings
@@ -24,7 +25,7 @@ NO_ANSWER = 499  # nginx's status for a client that went away before it got one
 
 def configure_logging(settings: Settings) -> None:
     """Sets up the loggers of this process; call once."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(name)s: %(message)s")
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
     logging.getLogger("sse_starlette").setLevel(logging.INFO)  # at debug level it logs what it sends
     if not access_logger.handlers:
         handler = logging.StreamHandler(sys.stdout)

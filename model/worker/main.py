@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from msgspec.msgpack import Decoder
 
-from model.options import WorkerOptions
+from model.options import LOG_FORMAT, WorkerOptions
 from model.worker.messages import (
     Abort,
     Events,
@@ -48,6 +48,7 @@ READ_BYTES = 2**18
 def main() -> NoReturn:
     """Entry point of the process; its argument is the descriptor of the socket."""
     ignore_parents_signals()
+    logging.basicConfig(format=LOG_FORMAT)
     faulthandler.register(REPORT_SIGNAL)
     channel = Channel(int(sys.argv[1]))
     threading.Thread(target=channel.leave_at_its_end, daemon=True).start()
@@ -60,7 +61,6 @@ def main() -> NoReturn:
         if isinstance(error, ValueError):  # what a user can mend: one line, no traceback
             code = LOAD_FAILURE_EXIT
         else:
-            logging.basicConfig()
             log.exception("engine worker failed")
     finally:
         os._exit(code)  # an orderly exit would wait for threads of libraries

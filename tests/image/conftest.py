@@ -8,10 +8,17 @@ from tests.image import containers
 
 
 @pytest.fixture(scope="session")
-def image() -> str:
-    containers.make_base()
-    containers.build()
-    return containers.IMAGE
+def image() -> Iterator[str]:
+    """Its tag; nothing can be tested where it can't be built."""
+    try:
+        containers.make_base()
+        containers.build()
+    except RuntimeError as error:
+        pytest.exit(str(error), returncode=1)
+    else:
+        yield containers.IMAGE
+    finally:
+        containers.unmount()
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,14 @@ def build(context: Path = ROOT) -> None:
     )
 
 
+def unmount() -> None:
+    """Leaves only files: a build that failed keeps its container, and the store mounts its own folder."""
+    buildah("rm", "--all")
+    folder = STORE / "images" / "overlay"
+    if folder.is_mount():
+        _output(["umount", str(folder)])
+
+
 def pip_settings() -> tuple[dict[str, str], list[Path]]:
     """What pip is told on this machine, wherever that is written, and the paths that this names."""
     lines = _output([sys.executable, "-m", "pip", "config", "list"]).splitlines()

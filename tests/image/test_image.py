@@ -3,6 +3,8 @@
 Run by scripts/test-image, since it builds an image; the order is that of a container's life.
 """
 
+import json
+import re
 import shlex
 import shutil
 
@@ -17,6 +19,31 @@ pytestmark = pytest.mark.image
 USER = "10001:10001"
 MOST_SECONDS = 20  # of all cores together, to the first token
 MEGABYTE = 10**6
+# A tokenizer of each older form, in a folder of its own, and what it is converted to.
+OLDER_TOKENIZERS = """
+import json
+from pathlib import Path
+from sentencepiece import SentencePieceTrainer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from model.checkpoint.tokenizer import tokenizer_file
+
+lines = ["the water of the river runs down to the sea", "the wind brings rain"] * 20
+forms = {name: Path("/cache", name) for name in ("words", "pairs", "pieces")}
+for folder in forms.values():
+    folder.mkdir()
+words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "water"]
+(forms["words"] / "vocab.txt").write_text(chr(10).join(words))
+pairs = ByteLevelBPETokenizer()
+pairs.train_from_iterator(lines, vocab_size=300)
+pairs.save_model(str(forms["pairs"]))
+with open(forms["pieces"] / "tokenizer.model", "wb") as file:
+    SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=file, vocab_size=26)
+texts = {}
+for name, folder in forms.items():
+    tokenizer = Tokenizer.from_file(str(tokenizer_file(folder)))
+    texts[name] = tokenizer.decode(tokenizer.encode("the water").ids)
+print(json.dumps(texts))
+"""
 
 
 def client_of(container: Container) -> openai.OpenAI:
@@ -60,6 +87,7 @@ def test_a_user_sees_a_few_lines_that_say_what_is_served_where(container: Contai
     said = [line for line in lines if line.strip() and "loading" not in line and "POST" not in line]
     print("", *said, sep="\n")
     assert len(said) <= 5
+    assert all(re.match(r"(INFO|WARNING):     [\w.]+: ", line) for line in said)
     assert f"default is served at http://localhost:{container.port}" in said[-1]
     assert "no API key is set" in said[0]
     assert "Traceback" not in container.logs()
@@ -94,6 +122,13 @@ def test_the_compiled_library_is_inside(container: Container) -> None:
     shown = "from model.passes.native.library import choose, load; load(choose())"
     result = container.run("python", "-c", shown)
     assert result.returncode == 0, result.stderr
+
+
+def test_older_tokenizers_are_converted_by_what_is_left_of_transformers(container: Container) -> None:
+    result = container.run("python", "-c", OLDER_TOKENIZERS)
+    assert result.returncode == 0, result.stderr
+    texts = json.loads(result.stdout.splitlines()[-1])  # the trainers print as well
+    assert texts == dict.fromkeys(("words", "pairs", "pieces"), "the water")
 
 
 def test_a_stop_lets_a_stream_end_and_exits_with_0(container: Container) -> None:

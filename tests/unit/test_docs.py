@@ -23,6 +23,7 @@ OTHERS |= {"--url", "--system", "--max-tokens"}  # of `speed chat` and `speed co
 # Of containers.
 OTHERS |= {"--cap-drop", "--cpus", "--from-literal", "--gpus", "--memory", "--read-only", "--rm"}
 OTHERS |= {"--security-opt", "--user"}
+OTHERS |= {"--index-url"}  # of pip
 SOURCES = ("bench", "cli", "model", "scripts", "server", "training")
 
 
