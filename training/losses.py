@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.network.looped import LoopedTransformer
+from model.network.looped import LoopedTransformer, Source
 from training.recipe import Stage
 
 CHUNK = 512  # tokens
@@ -46,18 +46,23 @@ def loop_losses(
     stage: Stage,
     taught: Taught | None = None,
     kept: Tensor | None = None,
+    *,
+    source: Source | None = None,
 ) -> LoopLosses:
     """Losses of tokens (batch, length + 1): loop r weighs r ** depth_power, the weights summing to 1.
 
-    `kept` (batch, length), bool: which targets count; None is all. `taught` is of those.
+    `kept` (batch, length), bool: which targets count; None is all. `taught` is of those. `source` is what a
+    model with an encoder made of the texts' sources.
 
     With an `agreement_weight`, early loops also learn KL(final || early); the final readout is a
     constant there, so it isn't dragged towards the early ones. Where a teacher gives a token no
     probabilities, its cross-entropy takes the place of KL(teacher || loop).
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
-    hidden = torch.stack([model.whole_finish(state) for state in model.depths(inputs, stage.num_loops)])
-    hidden = hidden.flatten(1, 2)
+    states = model.depths(inputs, stage.num_loops, source=source)
+    hidden = torch.stack([model.whole_finish(state) for state in states]).flatten(1, 2)
+    if model.config.head_scale != 1.0:
+        hidden = hidden * model.config.head_scale
     if kept is not None:
         hidden, targets = hidden[:, kept.flatten()], targets[kept.flatten()]
     weights = loop_weights(stage, taught is not None)

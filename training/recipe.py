@@ -4,11 +4,19 @@ Knows nothing about tensors. Invariant: a recipe and a corpus decide a run; noth
 """
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.network.config import LoopedConfig, RopeConfig
+from model.network.config import EncoderConfig, LoopedConfig, RelativeBias, RopeConfig
+
+# Tables within [model].
+PARTS: dict[str, Callable[..., object]] = {
+    "rope": RopeConfig,
+    "encoder": EncoderConfig,
+    "relative_bias": RelativeBias,
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,9 @@ def recipe_from(data: dict[str, Any]) -> Recipe:
     """The recipe of a parsed file; unknown or missing keys raise TypeError with the name."""
     fields = dict(data)
     shape = dict(fields.pop("model", {}))
-    if "rope" in shape:
-        shape["rope"] = RopeConfig(**shape["rope"])
+    for name, part in PARTS.items():
+        if name in shape:
+            shape[name] = part(**shape[name])
     model = LoopedConfig(**{**shape, "eos_token_ids": tuple(shape.get("eos_token_ids", ()))})
     stages = tuple(Stage(**{**stage, "rates": tuple(stage["rates"])}) for stage in fields.pop("stages", ()))
     return Recipe(model=model, stages=stages, **fields)

@@ -151,7 +151,8 @@ def _optimizers(model: LoopedTransformer, recipe: Recipe) -> list[torch.optim.Op
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not name.startswith("adapter."):
-            (matrices if parameter.ndim == 2 and name.startswith("layers.") else others).append(parameter)
+            is_matrix = parameter.ndim == 2 and name.startswith(("layers.", "encoder.layers."))
+            (matrices if is_matrix else others).append(parameter)
     muon = (torch.optim.Muon if multiplies_bf16(model.device) else Float32Muon)(
         matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay, momentum=0.95
     )

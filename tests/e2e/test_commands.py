@@ -69,6 +69,8 @@ MISTAKES = {
     "bench.questions --output nowhere/page.md": "there is no folder 'nowhere'",
     "bench.depth_for_free measure --runs nowhere": "nowhere",
     "bench.depth_for_free train --runs nowhere --depths 2,x": "--depths: 'x'",
+    "bench.encoder_decoder measure --runs nowhere": "nowhere",
+    "bench.encoder_decoder train --runs nowhere --rounds 0": "--rounds: '0'",
     "cli.main bench latency --model nowhere": "'nowhere'",
     "cli.main bench latency --device tpu": "'tpu'",
     "cli.main bench latency --draft-depths 0": "--draft-depths: '0'",

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.network.looped import LoopedTransformer
+from model.network.config import EncoderConfig, RelativeBias
+from model.network.looped import LoopedTransformer, Source
 from tests.tiny_models import tiny_model
 from training import losses
 from training.losses import loop_losses
@@ -20,11 +21,16 @@ def tokens() -> Tensor:
 
 
 def obvious(
-    model: LoopedTransformer, tokens: Tensor, stage: Stage, taught: losses.Taught | None = None
+    model: LoopedTransformer,
+    tokens: Tensor,
+    stage: Stage,
+    taught: losses.Taught | None = None,
+    source: Source | None = None,
 ) -> Tensor:
     """The same losses written down as in the paper, differentiated by torch."""
     targets = tokens[:, 1:].flatten()
-    readouts = [model.whole_readout(s).flatten(0, 1) for s in model.depths(tokens[:, :-1], stage.num_loops)]
+    states = model.depths(tokens[:, :-1], stage.num_loops, source=source)
+    readouts = [model.whole_readout(state).flatten(0, 1) for state in states]
     weights = torch.arange(1, stage.num_loops + 1) ** stage.depth_power
     weights = weights / weights.sum()
     final = readouts[-1].detach().softmax(-1)
@@ -69,6 +75,31 @@ def test_loss_and_gradient_equal_the_obvious_ones(
         torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-6)
     last = model.whole_readout(model.depths(tokens[:, :-1])[-1]).detach().flatten(0, 1)
     assert per_loop[-1].item() == pytest.approx(F.cross_entropy(last, tokens[:, 1:].flatten()).item())
+
+
+def test_a_model_with_an_encoder_learns_behind_its_sources(tokens: Tensor) -> None:
+    """A tied head's scale was left out of the loss; the encoder gets its gradient through the decoder."""
+    model = tiny_model(
+        family="t5_loop",
+        vocab_size=VOCAB,
+        num_loops=LOOPS,
+        num_kv_heads=4,
+        attention_scale=1.0,
+        head_scale=0.2,
+        tie_embeddings=True,
+        encoder=EncoderConfig(2, 3),
+        relative_bias=RelativeBias(8, 20),
+    )
+    model.train().requires_grad_(True)
+    stage, seen = Stage(1, LOOPS, 12, (1.0, 1.0), 1.5, 0.7), torch.arange(13) < torch.tensor([[13], [5]])
+    wanted = obvious(model, tokens, stage, source=model.encode(tokens, seen))
+    wanted_gradients = gradients(model, wanted)
+    total, _ = loop_losses(model, tokens, stage, source=model.encode(tokens, seen))
+    torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-6)
+    found = gradients(model, total)
+    assert found["encoder.layers.0.mlp.gate_up_proj.weight"].abs().sum() > 0
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-6)
 
 
 def test_one_loop_is_plain_cross_entropy(tokens: Tensor) -> None:
