@@ -2,7 +2,8 @@
 
 For measuring what only depends on sizes (loading, memory, the time of a pass) where the real weights are
 not at hand. Names and shapes come from the families' own tables, so whatever can be served can be made.
-Weights are normal with standard deviation 0.02, norms are 1; drafts are mostly wrong, as they must be.
+Weights are normal with standard deviation 0.02, norms are 1, scales of unit vectors 0.02, as before their
+training; drafts are mostly wrong, as they must be.
 """
 
 import argparse
@@ -70,8 +71,39 @@ HUGINN = {
     "qk_bias": True,
     "tie_embeddings": True,
 }
-PRESETS: dict[str, dict[str, Any]] = {"ouro-1.4b": OURO, "nanbeige-3b": NANBEIGE, "huginn-3.5b": HUGINN}
+DORY = {
+    "architectures": ["DoryForCausalLM"],
+    "model_type": "dory",
+    "vocab_size": 131072,
+    "hidden_size": 2560,
+    "intermediate_size": 7168,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "num_hidden_layers": 72,  # entries, of which a layer is two: attention and mlp
+    "n_input_layers": 16,
+    "n_recurrent_layers": 40,
+    "n_output_layers": 16,
+    "n_recurrent_loops": 2,
+    "layer_types": [*["sliding_attention", "mlp"] * 3, "full_attention", "mlp"] * 9,
+    "sliding_window": 1024,
+    "max_position_embeddings": 262144,
+    "initializer_range": 0.02,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 10000000.0},
+    },
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "ouro-1.4b": OURO,
+    "nanbeige-3b": NANBEIGE,
+    "huginn-3.5b": HUGINN,
+    "dory-4b": DORY,
+}
 SHARD_BYTES = 2**30
+DEVIATION = 0.02  # of the weights
 
 
 def write(folder: Path, raw: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> int:
@@ -116,7 +148,9 @@ def _random(parameter: Tensor, place: Place, config: LoopedConfig, dtype: torch.
     shape = place.shape(config) if place.shape else parameter[place.rows(config)].shape
     if "norm" in place.parameter:
         return torch.ones(shape, dtype=dtype)
-    return torch.empty(shape, dtype=dtype).normal_(std=0.02)
+    if place.parameter.endswith(("_scale", "_rate")):
+        return torch.full(shape, DEVIATION, dtype=dtype)
+    return torch.empty(shape, dtype=dtype).normal_(std=DEVIATION)
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -40,6 +40,17 @@ def numbers(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
+def share(text: str) -> float:
+    """The type of an option that is a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def rows(text: str) -> int | None:
     """The type of `--row-budget`: None for "auto"."""
     return None if text == "auto" else positive(text)
