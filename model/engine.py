@@ -41,7 +41,7 @@ from model.rules import RuleError, check_request
 from model.schedule.batch import PassResult, Readouts, ScheduledRun
 from model.schedule.cost import FixedBudget, speculates_alone
 from model.schedule.drafts import LOOKUP_POLICIES, Experience, default_depths, make_policy, policy_depths
-from model.schedule.pages import PagePool, PrefixKeys
+from model.schedule.pages import PagePool, PrefixKeys, prefix_salt
 from model.schedule.scheduler import Scheduler
 from model.schedule.sequence import Sequence
 from model.schedule.source import Source
@@ -317,10 +317,8 @@ class Engine:
             exit_threshold=request.exit_threshold,
             ends_alone=self._reads_coda_of_loops(request),
         )
-        noise = (request.init_scale, request.sampling.seed) if request.init_scale > 0 else ""
-        # All that K/V depends on beside the tokens before it.
         whole = _whole_prompt(wave) if source is None else source.digest.hex()
-        salt = f"{num_loops}\n{noise}\n{whole}\n{request.cache_salt}"
+        salt = prefix_salt(request, num_loops, whole)
         return Sequence(request, wave, PrefixKeys(salt, PAGE_SIZE), source)
 
     def _prompt(self, request: GenerationRequest) -> list[int]:

@@ -13,6 +13,8 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
+from model.protocol import GenerationRequest
+
 
 class CacheIntegrityError(RuntimeError):
     """The page pool lost or doubled a page: a bug in the engine."""
@@ -57,6 +59,12 @@ class PrefixKeys:
             content = array("q", tokens[page * size : (page + 1) * size]).tobytes()
             self._digests.append(hashlib.blake2b(self._digests[-1] + content, digest_size=16).digest())
         return self._digests[1 : num_pages + 1]
+
+
+def prefix_salt(request: GenerationRequest, num_loops: int, whole: str = "") -> str:
+    """All that K/V depends on beside the tokens before it; `whole` stands for a prompt read in one piece."""
+    noise = (request.init_scale, request.sampling.seed) if request.init_scale > 0 else ""
+    return f"{num_loops}\n{noise}\n{whole}\n{request.cache_salt}"
 
 
 class PagePool:

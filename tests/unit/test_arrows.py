@@ -11,7 +11,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"model.schedule", "model.network", "model.options", "model.protocol", "model.machine"},
     "training": {"model.worker", "model.checkpoint", "model.network"},
     "server": {"model.worker", "model.checkpoint", "model.grammar", "model.rules", "model.options"}
-    | {"model.protocol"},
+    | {"model.protocol", "model.schedule"},
     "model": {"model.checkpoint"},
     "model.study": {"model.worker", "model.engine", "model.passes", "model.checkpoint", "model.schedule"}
     | {"model.network", "model.options", "model.protocol"},

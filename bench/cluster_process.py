@@ -1,0 +1,174 @@
+"""A cluster on this machine alone: Ray, and what `serve run` makes of docker/cluster.yaml, as a process.
+
+`ClusterProcess` starts it as `ServerProcess` starts a server. The process itself is
+`python -m bench.cluster_process CONFIG REPLICAS`: it says "ready" on standard output when all replicas are,
+and ends when its standard input does. All connections are to loopback addresses.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import yaml
+
+from bench.options import Extra
+from model.machine import child_environment
+
+if TYPE_CHECKING:
+    import psutil
+    from ray.serve.schema import ServeStatus
+else:
+    psutil = Extra("psutil")
+
+CONFIG = Path(__file__).resolve().parents[1] / "docker" / "cluster.yaml"
+APPLICATION, ENGINE = "speed", "Engine"
+START_SECONDS, STOP_SECONDS, LOOK_SECONDS = 120.0, 60.0, 0.2
+LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that others know
+STORE_BYTES = 2**27  # of Ray's store of objects: what goes through it here is small
+DEFAULT_ROUTER = "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter"
+
+
+class ClusterProcess:
+    """A cluster with an HTTP address of its own; use as a context manager."""
+
+    def __init__(
+        self,
+        *,
+        num_replicas: int,
+        log: IO[bytes] | None = None,
+        ray_routing: bool = False,
+        **settings: object,
+    ) -> None:
+        """`settings` are options of `speed serve`; `ray_routing`: Ray's own choice of a replica, not ours."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._folder = tempfile.TemporaryDirectory(prefix="cluster")
+        config = Path(self._folder.name) / "cluster.yaml"
+        config.write_text(yaml.safe_dump(self._config(num_replicas, settings, ray_routing=ray_routing)))
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "bench.cluster_process", str(config), str(num_replicas)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log or subprocess.DEVNULL,
+            env=child_environment(RAY_USAGE_STATS_ENABLED="0", RAY_SERVE_LOG_TO_STDERR="0"),
+            start_new_session=True,
+        )
+
+    def _config(self, num_replicas: int, settings: dict[str, object], *, ray_routing: bool) -> object:
+        """The configuration of docker/cluster.yaml with another port, model and number of replicas."""
+        config: Any = yaml.safe_load(CONFIG.read_text())
+        config["http_options"]["port"] = self.port
+        [application] = config["applications"]
+        application["args"] = settings
+        engine = next(each for each in application["deployments"] if each["name"] == ENGINE)
+        del engine["autoscaling_config"]
+        engine |= {"num_replicas": num_replicas, "health_check_period_s": 1}
+        if ray_routing:
+            engine["request_router_config"] = {"request_router_class": DEFAULT_ROUTER}
+        return config
+
+    def get(self, path: str) -> str:
+        """The text at `path`; raises OSError unless its status is 200."""
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return str(response.read().decode())
+
+    @property
+    def replicas(self) -> "list[psutil.Process]":
+        """The processes of replicas of the engine, each of which has a worker among its children."""
+        everyone = psutil.Process(self.process.pid).children(recursive=True)
+        title = f"ray::ServeReplica:{APPLICATION}:{ENGINE}"
+        return [process for process in everyone if any(title in part for part in _title(process))]
+
+    def __enter__(self) -> Self:
+        assert self.process.stdout is not None
+        said = [b""]
+        for line in self.process.stdout:  # `serve run` says something as well
+            said.append(line)
+            if line == b"ready\n":
+                return self
+            if line.startswith(b"not ready"):
+                break
+        self.__exit__()
+        raise OSError(f"the cluster was not ready: {said[-1].decode(errors='replace')}")
+
+    def __exit__(self, *_: object) -> None:
+        """Lets Ray end in order; whatever of it is left then is killed."""
+        everyone = _family(self.process.pid)
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        _, alive = psutil.wait_procs(everyone, timeout=5)
+        for process in alive:
+            process.kill()
+        self._folder.cleanup()
+
+
+def _title(process: "psutil.Process") -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return []
+
+
+def _family(pid: int) -> "list[psutil.Process]":
+    try:
+        return [*psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def main(arguments: Iterable[str]) -> int:
+    """The process of a cluster; its exit status."""
+    import ray  # noqa: PLC0415
+    from ray import serve  # noqa: PLC0415
+    from ray.serve.scripts import cli  # noqa: PLC0415
+
+    config, num_replicas = arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ray.init(
+        num_cpus=max(int(num_replicas), os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=STORE_BYTES,
+        log_to_driver=False,
+        namespace="serve",
+        _node_ip_address=LOOPBACK,
+    )
+    try:
+        cli(["run", "--non-blocking", config], standalone_mode=False)
+        deadline = time.monotonic() + START_SECONDS
+        while not (is_ready := _is_ready(serve.status(), int(num_replicas))) and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+        print("ready" if is_ready else f"not ready: {serve.status()}".replace("\n", " "), flush=True)
+        sys.stdin.read()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    return 0
+
+
+def _is_ready(status: "ServeStatus", num_replicas: int) -> bool:
+    """Whether so many replicas of the engine run, and the front."""
+    application = status.applications.get(APPLICATION)
+    if application is None or application.status != "RUNNING":
+        return False
+    states: dict[str, int] = application.deployments[ENGINE].replica_states
+    return states.get("RUNNING", 0) == num_replicas
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
