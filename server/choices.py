@@ -173,7 +173,7 @@ class Choice:
         """Takes the first tokens of an event as the choice's own."""
         asked = self.request.logprobs is not None
         logprobs: Sequence[TokenLogprobs | None] = event.logprobs if asked else [None] * len(event.token_ids)
-        loops = event.loop_logprobs or [()] * len(event.token_ids)
+        loops = event.loop_logprobs or [[]] * len(event.token_ids)
         shown = zip(event.token_ids, logprobs, loops, strict=True)
         self._waiting.extend(_Waiting(*entry) for entry in islice(shown, num_tokens))
         self._sum_logprobs += sum(entry.logprob for entry in event.logprobs[:num_tokens])

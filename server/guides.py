@@ -4,7 +4,8 @@ Checks both against the model's formats. Synchronous, and slow for a grammar not
 """
 
 import logging
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from model.grammar.check import CheckUnavailableError, GrammarError, check_grammar
@@ -13,7 +14,7 @@ from server.errors import InvalidRequestError, UnavailableError, quote
 from server.output import calls, reasoning
 from server.output.calls import CallParser, ToolSignature
 from server.output.formats import OutputFormats
-from server.output.grammar import MOST_CALLS, AnswerShape, Thoughts, UncombinableError
+from server.output.grammar import MOST_CALLS, AnswerShape, Thoughts, UncombinableError, any_of
 from server.output.pieces import OutputParser, PassThrough
 from server.output.reasoning import ReasoningParser
 from server.output.rules import OutputRules
@@ -22,8 +23,6 @@ from server.schemas.tools import FunctionDefinition
 
 logger = logging.getLogger(__name__)
 
-CHECKED_ALONE = 8  # tools that are looked at one by one, each by a process of its own
-
 
 class Guide(NamedTuple):
     """The grammar of a request's answers, the field that asks for it, and how they are taken apart."""
@@ -31,7 +30,7 @@ class Guide(NamedTuple):
     grammar: Grammar | None
     grammar_field: str | None
     rules: OutputRules
-    functions: list[FunctionDefinition]  # whose schemas are part of the grammar
+    functions: Mapping[int, FunctionDefinition]  # whose schemas are in the grammar, by their index in `tools`
 
 
 def check_tools(body: ChatRequest, formats: OutputFormats) -> None:
@@ -61,19 +60,44 @@ def output_of(body: ChatRequest, formats: OutputFormats, *, opens_thoughts: bool
     elif grammar is not None and thoughts != "none":
         grammar, thoughts = _behind_thoughts(grammar, formats, thoughts)
     rules = _rules(formats, use, thoughts, is_guided=guided)
-    return Guide(grammar, field, rules, use.allowed if guided else [])
+    return Guide(grammar, field, rules, _places(body, use) if guided else {})
 
 
 def check_guide(guide: Guide) -> None:
-    """Raises InvalidRequestError for a grammar that can't be followed; names the tool where that is quick."""
+    """Raises InvalidRequestError for a grammar that can't be followed; names the tool that is at fault."""
     assert guide.grammar_field is not None
     try:
         check_now(guide.grammar, guide.grammar_field)
     except InvalidRequestError:
-        for index, function in enumerate(guide.functions[:CHECKED_ALONE]):
+        if (index := _first_at_fault(guide.functions)) is not None:
+            function = guide.functions[index]
             schema = Grammar(kind="json_schema", text=function.json_schema)
             check_now(schema, "tools", f"tools.{index}.function.parameters (of {quote(function.name)})")
         raise
+
+
+def _first_at_fault(functions: Mapping[int, FunctionDefinition]) -> int | None:
+    """The index of the first tool with which the schemas up to it can't be followed, or None.
+
+    Found by halves: each check takes a process of its own, and there may be 128 tools.
+    """
+    schemas = [function.object_schema for function in functions.values()]
+
+    def fails(last: int) -> bool:
+        try:
+            check_now(any_of(schemas[: last + 1]), "tools")
+        except InvalidRequestError:
+            return True
+        return False
+
+    found = bisect_left(range(len(schemas)), True, key=fails)
+    return [*functions, None][found]
+
+
+def _places(body: ChatRequest, use: ToolUse) -> dict[int, FunctionDefinition]:
+    """The functions that may be called, by their index in the request's `tools`."""
+    allowed = {function.name for function in use.allowed}
+    return {i: tool.function for i, tool in enumerate(body.tools) if tool.function.name in allowed}
 
 
 def check_now(grammar: Grammar | None, param: str, place: str | None = None) -> None:

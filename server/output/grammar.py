@@ -99,6 +99,16 @@ class AnswerShape:
         return "OTHER", [f"OTHER: /(?s:.*)/ & ~/(?s:.*){_escaped(tag)}(?s:.*)/"]
 
 
+def any_of(schemas: Sequence[object]) -> Grammar:
+    """A grammar of JSON that matches one of the schemas: whether they can be followed side by side.
+
+    Raises RecursionError for schemas that are nested too deeply.
+    """
+    names = [f"schema_{number}" for number in range(len(schemas))]
+    rules = [f"{name}: %json {embedded_schema(schema)}" for name, schema in zip(names, schemas, strict=True)]
+    return Grammar(kind="lark", text="\n".join([f"start: {' | '.join(names)}", *rules]))
+
+
 def _escaped(tag: str) -> str:
     return tag.replace("/", r"\/")
 

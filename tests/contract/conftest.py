@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from starlette.types import Message
 from server.app import create_app
 from server.chat_template import ChatTemplate
 from server.defaults import NO_DEFAULTS, SamplingDefaults
+from server.serve import DrainingServer, uvicorn_config
 from server.settings import Settings
 from server.tokenizer import TextCodec
 from tests.fake_engine import FakeEngine
@@ -137,6 +139,23 @@ async def serving(
     served = Served(engine, Settings(**options), chat_template, codec, defaults)
     async with served.app.router.lifespan_context(served.app), served.client:
         yield served
+
+
+@contextmanager
+def serving_thread(engine: FakeEngine, chat_template: ChatTemplate | None = None) -> Iterator[str]:
+    """The address of a server in a thread of its own, for clients that need a socket."""
+    options = Settings(port=0, log_level="critical")
+    app = create_app(engine, byte_codec(), options, chat_template)
+    server = DrainingServer(uvicorn_config(app, options), app.state.server.batcher, 1)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
 
 
 @pytest.fixture

@@ -153,9 +153,10 @@ async def test_tokenizer_template_context_and_defaults_are_the_models_own() -> N
             for name in ("a", "b")
         ]
         assert counts == [2, 1]
-        chat = {"path": "/v1/chat/completions", "prompt": ..., "messages": [{"role": "user", "content": "x"}]}
-        assert (await served.post(model="a", **chat)).status_code == 200
-        without = await served.post(model="b", **chat)
+        path = "/v1/chat/completions"
+        chat: dict[str, Json] = {"prompt": ..., "messages": [{"role": "user", "content": "x"}]}
+        assert (await served.post(path, model="a", **chat)).status_code == 200
+        without = await served.post(path, model="b", **chat)
         assert without.status_code == 400
         assert "template" in without.text
         assert (await served.post(model="a", max_tokens=200)).status_code == 400  # of 150

@@ -5,9 +5,7 @@ more, and prints how many with -s. One of schemathesis' checks is left out: that
 is accepted. Context length, vocabulary and the like depend on the model.
 """
 
-import asyncio
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterator
 
@@ -19,14 +17,11 @@ from schemathesis.generation import GenerationMode
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi import checks
 
-from server.app import create_app
 from server.chat_template import ChatTemplate
-from server.serve import DrainingServer, uvicorn_config
-from server.settings import Settings
-from tests.contract.conftest import TEXT, Served, serving
+from tests.contract.conftest import TEXT, Served, serving, serving_thread
 from tests.fake_engine import INFO, FakeEngine
 from tests.loose import Json
-from tests.text_tools import byte_codec, ids_of
+from tests.text_tools import ids_of
 
 NUM_REQUESTS = int(os.environ.get("SPEED_FUZZ_REQUESTS", "200"))
 OPENAI = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"]
@@ -40,19 +35,10 @@ statuses: Counter[tuple[str, int]] = Counter()
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A server over a fake engine, in a thread of its own."""
-    options = Settings(port=0, log_level="critical")
     source = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
-    template = ChatTemplate(source, describes_tools=True)
-    info = msgspec.structs.replace(INFO, max_model_len=2000)
-    app = create_app(FakeEngine(lambda _: ids_of(TEXT), info=info), byte_codec(), options, template)
-    server = DrainingServer(uvicorn_config(app, options), app.state.server.batcher, 1)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(timeout=10)
+    engine = FakeEngine(lambda _: ids_of(TEXT), info=msgspec.structs.replace(INFO, max_model_len=2000))
+    with serving_thread(engine, ChatTemplate(source, describes_tools=True)) as address:
+        yield address
     print(f"\n{sum(statuses.values())} requests:", dict(sorted(statuses.items())))
 
 

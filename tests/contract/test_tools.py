@@ -436,6 +436,19 @@ async def test_what_is_refused_is_said(fields: dict[str, Json], param: str, word
         await answer(served, **ASKING)
 
 
+@pytest.mark.parametrize("index", [0, 7, 8, 100, 127])
+async def test_the_tool_at_fault_is_named_wherever_it_stands(index: int) -> None:
+    tools = [tool(f"f{i}") for i in range(128)]
+    tools[index] = tool(f"f{index}", parameters={"properties": {"a": {"type": "cat"}}})
+    named = {"type": "function", "function": {"name": f"f{index}"}}
+    asking = {"messages": USER, "tools": tools, "max_tokens": 9}
+    async with talking(call(), info=msgspec.structs.replace(INFO, max_model_len=20000)) as served:
+        for choice in ("required", named):
+            error = error_of(await chat(served, **asking, tool_choice=choice), 400)
+            assert error["param"] == "tools"
+            assert f"tools.{index}.function.parameters (of 'f{index}')" in error["message"]
+
+
 async def test_large_schemas_are_refused_where_a_grammar_is_made_of_them() -> None:
     fields = schema(properties={f"p{i}": {"enum": ["x" * 1000]} for i in range(200)})
     async with talking(call(), info=msgspec.structs.replace(INFO, max_model_len=2**20)) as served:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -112,18 +113,14 @@ def test_each_loop_says_what_a_whole_forward_pass_says(shape: str) -> None:
 def test_native_passes_say_the_same_bits_whatever_runs(shape: str) -> None:
     """Alone and in a batch, with and without drafts; scores are torch's, the last loop's are `logprobs`."""
     model = tiny_model(**SHAPES[shape])
-    requests = asked_for(loop_logprobs=2, logprobs=2)
+    requests = asked_for(4, loop_logprobs=2, logprobs=2, max_tokens=10)
     together = run(engine(model, row_budget=9), requests)
+    narrow, plain = engine(model, prefill_chunk_size=5), engine(model)
     for asked, events in zip(requests, together, strict=True):
-        plain = {"speculation": not asked.speculation, "loop_logprobs": None}
-        other = request(0, asked.prompt_token_ids, asked.sampling, logprobs=2)
-        (alone,) = run(engine(model), [other])
-        assert text_and_scores(events) == text_and_scores(alone)
-        turned = request(
-            0, asked.prompt_token_ids, asked.sampling, loop_logprobs=2, speculation=plain["speculation"]
-        )
-        (turned_events,) = run(engine(model, prefill_chunk_size=5), [turned])
-        assert loops_of(turned_events) == loops_of(events)
+        (unasked,) = run(plain, [msgspec.structs.replace(asked, loop_logprobs=None)])
+        assert text_and_scores(events) == text_and_scores(unasked)
+        (turned,) = run(narrow, [msgspec.structs.replace(asked, speculation=not asked.speculation)])
+        assert loops_of(turned) == loops_of(events)
         assert [loops[-1].scores for loops in loops_of(events)] == text_and_scores(events)[1]
         assert all(loops[-1].agrees for loops in loops_of(events))
         assert_loops(model, asked, events, 5e-3)  # fp32, see `exact_model`
@@ -229,10 +226,16 @@ def test_a_seed_and_adjustments_choose_among_the_logits_of_the_exit() -> None:
     """The same text alone, in a batch and after pre-emption."""
     model = gated_model()
     requests = [
-        request(i, prompt, SamplingParams(temperature=0.8, seed=i, presence_penalty=0.5), exit_threshold=0.6)
+        request(
+            i,
+            prompt[:12],
+            SamplingParams(temperature=0.8, seed=i, presence_penalty=0.5),
+            exit_threshold=0.6,
+            max_tokens=40,
+        )
         for i, prompt in enumerate(prompts(6))
     ]
-    wide, narrow = engine(model, row_budget=64), engine(model, tokens=160, max_model_len=64)
+    wide, narrow = engine(model, row_budget=64), engine(model, tokens=80, max_model_len=64)
     together, pressed = run(wide, requests), run(narrow, requests)
     assert narrow.stats.preemptions
     for asked, *answers in zip(requests, together, pressed, strict=True):

@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 
 from server.output.calls import CallParser, ToolFormat, ToolSignature
 from server.output.formats import FORMATS
-from server.output.pieces import CallArguments, CallStart, ContentText, Piece, join_pieces, parsed_message
+from server.output.pieces import (
+    CallArguments,
+    CallStart,
+    ContentText,
+    ParsedMessage,
+    Piece,
+    join_pieces,
+    parsed_message,
+)
+from server.output.reasoning import ReasoningParser
 from tests.loose import Json
+from tests.unit.test_reasoning import expected
 
 TOOLS = [
     ToolSignature("f", {"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "integer"}}}),
@@ -61,6 +71,50 @@ def test_pieces_are_those_of_the_whole_text_wherever_it_is_cut(
         assert isinstance(json.loads(call.arguments), dict)
     if not any(isinstance(piece, CallStart) for piece in whole):
         assert parsed_message(whole).content == text
+
+
+WRITTEN = [
+    (
+        HERMES,
+        'Yes. \n<tool_call>\n{"name": "f", "arguments": {"a": "\\\\\\"}</tool_call>世"}}\n</tool_call>\n',
+    ),
+    (HERMES, '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call> <tool_call>no</tool_call>'),
+    (CODER, "<tool_call>\n<function=f>\n<parameter=a>\n</param\n</parameter>\n</function>\n</tool_call>"),
+    (CODER, "a<tool_call>\n<function=f>\n<parameter=n>\n3\n</parameter>\n</function>\n</tool_call> b"),
+]
+
+
+@pytest.mark.parametrize(("form", "text"), WRITTEN, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("certain", [False, True])
+def test_one_cut_at_every_place_changes_nothing(form: ToolFormat, text: str, certain: bool) -> None:
+    whole = pieces_of(form, text, is_certain=certain)
+    assert parsed_message(whole).calls
+    for cut in range(1, len(text)):
+        assert pieces_of(form, text, [cut], is_certain=certain) == whole, text[:cut]
+
+
+THOUGHTFUL = st.lists(st.sampled_from([*JSON_PARTS, "<think>", "</think>", "think>", "</thi"]), max_size=12)
+
+
+@given(parts=THOUGHTFUL, cuts=st.sets(st.integers(1, 120)), inside=st.booleans())
+def test_calls_behind_thoughts_are_those_of_the_answer_alone(
+    parts: list[str], cuts: set[int], inside: bool
+) -> None:
+    """Within the thoughts there are none, wherever all of it is cut."""
+
+    def told(borders: set[int]) -> ParsedMessage:
+        parser = ReasoningParser(CallParser(HERMES, TOOLS, new_id=lambda: "id"), starts_inside=inside)
+        ends = [*sorted(cut for cut in borders if cut < len(text)), len(text)]
+        pieces = [piece for begin, end in pairwise([0, *ends]) for piece in parser.push(text[begin:end])]
+        return parsed_message([*pieces, *parser.flush()])
+
+    text = "".join(parts)
+    whole = told(set())
+    assert told(cuts) == told(set(range(1, len(text)))) == whole
+    thought, answer = expected(text, starts_inside=inside)
+    alone = parsed_message(pieces_of(HERMES, answer))
+    assert (whole.reasoning, whole.content) == (thought, alone.content)
+    assert [call.arguments for call in whole.calls] == [call.arguments for call in alone.calls]
 
 
 VALUES = st.recursive(
