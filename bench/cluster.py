@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from bench.cluster_process import ClusterProcess
 from bench.fault_drill import TINY
@@ -53,6 +57,15 @@ def prompts(num_sessions: int, num_turns: int, seed: int) -> list[list[int]]:
     length = PREFIX + num_turns * TURN
     texts = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for _ in range(num_sessions)]
     return [text[: PREFIX + (turn + 1) * TURN] for turn in range(num_turns) for text in texts]
+
+
+def write_model(folder: Path) -> None:
+    """A checkpoint of random weights whose tokens are the 256 bytes and as many words."""
+    write(folder, {**TINY, "max_position_embeddings": CONTEXT}, torch.float32)
+    pieces = [*sorted(ByteLevel.alphabet()), *(f"\u0120{i}" for i in range(256))]
+    tokenizer = Tokenizer(BPE({piece: number for number, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 async def complete(client: "httpx.AsyncClient", prompt: list[int], max_tokens: int) -> Usage:
@@ -194,7 +207,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "tiny"
-        write(model, {**TINY, "max_position_embeddings": CONTEXT}, torch.float32)
+        write_model(model)
         print(f"speed serve alone: {alone(model):.0f} tokens/s")
         is_good = measure(model, args.replicas, args.log)
     return int(not is_good)

@@ -5,6 +5,7 @@
 and ends when its standard input does. All connections are to loopback addresses.
 """
 
+import argparse
 import os
 import signal
 import socket
@@ -13,20 +14,18 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
-import yaml
-
-from bench.options import Extra
+from bench.options import Extra, positive
 from model.machine import child_environment
 
 if TYPE_CHECKING:
     import psutil
+    import yaml
     from ray.serve.schema import ServeStatus
 else:
-    psutil = Extra("psutil")
+    psutil, yaml = Extra("psutil"), Extra("yaml")
 
 CONFIG = Path(__file__).resolve().parents[1] / "docker" / "cluster.yaml"
 APPLICATION, ENGINE = "speed", "Engine"
@@ -132,16 +131,21 @@ def _family(pid: int) -> "list[psutil.Process]":
         return []
 
 
-def main(arguments: Iterable[str]) -> int:
+def main() -> int:
     """The process of a cluster; its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cluster_process", description="A cluster's process."
+    )
+    parser.add_argument("config", help="YAML file, as `serve run` takes it")
+    parser.add_argument("num_replicas", type=positive, help="of the engine, that are waited for")
+    args = parser.parse_args()
     import ray  # noqa: PLC0415
     from ray import serve  # noqa: PLC0415
     from ray.serve.scripts import cli  # noqa: PLC0415
 
-    config, num_replicas = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ray.init(
-        num_cpus=max(int(num_replicas), os.cpu_count() or 1),
+        num_cpus=max(args.num_replicas, os.cpu_count() or 1),
         include_dashboard=False,
         object_store_memory=STORE_BYTES,
         log_to_driver=False,
@@ -149,9 +153,9 @@ def main(arguments: Iterable[str]) -> int:
         _node_ip_address=LOOPBACK,
     )
     try:
-        cli(["run", "--non-blocking", config], standalone_mode=False)
+        cli(["run", "--non-blocking", args.config], standalone_mode=False)
         deadline = time.monotonic() + START_SECONDS
-        while not (is_ready := _is_ready(serve.status(), int(num_replicas))) and time.monotonic() < deadline:
+        while not (is_ready := _is_ready(serve.status(), args.num_replicas)) and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)
         print("ready" if is_ready else f"not ready: {serve.status()}".replace("\n", " "), flush=True)
         sys.stdin.read()
@@ -171,4 +175,4 @@ def _is_ready(status: "ServeStatus", num_replicas: int) -> bool:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

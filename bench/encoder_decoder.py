@@ -1,6 +1,6 @@
 """The SPEED paper's comparison, small: decoders that share their layers against decoders that don't.
 
-    python -m bench.encoder_decoder train --runs FOLDER      (stops and resumes; half an hour beside other work)
+    python -m bench.encoder_decoder train --runs FOLDER    (stops and resumes; half an hour on a busy core)
     python -m bench.encoder_decoder measure --runs FOLDER
 
 The paper (Hooper et al. 2023, arXiv 2310.12072) runs the layers of a T5-like decoder several times, 2 x 6 and

@@ -1,10 +1,10 @@
 """`python -m bench.native_fuzz`: passes of drawn models over drawn texts, held to the torch reference.
 
-A case is a model (sizes, norms, loops, windows, biases, weight type) with texts on scattered pages of a
-cache that is full of others' numbers. They are read in chunks, several of one text at different loops in a
-pass, as speculation has them, with whichever other texts are drawn. Every logit must be the reference's.
-With `scripts/sanitize` the library also watches its own memory. A case is made of `--seed` and its number
-alone: `--first N --cases 1` runs one again.
+A case is a model (sizes, norms, loops, windows, biases, one stack or two, an encoder, weight type) with texts
+on scattered pages of a cache that is full of others' numbers. They are read in chunks, several of one text at
+different loops in a pass, as speculation has them, with whichever other texts are drawn. Every logit must be
+the reference's. With `scripts/sanitize` the library also watches its own memory. A case is made of `--seed`
+and its number alone: `--first N --cases 1` runs one again.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import ctypes
 import random
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,16 @@ from tqdm import tqdm
 
 from bench.options import count, positive, reporting
 from model.checkpoint.loader import LoadedModel
-from model.network.config import ACTIVATIONS, InitialState, LoopedConfig, NormPlacement, RopeConfig
+from model.network.config import (
+    ACTIVATIONS,
+    EncoderConfig,
+    InitialState,
+    LoopedConfig,
+    NormKind,
+    NormPlacement,
+    RelativeBias,
+    RopeConfig,
+)
 from model.network.int4 import round_linears_to_int4
 from model.network.int8 import quantize_linears
 from model.network.looped import LoopedTransformer
@@ -60,15 +69,26 @@ class Case(NamedTuple):
 
 @dataclass
 class Text:
-    """Tokens in chunks on pages of the cache, each chunk so many loops on its way to `loops`."""
+    """Tokens in chunks on pages of the cache, each chunk so many loops on its way to `loops`.
+
+    The first `prefix` tokens see one another both ways; behind an encoder there is a source.
+    """
 
     tokens: list[int]
     chunks: list[range]
     pages: list[int]
     loops: int
     state: Floats | None  # (tokens, hidden) that the first loop starts from, or zeros
+    prefix: int
+    source: list[int]
+    source_pages: list[int]
     done: list[int] = field(default_factory=list)
     logits: list[Floats] = field(default_factory=list)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has run."""
+        return not any(self.done)
 
     @property
     def is_read(self) -> bool:
@@ -91,14 +111,18 @@ def draw_case(rng: random.Random) -> Case:
     config = draw_config(rng)
     texts, free = list[Text](), rng.sample(range(NUM_PAGES), NUM_PAGES)
     for _ in range(rng.randint(1, 3)):
-        length = rng.choice([1, rng.randint(2, 20), rng.randint(17, LONGEST)])
+        length = draw_length(rng)
         pages = [free.pop() for _ in range(-(-length // PAGE))]
         cuts = sorted(rng.sample(range(1, length), min(length - 1, rng.randrange(MOST_CHUNKS))))
         chunks = [range(a, b) for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
         tokens = [rng.randrange(config.vocab_size) for _ in range(length)]
         noise = np.random.default_rng(rng.getrandbits(32)).normal(size=(length, config.hidden_size))
         state = noise.astype(np.float32) if config.has_noisy_start and rng.random() < 0.5 else None
-        texts.append(Text(tokens, chunks, pages, rng.randint(1, config.num_loops), state, [0] * len(chunks)))
+        source = [rng.randrange(config.vocab_size) for _ in range(draw_length(rng) if config.encoder else 0)]
+        source_pages = [free.pop() for _ in range(-(-len(source) // PAGE))]
+        prefix = len(chunks[0]) if config.prefix_lm else 0
+        loops, done = rng.randint(1, config.num_loops), [0] * len(chunks)
+        texts.append(Text(tokens, chunks, pages, loops, state, prefix, source, source_pages, done))
     kind = rng.choice(WEIGHTS)
     options = NativeOptions(
         threads=rng.randint(1, 3), half_cache=rng.random() < 0.3, int4=kind == "int4", spin_microseconds=20
@@ -106,7 +130,51 @@ def draw_case(rng: random.Random) -> Case:
     return Case(config, kind, options, texts)
 
 
+def draw_length(rng: random.Random) -> int:
+    """Of a text or a source."""
+    return rng.choice([1, rng.randint(2, 20), rng.randint(17, LONGEST)])
+
+
 def draw_config(rng: random.Random) -> LoopedConfig:
+    """A model of one stack, of two, or behind an encoder."""
+    config = draw_stack(rng)
+    kind = rng.choice(["one stack", "one stack", "two stacks", "behind an encoder"])
+    if kind == "one stack":
+        return config
+    alone = replace(
+        config,
+        num_prelude_layers=0,
+        num_coda_layers=0,
+        input_injection=False,
+        sliding_window=None,
+        sliding_layers=(),
+        first_loop_gate=False,
+    )
+    if kind == "two stacks":
+        return replace(
+            alone,
+            num_block_layers=2 * rng.randint(1, 2),
+            low_cycles=rng.randint(1, 3),
+            norm_kind=rng.choice([NormKind.PLAIN, NormKind.RMS]),
+            norm_after_loop=True,
+            prefix_lm=rng.random() < 0.5,
+        )
+    heads = rng.randint(1, 4)
+    buckets = rng.randint(4, 32)
+    return replace(
+        alone,
+        num_heads=heads,
+        num_kv_heads=heads,
+        embedding_scale=1.0,
+        attention_scale=rng.choice([None, 1.5 * config.head_dim**-0.5]),
+        gated_mlp=rng.random() < 0.5,
+        head_scale=rng.choice([1.0, 0.3]),
+        encoder=EncoderConfig(rng.randint(1, 3), 0),
+        relative_bias=RelativeBias(buckets, rng.randint(buckets // 2 + 1, 2 * LONGEST)),
+    )
+
+
+def draw_stack(rng: random.Random) -> LoopedConfig:
     """Sizes that fill no block, page or vector as often as those that do.
 
     From 8 channels on: a norm over one or two makes a change of sign of a rounding error.
@@ -144,6 +212,7 @@ def draw_config(rng: random.Random) -> LoopedConfig:
         mlp_bias=maybe(),
         qk_norm=maybe(),
         qk_bias=maybe(),
+        output_gate=maybe(),
         tie_embeddings=maybe(),
         sliding_window=window,
         sliding_layers=tuple(layer for layer in layers if window and maybe()),
@@ -159,7 +228,7 @@ def draw_model(config: LoopedConfig, seed: int) -> LoopedTransformer:
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
-        elif "bias" in name:
+        elif "bias" in name or name == "low_state":
             nn.init.normal_(parameter, std=0.3, generator=generator)
     return model
 
@@ -180,10 +249,16 @@ def held(config: LoopedConfig, kind: str, seed: int) -> tuple[LoopedTransformer,
 
 
 def run_pass(passes: NativePasses, texts: list[Text], rng: random.Random) -> None:
-    """One pass over chunks of the texts; keeps the logits of those that end their last loop."""
+    """One pass over chunks of the texts; keeps the logits of those that end their last loop.
+
+    Sources of texts that begin are encoded before.
+    """
+    if new := [text for text in texts if text.source and text.is_new]:
+        passes.run(source_rows(new), (), ())
     columns: dict[str, list[int]] = {name: [] for name in ("tokens", "positions", "loops", "tables", "ends")}
     pages, noises, noise, readouts = list[int](), list[int](), list[Floats](), list[int]()
     ending = list[tuple[Text, int]]()
+    seen: dict[str, list[int]] = {name: [] for name in ("lasts", "source_tables", "source_lasts")}
     for text in texts:
         for index in text.next_chunks(rng):
             chunk, loop = text.chunks[index], text.done[index]
@@ -192,6 +267,9 @@ def run_pass(passes: NativePasses, texts: list[Text], rng: random.Random) -> Non
             columns["positions"] += chunk
             for name, value in (("loops", loop), ("tables", len(pages)), ("ends", int(last))):
                 columns[name] += [value] * len(chunk)
+            seen["lasts"] += [max(position, text.prefix - 1) for position in chunk]
+            seen["source_tables"] += [len(pages) + len(text.pages)] * len(chunk)
+            seen["source_lasts"] += [len(text.source) - 1] * len(chunk)
             starts = text.state is not None and loop == 0
             noises += range(len(noise), len(noise) + len(chunk)) if starts else [-1] * len(chunk)
             if starts and text.state is not None:
@@ -200,14 +278,19 @@ def run_pass(passes: NativePasses, texts: list[Text], rng: random.Random) -> Non
                 readouts += range(first, first + len(chunk))
                 ending.append((text, len(chunk)))
             text.done[index] += 1
-        pages += text.pages
-    arrays = {name: np.array(column, np.int32) for name, column in columns.items() if name != "ends"}
+        pages += [*text.pages, *text.source_pages]
     rows = RowArrays(
-        **arrays,
+        tokens=np.array(columns["tokens"], np.int32),
+        positions=np.array(columns["positions"], np.int32),
+        loops=np.array(columns["loops"], np.int32),
+        tables=np.array(columns["tables"], np.int32),
         pages=np.array(pages, np.int32),
         ends=np.array(columns["ends"], np.uint8),
         noises=np.array(noises, np.int32) if noise else None,
         noise=np.stack(noise) if noise else None,
+        lasts=seen["lasts"] if passes.config.prefix_lm else None,
+        source_tables=seen["source_tables"] if passes.config.encoder else None,
+        source_lasts=seen["source_lasts"] if passes.config.encoder else None,
     )
     result = passes.run(rows, np.array(readouts, np.int32), np.arange(len(readouts), dtype=np.int32))
     if result.tokens != result.logits.argmax(-1).tolist():
@@ -216,6 +299,23 @@ def run_pass(passes: NativePasses, texts: list[Text], rng: random.Random) -> Non
     for text, size in ending:
         text.logits.append(result.logits[start : start + size])
         start += size
+
+
+def source_rows(texts: list[Text]) -> RowArrays:
+    """The sources of texts, to be encoded together."""
+    tokens, positions, tables, lasts = list[int](), list[int](), list[int](), list[int]()
+    pages = list[int]()
+    for text in texts:
+        size = len(text.source)
+        tokens += text.source
+        positions += range(size)
+        tables += [len(pages)] * size
+        lasts += [size - 1] * size
+        pages += text.source_pages
+    nothing = [0] * len(tokens)
+    return RowArrays(
+        tokens, positions, nothing, tables, pages, bytearray(len(tokens)), lasts=lasts, encoded=True
+    )
 
 
 def run_case(seed: int, number: int, level: str | None) -> tuple[Case, float]:
@@ -230,7 +330,8 @@ def run_case(seed: int, number: int, level: str | None) -> tuple[Case, float]:
         run_pass(passes, rng.sample(running, rng.randint(1, len(running))), rng)
     worst = 0.0
     for text in case.texts:
-        wanted = LoadedModel(reference, case.config).logits(text.tokens, text.loops, text.state).numpy()
+        loaded, prefix = LoadedModel(reference, case.config), text.prefix or None
+        wanted = loaded.logits(text.tokens, text.loops, text.state, prefix, text.source or None).numpy()
         difference = np.abs(np.concatenate(text.logits) - wanted).max() / max(1.0, np.abs(wanted).max())
         worst = max(worst, float(difference)) if np.isfinite(difference) else float("inf")
     return case, worst

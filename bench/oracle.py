@@ -60,11 +60,13 @@ class Cost(NamedTuple):
 
     def with_more(self, other: "Cost") -> "Cost":
         """Both together."""
-        return Cost(*(mine + its for mine, its in zip(self, other, strict=True)))
+        tokens, passes, rows, seconds = other
+        return Cost(self.tokens + tokens, self.passes + passes, self.rows + rows, self.seconds + seconds)
 
     def until(self, end: "Cost") -> "Cost":
         """What came to it until `end`."""
-        return Cost(*(last - first for first, last in zip(self, end, strict=True)))
+        tokens, passes, rows, seconds = self
+        return Cost(end.tokens - tokens, end.passes - passes, end.rows - rows, end.seconds - seconds)
 
     def figures(self, at_once: int) -> dict[str, float]:
         """What is reported, where `at_once` requests share each pass."""

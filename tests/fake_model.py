@@ -97,11 +97,10 @@ class FakeBackend:
         return PassResult(tokens, {}, [], self.faults.copy(), self._loops(batch, tokens))
 
     def _loops(self, batch: Sequence[ScheduledRun], tokens: list[int]) -> LoopResult:
-        """The loop's number for each row that is kept, and for a final token one entry for each loop."""
+        """Prefix and depth of each row that is kept, and for a final token an entry for each loop so far."""
         predicting, _, keeping = Readouts.of(batch)
-        depths: dict[EngineSequence, dict[int, int]] = {
-            run.sequence: {} for run in batch
-        }  # of each row's position
+        # Of each sequence, by the position of a row: loops that it has done after the pass.
+        depths: dict[EngineSequence, dict[int, int]] = {run.sequence: {} for run in batch}
         for run in batch:
             depths[run.sequence].update(
                 dict.fromkeys(range(run.start, run.start + run.num_rows), run.loop + 1)

@@ -4,10 +4,12 @@ import torch
 from torch import nn
 
 from model.network.config import (
+    EncoderConfig,
     InitialState,
     LoopedConfig,
     NormKind,
     NormPlacement,
+    RelativeBias,
     RopeConfig,
     UnitScales,
 )
@@ -92,10 +94,6 @@ SHAPES: dict[str, dict[str, Field]] = {
         "second_rope": RopeConfig(theta=300.0),
         "second_rope_layers": (1, 4),
     },
-}
-
-# Those that torch alone runs.
-TORCH_SHAPES: dict[str, dict[str, Field]] = {
     "two_stacks": {
         "norm_kind": NormKind.PLAIN,
         "norm_after_loop": True,
@@ -105,5 +103,21 @@ TORCH_SHAPES: dict[str, dict[str, Field]] = {
         "num_block_layers": 4,
     },
 }
-TORCH_SHAPES["two_stacks_both_ways"] = {**TORCH_SHAPES["two_stacks"], "prefix_lm": True, "num_loops": 2}
-ALL_SHAPES = {**SHAPES, **TORCH_SHAPES}
+SHAPES["two_stacks_both_ways"] = {**SHAPES["two_stacks"], "prefix_lm": True, "num_loops": 2}
+
+# A decoder behind an encoder, whose prompts are sources; `source_model` makes a model of it.
+BEHIND_ENCODER: dict[str, Field] = {
+    "family": "t5_loop",
+    "num_kv_heads": 4,
+    "attention_scale": 1.0,
+    "encoder": EncoderConfig(2, 3),
+    "relative_bias": RelativeBias(8, 20),
+}
+
+
+def source_model(seed: int = 0, **changes: Field) -> LoopedTransformer:
+    """A decoder behind an encoder, with biases for distances drawn at their usual size."""
+    model = tiny_model(seed, **{**BEHIND_ENCODER, **changes})
+    for table in (model.relative, model.encoder.relative):
+        nn.init.normal_(table.weight, generator=torch.Generator().manual_seed(2))
+    return model

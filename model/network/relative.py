@@ -41,7 +41,11 @@ class RelativeScores(nn.Module):
             bucket = bucket + size * (ahead > 0)
         return self.weight[bucket]
 
-    def upto_distance(self) -> Tensor:
-        """What is added by distance 0..max_distance back, (max_distance + 1, heads): further is the same."""
-        found: Tensor = self(-torch.arange(self.bias.max_distance + 1, device=self.weight.device))
+    def upto_distance(self, most: int) -> Tensor:
+        """What is added by distance back, (distances, heads), from 0 on: beyond the last it is the same.
+
+        `most` is the longest distance there is.
+        """
+        count = min(self.bias.max_distance, most) + 1
+        found: Tensor = self(-torch.arange(count, device=self.weight.device))
         return found

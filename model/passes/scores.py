@@ -117,9 +117,8 @@ class Reader:
         """Scores of tokens by all loops so far; the last loop's are those of the row's own logits."""
         for index in scored_loops(predicting):
             readout, own = predicting[index], slice(index, index + 1)
-            inputs = torch.stack(
-                [*cast(list[Tensor], kept_inputs(readout)), hidden[index]]
-            )  # (loops, hidden)
+            kept = cast(list[Tensor], kept_inputs(readout))
+            inputs = torch.stack([*kept, hidden[index]])  # (loops, hidden)
             whole = torch.cat([self.head(inputs[:-1]), logits[own]])
             num_top, found = num_likeliest(readout), dict[int, TokenLogprobs]()
             packed = token_logprobs(whole, tokens[own].expand(len(inputs)), num_top)

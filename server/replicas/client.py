@@ -178,15 +178,21 @@ class ReplicatedEngine:
 
     async def _answer(self, flight: _Flight) -> Answer | None:
         """Tells what one replica says, but for its last event or its refusal, which it returns."""
-        async with aclosing(self._replicas.generate(flight.request, flight.routing)) as answers:
-            async for answer in answers:
-                if answer.event is None:
-                    return answer
-                flight.replica = answer.replica
-                if answer.event.finish_reason is not None:
-                    return answer
-                self._queue.put_nowait([answer.event])
-        return None
+        last = None
+        try:
+            async with aclosing(self._replicas.generate(flight.request, flight.routing)) as answers:
+                async for (
+                    answer
+                ) in answers:  # to their end: what is left counts as running until Ray knows better
+                    flight.replica = answer.replica if answer.event else flight.replica
+                    if answer.event is None or answer.event.finish_reason is not None:
+                        last = answer
+                    else:
+                        self._queue.put_nowait([answer.event])
+        except ReplicaLostError:
+            if last is None:
+                raise
+        return last
 
     async def _stop(self, flight: _Flight) -> None:
         """Asks the replica to end a request; leaves the answer where that is of no use."""

@@ -17,6 +17,9 @@ from server.replicas.messages import Answer, Report
 # The front admits requests: it knows what all replicas do.
 NO_LIMITS = AdmissionLimits(2**31, 2**62)
 LOOK_SECONDS = 0.05  # between two looks at an engine that loads
+# What a piece of an answer costs Ray and the front. A stream waits that long for each one that runs, so that
+# pieces are fewer and longer where there are many.
+ANSWER_SECONDS = 0.0005
 
 
 class EngineDeadError(RuntimeError):
@@ -62,6 +65,8 @@ class Replica:
             async for event in stream:
                 self._counts.update()
                 yield Answer(replica=self._name, event=event)
+                if event.finish_reason is None:
+                    await asyncio.sleep(ANSWER_SECONDS * len(self._streams))
         finally:
             stream.close()
             del self._streams[request.request_id]

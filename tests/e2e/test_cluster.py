@@ -62,9 +62,9 @@ def frames(cluster: ClusterProcess, prompt: str, **fields: object) -> Generator[
 
 
 def metric(cluster: ClusterProcess, name: str) -> float:
-    found = re.search(rf"^speed:{name}\{{.*\}} (.*)$", cluster.get("/metrics"), re.MULTILINE)
-    assert found is not None, name
-    return float(found[1])
+    found = re.findall(rf"^speed:{name}\{{.*\}} (.*)$", cluster.get("/metrics"), re.MULTILINE)
+    assert found, name
+    return sum(map(float, found))
 
 
 def is_idle(cluster: ClusterProcess) -> bool:
@@ -83,20 +83,23 @@ def test_streams_come_through_as_they_are_generated(cluster: ClusterProcess) -> 
 
 
 def test_a_prompt_is_sent_where_its_beginning_was_read(cluster: ClusterProcess) -> None:
-    """By chance two replicas would miss one of these 24 in all but 0.00001 % of runs."""
+    """Chance would send all 24 later prompts to the right one of two replicas once in 16 million runs."""
     cached = []
     for turn in range(5):
         for group in range(6):
-            usage = complete(cluster, f"group {group}: {TEXT * 3} turn {turn}", max_tokens=2)["usage"]
+            usage = complete(cluster, f"group {group}: {TEXT * 8} turn {turn}", max_tokens=2)["usage"]
             if turn:
                 cached.append(usage["prompt_tokens_details"]["cached_tokens"] / usage["prompt_tokens"])
     assert min(cached) > 0.7
 
 
 def test_what_is_refused_costs_no_replica_anything(cluster: ClusterProcess) -> None:
-    body = {"model": "small", "prompt": "x", "max_tokens": 10**6}
-    assert httpx.post(f"{cluster.url}/v1/completions", json=body).status_code == 400
-    assert httpx.post(f"{cluster.url}/v1/completions", json={"model": "other"}).status_code in (400, 404)
+    before = metric(cluster, "request_success_total")
+    for fields, status in (({"max_tokens": 10**6}, 400), ({"model": "other"}, 404)):
+        body = {"model": "small", "prompt": "x", **fields}
+        answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=SECONDS)
+        assert answer.status_code == status
+    assert metric(cluster, "request_success_total") == before
 
 
 def test_a_text_that_ends_at_a_stop_string_still_tells_what_it_cost(cluster: ClusterProcess) -> None:
@@ -147,7 +150,7 @@ class Clients:
 
 def test_a_dead_worker_ends_its_own_streams_alone(cluster: ClusterProcess) -> None:
     replica, _ = cluster.replicas
-    clients = Clients(cluster, max_tokens=100)
+    clients = Clients(cluster, max_tokens=400)
     [worker] = [child for child in replica.children() if "model.worker" in child.cmdline()]
     worker.kill()
     for number in range(8):
@@ -159,7 +162,7 @@ def test_a_dead_worker_ends_its_own_streams_alone(cluster: ClusterProcess) -> No
 
 def test_a_killed_replica_loses_its_own_streams_and_no_client_hangs(cluster: ClusterProcess) -> None:
     before = metric(cluster, "generation_tokens_total")
-    clients = Clients(cluster, max_tokens=100)
+    clients = Clients(cluster, max_tokens=400)
     replica, _ = cluster.replicas
     replica.kill()
     for number in range(8):

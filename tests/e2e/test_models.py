@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -47,8 +48,12 @@ def text(server: ServerProcess, model: str) -> str:
 
 
 def workers(server: ServerProcess) -> list[psutil.Process]:
-    children = psutil.Process(server.process.pid).children()
-    return [child for child in children if "model.worker" in child.cmdline()]
+    found = []
+    for child in psutil.Process(server.process.pid).children():
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if "model.worker" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def test_each_says_what_it_says_alone_and_one_may_die(both: ServerProcess, folder: Path) -> None:
@@ -66,7 +71,8 @@ def test_each_says_what_it_says_alone_and_one_may_die(both: ServerProcess, folde
         lines = response.iter_lines()
         next(lines)
         first_worker.kill()
-        assert both.complete(model="first", max_tokens=3).status_code == 503
+        # 500 if it still reached the worker that dies, else 503.
+        assert both.complete(model="first", max_tokens=3).status_code in {500, 503}
         rest = "".join(lines)
     assert '"finish_reason":"length"' in rest
     assert '"error"' not in rest

@@ -16,7 +16,7 @@ from model.passes.torch.backend import TorchBackend, TorchMaker
 from model.protocol import GenerationRequest, SamplingParams
 from tests.engine.native_tools import maker_for
 from tests.loose import Field, Json
-from tests.tiny_models import ALL_SHAPES, tiny_model
+from tests.tiny_models import SHAPES, tiny_model
 
 GREEDY = SamplingParams(temperature=0)
 NEW_TOKENS = 16
@@ -71,9 +71,9 @@ def plain_greedy(model: LoopedTransformer, prompt: list[int], loops: int | None 
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_text_is_plain_decoding_for_every_shape_and_draft_policy(shape: str) -> None:
-    model = tiny_model(**ALL_SHAPES[shape])
+    model = tiny_model(**SHAPES[shape])
     expected = [plain_greedy(model, prompt) for prompt in prompts(6)]
     requests = [request(i, prompt, GREEDY) for i, prompt in enumerate(prompts(6))]
     deepest = (model.config.num_loops - 1,) if model.config.num_loops > 1 else None
@@ -256,9 +256,9 @@ def test_a_context_that_nobody_asked_for_is_cut_to_what_memory_holds(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_on_a_gpu_speculation_changes_no_token_in_fp32(shape: str) -> None:
-    model = tiny_model(**ALL_SHAPES[shape])
+    model = tiny_model(**SHAPES[shape])
     expected = [plain_greedy(model, prompt) for prompt in prompts(4)]
     on_gpu = engine(model.to("cuda"), maker=TorchMaker())
     for sampling in (GREEDY, SamplingParams(temperature=0.8, top_p=0.95, seed=3)):
@@ -320,10 +320,10 @@ def test_requests_of_different_salts_share_no_prefix() -> None:
     assert cached == [0, 32, 0]
 
 
-@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_pre_emption_and_shared_prefixes_change_no_text_of_any_shape(shape: str) -> None:
     """Nine requests in two groups that begin alike, memory for about three, others aborted among them."""
-    model = tiny_model(**ALL_SHAPES[shape])
+    model = tiny_model(**SHAPES[shape])
     begin = [[i % 61 for i in range(33)], [(7 * i) % 61 for i in range(20)]]
     wanted = [request(i, [*begin[i % 2], i], SamplingParams(seed=i), max_tokens=60) for i in range(6)]
     alone = [texts(engine(model, policy="none"), [each])[0] for each in wanted]

@@ -15,11 +15,11 @@ from model.passes.torch.backend import TorchBackend, TorchMaker
 from model.protocol import GenerationRequest, SamplingParams
 from tests.engine.native_tools import maker_for
 from tests.loose import Field
-from tests.tiny_models import ALL_SHAPES, tiny_model
+from tests.tiny_models import SHAPES, tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4], [7], [2, 7, 1, 8, 2, 8, 1, 8]]
 GREEDY = SamplingParams(temperature=0)
-NOISY = {**ALL_SHAPES["prelude_and_coda"], "initial_state_std": 1.5}
+NOISY = {**SHAPES["prelude_and_coda"], "initial_state_std": 1.5}
 
 
 def engine(
@@ -51,19 +51,19 @@ def all_depths(model: LoopedTransformer) -> tuple[int, ...]:
     return tuple(range(1, model.config.num_loops))
 
 
-@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_sampled_text_is_that_of_plain_decoding(shape: str) -> None:
-    model = tiny_model(**ALL_SHAPES[shape])
+    model = tiny_model(**SHAPES[shape])
     requests = [request(i, p, SamplingParams(temperature=0.9, seed=i)) for i, p in enumerate(PROMPTS)]
     alone = [texts(engine(model, ()), [r])[0] for r in requests]
     assert texts(engine(model), requests) == alone
     assert texts(engine(model, all_depths(model)), requests) == alone
 
 
-@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_cache_after_flushes_is_the_cache_of_the_committed_tokens(shape: str) -> None:
     """Every slot of every layer, those of a coda too, which draft readouts fill provisionally."""
-    model = tiny_model(**ALL_SHAPES[shape])
+    model = tiny_model(**SHAPES[shape])
     wavy, reader = (engine(model, depths, maker=TorchMaker()) for depths in (all_depths(model), ()))
     events = wavy.run([request(0, PROMPTS[0])])["0"]
     text = [token for event in events for token in event.token_ids]
@@ -130,7 +130,7 @@ def test_a_model_that_starts_from_its_input_refuses_noise() -> None:
     assert "init_scale is 1, but" in (events[0].error or "")
 
 
-BOTH_WAYS = ALL_SHAPES["two_stacks_both_ways"]
+BOTH_WAYS = SHAPES["two_stacks_both_ways"]
 
 
 @torch.inference_mode()
@@ -197,7 +197,7 @@ def test_scores_of_a_prompt_that_is_read_both_ways_are_refused_and_those_of_its_
 
 def test_a_request_may_ask_for_more_loops_where_there_are_slots_for_them() -> None:
     """Beside requests at the model's own depth and below, with drafts and without; no more than that."""
-    model = tiny_model(**{**ALL_SHAPES["unit_vectors"], "num_loops": 2, "max_loops": 4})
+    model = tiny_model(**{**SHAPES["unit_vectors"], "num_loops": 2, "max_loops": 4})
     requests = [request(i, PROMPTS[i % 3], num_loops=depth) for i, depth in enumerate((None, 1, 2, 3, 4, 4))]
     wanted = [plain_text(model, r) for r in requests]
     assert len({tuple(text) for text in wanted}) == 6

@@ -15,7 +15,9 @@ from torch import Tensor
 from model import LoadedModel, load_model
 from model.engine import Engine
 from model.options import EngineOptions
+from model.passes.backend import BackendMaker
 from model.protocol import GenerationRequest, SamplingParams
+from tests.engine.native_tools import BACKENDS
 from tests.golden import GOLDEN, golden_folders
 from tests.loose import Field, Json
 
@@ -137,6 +139,7 @@ def continuations(
     draft_depths: tuple[int, ...] | None,
     names: Iterable[str],
     together: bool,
+    maker: BackendMaker,
 ) -> dict[str, list[int]]:
     """What the engine makes of prompts at depths: one request after the other, or all at once."""
     behind_encoder = bool(expected.get("encoder_decoder"))
@@ -155,7 +158,7 @@ def continuations(
     ]
     limits: dict[str, Field] = {"max_num_seqs": 8, "prefill_chunk_size": 16, "prefill_rows": 64}
     config = EngineOptions(draft_depths=draft_depths, max_model_len=128, kv_cache_tokens=1024, **limits)
-    engine = Engine(loaded.model, config)
+    engine = Engine(loaded.model, config, maker=maker)
     batches = [requests] if together else [[request] for request in requests]
     events = {name: found for batch in batches for name, found in engine.run(batch).items()}
     engine.check_integrity()
@@ -166,16 +169,22 @@ def wanted_continuations(expected: Json, depths: Iterable[int]) -> dict[str, lis
     return {f"{name} depth_{d}": by[f"depth_{d}"] for name, by in expected["greedy"].items() for d in depths}
 
 
+@pytest.mark.parametrize("maker", BACKENDS)
 @pytest.mark.parametrize("drafts", ["none", "default", "all"])
-def test_greedy_continuations_through_the_engine_all_depths_in_one_batch(golden: Golden, drafts: str) -> None:
+def test_greedy_continuations_through_the_engine_all_depths_in_one_batch(
+    golden: Golden, drafts: str, maker: BackendMaker
+) -> None:
     """Pages, waves, chunks of a prompt that crosses IQuest's window: the ids of the reference, none else."""
     loaded, expected, _ = golden
     depths = {"none": (), "default": None, "all": tuple(range(1, expected["loops"]))}[drafts]
     wanted = wanted_continuations(expected, range(1, expected["loops"] + 1))
-    assert continuations(loaded, expected, depths, wanted, together=True) == wanted
+    assert continuations(loaded, expected, depths, wanted, together=True, maker=maker) == wanted
 
 
-def test_greedy_continuations_through_the_engine_one_after_the_other(golden: Golden) -> None:
+@pytest.mark.parametrize("maker", BACKENDS)
+def test_greedy_continuations_through_the_engine_one_after_the_other(
+    golden: Golden, maker: BackendMaker
+) -> None:
     loaded, expected, _ = golden
     wanted = wanted_continuations(expected, [expected["loops"]])
-    assert continuations(loaded, expected, None, wanted, together=False) == wanted
+    assert continuations(loaded, expected, None, wanted, together=False, maker=maker) == wanted

@@ -16,9 +16,11 @@ import pytest
 from model import load_model
 from model.engine import Engine
 from model.options import EngineOptions
+from model.passes.backend import BackendMaker
 from server.app import create_app
 from server.settings import Settings
 from server.tokenizer import load_codec
+from tests.engine.native_tools import BACKENDS
 from tests.golden import GOLDEN, golden_folders
 from tests.local_engine import LocalEngine
 from tests.loose import Json
@@ -27,9 +29,10 @@ FOLDERS = golden_folders()
 
 
 @asynccontextmanager
-async def serving(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an application over the folder's model."""
-    engine = Engine(load_model(folder).model, EngineOptions(max_model_len=128, kv_cache_tokens=4096))
+async def serving(folder: Path, maker: BackendMaker | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application over the folder's model, by torch unless said otherwise."""
+    limits = EngineOptions(max_model_len=128, kv_cache_tokens=4096)
+    engine = Engine(load_model(folder).model, limits, maker=maker)
     app = create_app(LocalEngine(engine), load_codec(folder), Settings(model=str(folder)))
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=60)
     async with app.router.lifespan_context(app), client:
@@ -46,8 +49,9 @@ async def complete(client: httpx.AsyncClient, folder: Path, **fields: Json) -> l
     return [choice["token_ids"] for choice in choices]
 
 
+@pytest.mark.parametrize("maker", BACKENDS)
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-async def test_greedy_continuations_are_the_references(folder: Path) -> None:
+async def test_greedy_continuations_are_the_references(folder: Path, maker: BackendMaker) -> None:
     expected = json.loads((folder / "expected.json").read_text())
     if expected.get("encoder_decoder"):
         pytest.skip("its prompts are sources: see below")
@@ -57,7 +61,7 @@ async def test_greedy_continuations_are_the_references(folder: Path) -> None:
         return [expected["greedy"][name][f"depth_{depth}"] for name in expected["prompts"]]
 
     loops = expected["loops"]
-    async with serving(folder) as client:
+    async with serving(folder, maker) as client:
         for speculation in (True, False):
             together = await complete(client, folder, prompt=prompts, speculation=speculation)
             assert together == wanted(loops)
@@ -67,13 +71,14 @@ async def test_greedy_continuations_are_the_references(folder: Path) -> None:
         assert await asyncio.gather(*depths) == [wanted(depth) for depth in range(1, loops)]
 
 
+@pytest.mark.parametrize("maker", BACKENDS)
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-async def test_texts_behind_an_encoder_are_the_references(folder: Path) -> None:
+async def test_texts_behind_an_encoder_are_the_references(folder: Path, maker: BackendMaker) -> None:
     """The prompt is the source, `decoder_prompt` what the text begins with, behind the start token."""
     expected = json.loads((folder / "expected.json").read_text())
     if not expected.get("encoder_decoder"):
         pytest.skip("no encoder")
-    async with serving(folder) as client:
+    async with serving(folder, maker) as client:
 
         async def text(name: str, depth: int, **fields: Json) -> bool:
             (found,) = await complete(

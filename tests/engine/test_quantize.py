@@ -11,7 +11,7 @@ from model.network.int8 import Int8Linear, quantize_linears, quantized
 from model.options import EngineOptions
 from model.protocol import GenerationRequest, SamplingParams
 from tests.engine.native_tools import MAKER
-from tests.tiny_models import ALL_SHAPES, tiny_model
+from tests.tiny_models import SHAPES, tiny_model
 
 
 def linear(
@@ -77,9 +77,9 @@ def test_on_a_gpu_the_product_is_that_of_the_same_int8_weights(dtype: torch.dtyp
     assert (model(x.cuda()).float().cpu() - wanted).abs().max() < limit * wanted.abs().max()
 
 
-@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_quantised_model_computes_with_the_weights_it_stands_for(shape: str) -> None:
-    model = tiny_model(**ALL_SHAPES[shape])
+    model = tiny_model(**SHAPES[shape])
     ids = torch.arange(1, 41)[None]
     rounded = copy.deepcopy(model)
     for name, layer in rounded.named_modules():

@@ -7,44 +7,34 @@ import pytest
 import torch
 
 from model.engine import Engine
-from model.network.config import EncoderConfig, RelativeBias
+from model.network.config import EncoderConfig, NormPlacement, RelativeBias
+from model.network.int8 import quantize_linears
 from model.network.looped import LoopedTransformer
 from model.options import POLICIES, DraftPolicyName, EngineOptions
+from model.passes.backend import BackendMaker
+from model.passes.native.backend import NativeOptions
 from model.passes.native.library import NativeUnavailableError
 from model.passes.native.weights import check_covered
 from model.passes.rows import Rows
-from model.passes.torch.backend import TorchBackend
+from model.passes.torch.backend import TorchBackend, TorchMaker
 from model.protocol import GenerationRequest, SamplingParams, TokenEvent
 from model.schedule.batch import PassResult, Readouts
+from tests.engine.native_tools import BACKENDS
 from tests.loose import Field
-from tests.tiny_models import tiny_model
+from tests.tiny_models import source_model, tiny_model
 
 START, VOCABULARY, NEW_TOKENS = 3, 61, 12
 GREEDY = SamplingParams(temperature=0)
 
 
-def model_of(**changes: Field) -> LoopedTransformer:
-    shape: dict[str, Field] = {
-        "family": "t5_loop",
-        "num_kv_heads": 4,
-        "num_loops": 3,
-        "max_positions": 4096,
-        "attention_scale": 1.0,
-        "encoder": EncoderConfig(2, START),
-        "relative_bias": RelativeBias(8, 20),
-    }
-    model = tiny_model(**{**shape, **changes})
-    for table in (model.relative, model.encoder.relative):
-        torch.nn.init.normal_(table.weight, generator=torch.Generator().manual_seed(2))
-    return model
+MODEL = source_model(max_positions=4096)
+TORCH = TorchMaker()
 
 
-MODEL = model_of()
-
-
-def engine_of(model: LoopedTransformer = MODEL, **options: Field) -> Engine:
+def engine_of(model: LoopedTransformer = MODEL, maker: BackendMaker = TORCH, **options: Field) -> Engine:
     options = {"prefill_chunk_size": 16, "prefill_rows": 48, "row_budget": 32, **options}
-    return Engine(model, EngineOptions(**{"max_model_len": 2100, "kv_cache_tokens": 6000, **options}))
+    limits = EngineOptions(**{"max_model_len": 2100, "kv_cache_tokens": 6000, **options})
+    return Engine(model, limits, maker=maker)
 
 
 def request(name: object, source: list[int], **options: Field) -> GenerationRequest:
@@ -75,20 +65,24 @@ def plain_greedy(
     return ids[1 + len(begin) :]
 
 
+@pytest.mark.parametrize("maker", BACKENDS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_text_is_plain_decoding_for_every_policy_alone_and_in_a_batch(policy: str) -> None:
+def test_text_is_plain_decoding_for_every_policy_alone_and_in_a_batch(
+    policy: str, maker: BackendMaker
+) -> None:
     given = sources(1, 2, 15, 16, 17, 40, 100)
     wanted = [plain_greedy(source) for source in given]
     assert len({tuple(text) for text in wanted}) > 4  # the source decides
-    engine = engine_of(draft_policy=cast(DraftPolicyName, policy))
+    engine = engine_of(maker=maker, draft_policy=cast(DraftPolicyName, policy))
     requests = [request(i, source) for i, source in enumerate(given)]
     assert texts(engine, requests) == wanted
     assert [texts(engine, [each])[0] for each in requests] == wanted
 
 
-def test_every_loop_says_what_a_whole_forward_pass_of_the_decoder_says() -> None:
+@pytest.mark.parametrize("maker", BACKENDS)
+def test_every_loop_says_what_a_whole_forward_pass_of_the_decoder_says(maker: BackendMaker) -> None:
     (source,) = sources(30)
-    events = engine_of().run([request("a", source, loop_logprobs=1), request("b", source)])["a"]
+    events = engine_of(maker=maker).run([request("a", source, loop_logprobs=1), request("b", source)])["a"]
     text = [token for event in events for token in event.token_ids]
     told = [loops for event in events for loops in event.loop_logprobs]
     with torch.inference_mode():
@@ -104,29 +98,89 @@ def test_every_loop_says_what_a_whole_forward_pass_of_the_decoder_says() -> None
     assert text == plain_greedy(source)
 
 
+@pytest.mark.parametrize("maker", BACKENDS)
 @pytest.mark.parametrize(
     "changes",
     [
         {"num_loops": 1},
-        {"gated_mlp": False, "activation": "relu"},
-        {"tie_embeddings": True, "head_scale": 32**-0.5, "head_dim": 5, "num_heads": 3, "num_kv_heads": 3},
+        {"gated_mlp": False, "activation": "relu", "intermediate_size": 41, "mlp_bias": True},
+        {"tie_embeddings": True, "head_scale": 32**-0.5, "head_dim": 6, "num_heads": 3, "num_kv_heads": 3},
+        {"head_dim": 16, "num_heads": 2, "num_kv_heads": 2, "encoder": EncoderConfig(3, START)},
         {"num_block_layers": 1, "num_loops": 5, "relative_bias": RelativeBias(32, 128)},
+        {"relative_bias": RelativeBias(4, 3), "norm_placement": NormPlacement.OUTPUT},
     ],
 )
-def test_every_option_of_the_family(changes: dict[str, Field]) -> None:
-    model, given = model_of(**changes), sources(3, 30, 7)
+def test_every_option_of_the_family(changes: dict[str, Field], maker: BackendMaker) -> None:
+    model, given = source_model(max_positions=4096, **changes), sources(3, 30, 7)
+    wanted = [plain_greedy(source, model) for source in given]
+    assert texts(engine_of(model, maker), [request(i, source) for i, source in enumerate(given)]) == wanted
+
+
+def test_a_size_that_torch_alone_runs() -> None:
+    """Heads of an odd number of channels."""
+    model, given = source_model(max_positions=4096, head_dim=5), sources(3, 30, 7)
+    with pytest.raises(NativeUnavailableError, match="head_dim is 5"):
+        check_covered(model.config, torch.device("cpu"))
     wanted = [plain_greedy(source, model) for source in given]
     assert texts(engine_of(model), [request(i, source) for i, source in enumerate(given)]) == wanted
 
 
-def test_sources_of_1_to_2000_tokens_64_at_once_with_aborts() -> None:
+@pytest.mark.native
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_the_bits_of_a_text_behind_a_source_are_its_own(kind: str) -> None:
+    """Scores of sampled texts, bit for bit: speculation on and off, sources encoded alone and beside others,
+    one thread and three, chunks of 3 and 16, K/V in fp16."""
+    model = source_model(max_positions=4096)
+    if kind == "bfloat16":
+        model = model.to(torch.bfloat16)
+    elif kind == "int8":
+        quantize_linears(model)
+    given = sources(1, 3, 16, 17, 40, 7)
+    found = []
+    for threads, chunk, rows, speculation in ((1, 16, 48, True), (3, 3, 500, True), (2, 16, 48, False)):
+        maker = NativeOptions(threads=threads, int4=kind == "int4")
+        requests = [
+            request(
+                i,
+                source,
+                sampling=SamplingParams(seed=i),
+                logprobs=2,
+                speculation=speculation,
+                decoder_prompt=list(range(5 * i)),
+            )
+            for i, source in enumerate(given)
+        ]
+        engine = engine_of(model, maker, prefill_chunk_size=chunk, prefill_rows=rows, prefix_caching=False)
+        found.append(scores(engine, requests))
+        found.append([scores(engine, [each])[0] for each in requests])
+    assert all(each == found[0] for each in found)
+    assert len({tuple(each) for each in found[0]}) == len(given)
+
+
+def scores(engine: Engine, requests: list[GenerationRequest]) -> list[list[tuple[int, float]]]:
+    """Each token of a text with its log-probability."""
+    events = engine.run(requests)
+    engine.check_integrity()
+    said = [events[each.request_id] for each in requests]
+    return [
+        [
+            pair
+            for event in each
+            for pair in zip(event.token_ids, (s.logprob for s in event.logprobs), strict=True)
+        ]
+        for each in said
+    ]
+
+
+@pytest.mark.parametrize("maker", BACKENDS)
+def test_sources_of_1_to_2000_tokens_64_at_once_with_aborts(maker: BackendMaker) -> None:
     """More than the cache holds: some wait, some make way; whoever is aborted leaves nothing behind."""
     rng = random.Random(1)
     lengths = [1, 2000, *(rng.choice([5, 16, 33, 200, 700]) for _ in range(62))]
     requests = [request(i, source, max_tokens=6) for i, source in enumerate(sources(*lengths))]
-    roomy = engine_of(max_num_seqs=1)
+    roomy = engine_of(maker=maker, max_num_seqs=1)
     alone = [texts(roomy, [each])[0] for each in requests]
-    busy = engine_of(max_num_seqs=64)
+    busy = engine_of(maker=maker, max_num_seqs=64)
     said: dict[str, list[int]] = {each.request_id: [] for each in requests}
     ended: dict[str, list[str]] = {each.request_id: [] for each in requests}
     for each in requests:
@@ -215,13 +269,14 @@ def test_fewer_loops_for_one_request() -> None:
     assert texts(engine_of(), requests) == wanted
 
 
-def test_pre_emption_changes_no_text() -> None:
+@pytest.mark.parametrize("maker", BACKENDS)
+def test_pre_emption_changes_no_text(maker: BackendMaker) -> None:
     given = sources(30, 31, 32, 33)
     requests = [request(i, s, max_tokens=90, sampling=SamplingParams(seed=i)) for i, s in enumerate(given)]
-    roomy = engine_of()
+    roomy = engine_of(maker=maker)
     alone = [texts(roomy, [each])[0] for each in requests]
     for caching in (True, False):
-        tight = engine_of(max_model_len=160, kv_cache_tokens=300, prefix_caching=caching)
+        tight = engine_of(maker=maker, max_model_len=160, kv_cache_tokens=300, prefix_caching=caching)
         assert texts(tight, requests) == alone
         assert tight.stats.preemptions > 0
 
@@ -277,8 +332,3 @@ def test_a_model_without_an_encoder_has_no_decoder_prompt() -> None:
     last = engine.run([request(0, [1, 2], decoder_prompt=[4])])["0"][-1]
     assert last.is_refusal
     assert "decoder_prompt: this model has no decoder apart" in (last.error or "")
-
-
-def test_the_native_library_says_what_it_lacks() -> None:
-    with pytest.raises(NativeUnavailableError, match="no encoder"):
-        check_covered(MODEL.config, torch.device("cpu"))

@@ -23,7 +23,6 @@ OTHERS |= {"--url", "--system", "--max-tokens"}  # of `speed chat` and `speed co
 # Of containers.
 OTHERS |= {"--cap-drop", "--cpus", "--from-literal", "--gpus", "--memory", "--read-only", "--rm"}
 OTHERS |= {"--security-opt", "--user"}
-OTHERS |= {"--index-url"}  # of pip
 # Of Ray.
 OTHERS |= {"--address", "--disable-usage-stats", "--head", "--include-dashboard"}
 SOURCES = ("bench", "cli", "model", "scripts", "server", "training")

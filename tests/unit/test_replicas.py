@@ -523,6 +523,26 @@ async def test_a_replica_answers_with_the_events_of_its_engine() -> None:
     assert [event.finish_reason is not None for event in events] == [False] * (len(events) - 1) + [True]
 
 
+async def test_answers_are_fewer_and_longer_where_there_are_many_streams(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each piece that goes through Ray costs the front about as much as the engine takes for a token."""
+    engine = FakeEngine(lambda _: list(range(60)), delay=0.001)
+    async with replica_of(engine) as replica:
+
+        async def pieces(name: str) -> list[list[int]]:
+            answers = [answer.event async for answer in replica.generate(request(name))]
+            return [event.token_ids for event in answers if event]
+
+        monkeypatch.setattr("server.replicas.replica.ANSWER_SECONDS", 0.01)
+        many = await asyncio.gather(*(pieces(str(number)) for number in range(10)))
+        monkeypatch.setattr("server.replicas.replica.ANSWER_SECONDS", 0.0)
+        alone = await pieces("alone")
+    for each in [*many, alone]:
+        assert [token for piece in each for token in piece] == list(range(60))
+    assert max(map(len, many)) < len(alone) / 4
+
+
 async def test_an_answer_that_is_left_aborts_its_request() -> None:
     engine = FakeEngine(lambda _: list(range(100)), delay=0.001)
     async with replica_of(engine) as replica:

@@ -32,6 +32,7 @@ from model.passes.scores import not_a_number
 from model.protocol import TokenLogprobs
 from model.schedule.batch import PassResult, PromptReadout, Readouts
 from model.schedule.sequence import Sequence
+from model.schedule.source import Source
 
 SPIN_MICROSECONDS = 100  # that a thread waits for others before it sleeps
 NO_TOKEN = -1
@@ -61,12 +62,18 @@ class NativeOptions:
         """What a token takes of the cache. The model needs no weights."""
         config, item = model.config, 2 if self.half_cache else 4
         padded = -(-config.head_dim // structs.BLOCK) * structs.BLOCK  # of a value
-        kv = config.num_slots * config.num_kv_heads * (config.head_dim + padded) * item
-        return CacheBytes(kv, (2 if config.keeps_input else 1) * config.hidden_size * 4)
+        slots = config.num_slots + len(config.source_caches)
+        kv = slots * config.num_kv_heads * (config.head_dim + padded) * item
+        return CacheBytes(kv, _state_numbers(config) * 4)
 
     def make(self, model: LoopedTransformer, num_tokens: int, max_positions: int) -> "NativeBackend":
         """A backend of the model. Raises NativeUnavailableError where the library doesn't cover it."""
         return NativeBackend(model, num_tokens, max_positions, self)
+
+
+def _state_numbers(config: LoopedConfig) -> int:
+    """What a position keeps between two passes: its state, and the block's input if loops read it."""
+    return config.state_size + (config.hidden_size if config.keeps_input else 0)
 
 
 class RowArrays(NamedTuple):
@@ -75,7 +82,10 @@ class RowArrays(NamedTuple):
     Row i stands at `positions[i]` of the sequence whose page numbers are in `pages` from `tables[i]` on, and
     does loop `loops[i]` (0..R-1); in its first one it reads `tokens[i]`. With `ends[i]` the coda runs behind
     the loop, as it must for rows that are read out. `noises[i]` is the row of `noise` (n, hidden) that its
-    state starts from, or -1.
+    state starts from, or -1. It sees all up to `lasts[i]`, its own position by default; behind an encoder
+    also its source up to `source_lasts[i]`, whose page numbers are in `pages` from `source_tables[i]` on.
+    Rows that are a source's own tokens are `encoded`: they go through the encoder, and what the decoder's
+    layers read of them is stored on their pages.
     """
 
     tokens: Numbers
@@ -86,6 +96,10 @@ class RowArrays(NamedTuple):
     ends: bytearray | NDArray[np.uint8]
     noises: Numbers | None = None
     noise: Floats | None = None
+    lasts: Numbers | None = None
+    source_tables: Numbers | None = None
+    source_lasts: Numbers | None = None
+    encoded: bool = False
 
 
 class NativeResult(NamedTuple):
@@ -125,8 +139,7 @@ class NativePasses:
         num_pages = num_tokens // structs.PAGE
         size = self.library.speed_cache_bytes(self.packed.description, num_pages, options.half_cache)
         self._cache = allocate(size)
-        states = 2 if model.config.keeps_input else 1
-        self._states = allocate(states * num_pages * structs.PAGE * model.config.hidden_size * 4)
+        self._states = allocate(_state_numbers(model.config) * num_pages * structs.PAGE * 4)
         setup = structs.Setup(
             num_threads=self.num_threads,
             spin_microseconds=options.spin_microseconds,
@@ -155,8 +168,10 @@ class NativePasses:
         logits = np.empty((num_logits, self.config.vocab_size), np.float32)
         kept_rows = () if head is None else head.kept
         kept = np.empty((len(kept_rows), self.config.hidden_size), np.float32)
-        noises = () if rows.noises is None else rows.noises
-        columns = _Columns(*rows[:5], readouts, logit_rows, noises, kept_rows)
+        optional = (rows.noises, rows.lasts, rows.source_tables, rows.source_lasts)
+        columns = _Columns(
+            *rows[:5], readouts, logit_rows, kept_rows, *(() if each is None else each for each in optional)
+        )
         work = structs.Pass(
             len(rows.positions),
             len(rows.pages),
@@ -165,6 +180,7 @@ class NativePasses:
             0 if rows.noise is None else len(rows.noise),
             len(kept_rows),
             0 if head is None else len(head.given),
+            rows.encoded,
         )
         (
             work.tokens,
@@ -174,14 +190,17 @@ class NativePasses:
             work.pages,
             work.readouts,
             work.logit_rows,
-            noise_rows,
             work.kept,
+            *addresses,
         ) = columns.addresses
+        work.noises, work.lasts, work.source_tables, work.source_lasts = (
+            None if column is None else address for column, address in zip(optional, addresses, strict=True)
+        )
         work.ends, work.tokens_out = ends.buffer_info()[0], tokens.buffer_info()[0]
         if num_logits:
             work.logits = logits.ctypes.data
         if rows.noise is not None:
-            work.noises, work.noise = noise_rows, rows.noise.ctypes.data
+            work.noise = rows.noise.ctypes.data
         if head is not None:
             work.kept_out, work.given = kept.ctypes.data, head.given.ctypes.data
         if self.library.speed_run(self._engine, work, self._error, _ERROR_BYTES):
@@ -277,6 +296,8 @@ class NativeBackend:
             numbers.extend(range(prompt.row, prompt.row + prompt.num_rows))
         numbers.extend(range(rows.num_rows, rows.num_rows + loops.num_given))
         logit_rows = _logit_rows({*asked.chosen, *asked.scored, *loops.scored}, len(predicting), len(numbers))
+        if self.model.config.encoder is not None and rows.new_sources:
+            self.passes.run(source_arrays(rows.new_sources), (), ())
         arrays = row_arrays(rows, readouts, self.model.config)
         found = self.passes.run(arrays, numbers, logit_rows, loops.head)
         tokens = found.tokens
@@ -360,7 +381,53 @@ def row_arrays(rows: Rows, readouts: Readouts, config: LoopedConfig) -> RowArray
         ends[readout.row] = 1
     for kept in readouts.keeping:
         ends[kept.row] = 1
-    return RowArrays(tokens, positions, loops, tables, pages, ends, *_noise(rows, config))
+    arrays = RowArrays(tokens, positions, loops, tables, pages, ends, *_noise(rows, config))
+    if config.prefix_lm:
+        arrays = arrays._replace(lasts=_lasts(rows))
+    return arrays if config.encoder is None else _behind_sources(arrays, rows)
+
+
+def _lasts(rows: Rows) -> list[int]:
+    """The last position that each row sees."""
+    runs = rows.runs
+    return [run.end_seen(p) - 1 for run in runs for p in range(run.start, run.start + run.num_rows)]
+
+
+def _behind_sources(arrays: RowArrays, rows: Rows) -> RowArrays:
+    """The same rows, with the pages of what they read beside their own text."""
+    pages, tables, lasts = array("i", arrays.pages), list[int](), list[int]()
+    last, first_page = None, 0
+    for run in rows.runs:
+        source = run.source
+        assert source is not None
+        assert source.table is not None
+        if source is not last:
+            last, first_page = source, len(pages)
+            pages.extend(source.table.pages)
+        tables += [first_page] * run.num_rows
+        lasts += [len(source.tokens) - 1] * run.num_rows
+    return arrays._replace(pages=pages, source_tables=tables, source_lasts=lasts)
+
+
+def source_arrays(sources: list[Source]) -> RowArrays:
+    """The tokens of sources that are to be encoded: each sees all of its own source."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    tables: list[int] = []
+    lasts: list[int] = []
+    pages = array("i")
+    for source in sources:
+        assert source.table is not None
+        size = len(source.tokens)
+        tokens += source.tokens
+        positions += range(size)
+        tables += [len(pages)] * size
+        lasts += [size - 1] * size
+        pages.extend(source.table.pages)
+    nothing = [0] * len(tokens)
+    return RowArrays(
+        tokens, positions, nothing, tables, pages, bytearray(len(tokens)), lasts=lasts, encoded=True
+    )
 
 
 def _noise(rows: Rows, config: LoopedConfig) -> tuple[Ints | None, Floats | None]:

@@ -8,7 +8,7 @@ import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from enum import IntEnum
 
-INTERFACE = 4  # src/api.h
+INTERFACE = 6  # src/api.h
 BLOCK = 16  # outputs that are stored together
 PAGE = 16  # positions of a page of K/V
 MOST_INPUTS = 65536
@@ -53,7 +53,8 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         *[(name, Matrix) for name in ("qkv", "o", "gate_up", "down")],
-        *_pointers("attn_norm mlp_norm attn_out_norm mlp_out_norm attn_sum_norm mlp_sum_norm"),
+        *[(name, Matrix) for name in ("source_q", "source_k", "source_v", "source_o")],
+        *_pointers("attn_norm mlp_norm attn_out_norm mlp_out_norm attn_sum_norm mlp_sum_norm source_norm"),
         *_pointers("q_norm k_norm qk_bias loop_gate_weight loop_gate_bias"),
         *_pointers("query_scale gate_scale mlp_gate_scale mlp_up_scale attn_rate mlp_rate"),
         *_int32s("windowed second_rope"),
@@ -68,14 +69,15 @@ class Model(ctypes.Structure):
         *_int32s("max_positions num_prelude_layers num_block_layers num_coda_layers num_loops"),
         *_int32s("placement norm_after_loop norm_before_coda input_injection start activation interleaved"),
         *_int32s("window first_loop_gate embedding_type"),
-        *_int32s("output_gate input_addition norm_after_prelude unused"),
-        ("norm_eps", c_float),
-        ("embedding_scale", c_float),
+        *_int32s("output_gate input_addition norm_after_prelude low_cycles"),
+        *_int32s("num_encoder_layers plain_mlp bias_distance"),
+        *[(name, c_float) for name in ("norm_eps", "embedding_scale", "attention_scale")],
         ("layers", POINTER(Layer)),
         *_pointers("embedding embedding_scales norm"),
         ("head", Matrix),
         ("adapter", Matrix),
         *_pointers("cos sin second_cos second_sin logit_scale"),
+        *_pointers("low_state encoder_norm text_bias source_bias"),
     ]
 
 
@@ -93,9 +95,10 @@ class Pass(ctypes.Structure):
 
     _fields_ = [
         *_int32s("num_rows num_pages num_readouts num_logits num_noise"),
-        *_int32s("num_kept num_given unused"),
+        *_int32s("num_kept num_given encodes"),
         *_pointers("tokens positions loops tables pages ends noises noise"),
         *_pointers("readouts logit_rows tokens_out logits kept kept_out given"),
+        *_pointers("lasts source_tables source_lasts"),
     ]
 
 

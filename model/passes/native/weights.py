@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.network.config import InitialState, LoopedConfig, NormKind, NormPlacement
+from model.network.config import InitialState, LoopedConfig, NormPlacement
 from model.network.int8 import ADAPTER, Int8Linear
-from model.network.layers import GatedMLP, InterpolatedLayer, Layer, RMSNorm, Rotary
+from model.network.layers import GatedMLP, InterpolatedLayer, Layer, PlainNorm, RMSNorm, Rotary
 from model.network.looped import LoopedTransformer
+from model.network.relative import RelativeScores
 from model.passes.native import structs
 from model.passes.native.library import NativeUnavailableError
-from model.passes.native.structs import BLOCK, MOST_INPUTS, SourceType, WeightType
+from model.passes.native.structs import BLOCK, MOST_INPUTS, PAGE, SourceType, WeightType
 
 ACTIVATIONS = {  # as in src/vec.h
     "silu": 0,
@@ -77,7 +78,8 @@ class PackedModel:
         self.config = model.config
         check_covered(model.config, model.device)
         self._kept: list[object] = []
-        self._layers = (structs.Layer * model.config.num_layers)()
+        self._modules = _layers(model)
+        self._layers = (structs.Layer * len(self._modules))()
         self.description = structs.Model(layers=self._layers, **_sizes(model.config, max_positions))
         jobs = list(self._jobs(model, int4))
         sizes = [_packed_bytes(library, job) for job in jobs]
@@ -88,23 +90,26 @@ class PackedModel:
         for job, size in zip(jobs, sizes, strict=True):
             self._pack(library, job, arena[start : start + size])
             start += _aligned(size)
-        self._describe_layers(model)
+        self._describe_layers()
         self._describe_ends(model, max_positions)
 
     def _jobs(self, model: LoopedTransformer, int4: bool) -> Iterator[_Job]:
         config = model.config
-        for index, packed in enumerate(self._layers):
-            layer = _layer(model, index)
+        for packed, layer in zip(self._layers, self._modules, strict=True):
             qkv = layer.attn.qkv_proj
             yield _Job(qkv, packed.qkv, _type(qkv, int4), _gate_last(qkv.out_features, layer.attn.gate_size))
-            for place, linear in (
-                (packed.o, layer.attn.o_proj),
-                (packed.down, layer.mlp.down_proj),
-            ):
+            places = [(packed.o, layer.attn.o_proj), (packed.down, layer.mlp.down_proj)]
+            if isinstance(layer.mlp, GatedMLP):
+                gate_up = layer.mlp.gate_up_proj
+                yield _Job(gate_up, packed.gate_up, _type(gate_up, int4), _in_turn(config.intermediate_size))
+            else:
+                places.append((packed.gate_up, layer.mlp.up_proj))
+            if isinstance(layer, Layer) and layer.reads_source:
+                source = layer.source_attn
+                places += [(packed.source_q, source.q_proj), (packed.source_o, source.o_proj)]
+                places += [(packed.source_k, source.k_proj), (packed.source_v, source.v_proj)]
+            for place, linear in places:
                 yield _Job(linear, place, _type(linear, int4), _in_order(linear.out_features))
-            assert isinstance(layer.mlp, GatedMLP)  # `check_covered`
-            gate_up = layer.mlp.gate_up_proj
-            yield _Job(gate_up, packed.gate_up, _type(gate_up, int4), _in_turn(config.intermediate_size))
         yield _Job(model.head, self.description.head, _type(model.head, int4), _in_order(config.vocab_size))
         if config.input_injection:
             adapter = getattr(model, ADAPTER)  # it stays as it is: see `quantize_linears`
@@ -136,9 +141,8 @@ class PackedModel:
             mapped = np.where(job.row_map < 0, 0, _floats(linear.bias)[job.row_map])
             job.place.bias = self._address(mapped.astype(np.float32))
 
-    def _describe_layers(self, model: LoopedTransformer) -> None:
-        for index, packed in enumerate(self._layers):
-            layer = _layer(model, index)
+    def _describe_layers(self) -> None:
+        for index, (packed, layer) in enumerate(zip(self._layers, self._modules, strict=True)):
             packed.windowed = self.config.is_windowed(index)
             packed.second_rope = index in self.config.second_rope_layers
             if isinstance(layer, InterpolatedLayer):
@@ -146,9 +150,7 @@ class PackedModel:
                 continue
             for name in (field[0] for field in structs.Layer._fields_):
                 if name.endswith("_norm") and not name.startswith(("q_", "k_")):
-                    norm = getattr(layer, name)
-                    if isinstance(norm, RMSNorm):
-                        setattr(packed, name, self._address(_floats(norm.weight)))
+                    setattr(packed, name, self._norm(getattr(layer, name, None)))
             attention = layer.attn
             if attention.has_qk_norm:
                 packed.q_norm = self._address(_floats(attention.q_norm.weight))
@@ -175,14 +177,38 @@ class PackedModel:
         self._kept.append(embedding)
         description.embedding = embedding.data_ptr()
         description.embedding_type = _SOURCES[embedding.dtype]
-        if isinstance(model.norm, RMSNorm):
-            description.norm = self._address(_floats(model.norm.weight))
+        description.norm = self._norm(model.norm)
+        scale = self.config.head_scale  # of the head's input, so of all logits
         if self.config.unit_scales:
-            description.logit_scale = self._address(_in_blocks(model.logit_scales))
+            description.logit_scale = self._address(_in_blocks(model.logit_scales * scale))
+        elif scale != 1.0:
+            description.logit_scale = self._address(_in_blocks(torch.full((self.config.vocab_size,), scale)))
+        if self.config.low_cycles:
+            description.low_state = self._address(_floats(model.low_state))
+        if self.config.encoder is not None:
+            self._describe_encoder(model)
+            return
         description.cos, description.sin = self._tables(model.rotary, max_positions)
         if model.second_rotary is not None:
             tables = self._tables(model.second_rotary, max_positions)
             description.second_cos, description.second_sin = tables
+
+    def _describe_encoder(self, model: LoopedTransformer) -> None:
+        """Its last norm, and the biases of both sides' scores, which stand in place of rotary tables."""
+        self.description.encoder_norm = self._norm(model.encoder.norm)
+        self.description.text_bias = self._biases(model.relative)
+        self.description.source_bias = self._biases(model.encoder.relative)
+
+    def _biases(self, relative: RelativeScores) -> int | None:
+        """What is added to each head's scores, by how far a key stands ahead: a page more on both ends."""
+        furthest = self.description.bias_distance + PAGE - 1
+        return self._address(_floats(relative(torch.arange(-furthest, furthest + 1)).t()))
+
+    def _norm(self, norm: nn.Module | None) -> int | None:
+        """The address of a norm's weight: ones where it has none, nothing where it is of another kind."""
+        if isinstance(norm, PlainNorm):
+            return self._address(np.ones(self.config.hidden_size, np.float32))
+        return self._address(_floats(norm.weight)) if isinstance(norm, RMSNorm) else None
 
     def _tables(self, rotary: Rotary, max_positions: int) -> tuple[int | None, int | None]:
         cos, sin = rotary(torch.arange(max_positions), torch.float32)
@@ -204,10 +230,6 @@ def check_covered(config: LoopedConfig, device: torch.device) -> None:
     """Raises NativeUnavailableError for a model that the library can't run there, with the reason."""
     if device.type != "cpu":
         raise NativeUnavailableError(f"the device is {device}, not the CPU")
-    if config.encoder is not None:
-        raise NativeUnavailableError("the library has no encoder, and no attention over what one makes")
-    if config.norm_kind is NormKind.PLAIN or config.low_cycles or config.prefix_lm:
-        raise NativeUnavailableError(f"the library has no norms and stacks of {config.family} models yet")
     if config.head_dim % 2:
         raise NativeUnavailableError(f"head_dim is {config.head_dim}; an even one is needed")
     widest = max(2 * config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
@@ -245,10 +267,12 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _layer(model: LoopedTransformer, index: int) -> Layer | InterpolatedLayer:
-    layer = model.layers[index]
-    assert isinstance(layer, Layer | InterpolatedLayer)
-    return layer
+def _layers(model: LoopedTransformer) -> list[Layer | InterpolatedLayer]:
+    """The layers of the text, and those of the encoder behind them."""
+    found = [*model.layers, *(model.encoder.layers if model.config.encoder else ())]
+    layers = [layer for layer in found if isinstance(layer, Layer | InterpolatedLayer)]
+    assert len(layers) == len(found)
+    return layers
 
 
 def _type(linear: nn.Linear | Int8Linear, int4: bool) -> WeightType:
@@ -297,8 +321,9 @@ def _sizes(config: LoopedConfig, max_positions: int) -> dict[str, int | float]:
         "vocab_size hidden_size intermediate_size num_heads num_kv_heads head_dim rotary_dim "
         "num_prelude_layers num_block_layers num_coda_layers norm_after_loop norm_before_coda "
         "input_injection first_loop_gate norm_eps embedding_scale output_gate input_addition "
-        "norm_after_prelude"
+        "norm_after_prelude low_cycles"
     )
+    bias, encoder, scale = config.relative_bias, config.encoder, config.attention_scale
     return {
         **{name: getattr(config, name) for name in same.split()},
         "max_positions": max_positions,
@@ -308,4 +333,8 @@ def _sizes(config: LoopedConfig, max_positions: int) -> dict[str, int | float]:
         "activation": ACTIVATIONS[config.activation],
         "interleaved": config.rope.interleaved,
         "window": config.sliding_window or 0,
+        "num_encoder_layers": 0 if encoder is None else encoder.num_layers,
+        "plain_mlp": not config.gated_mlp,
+        "bias_distance": 0 if bias is None else min(bias.max_distance, max_positions),
+        "attention_scale": config.head_dim**-0.5 if scale is None else scale,
     }

@@ -46,7 +46,7 @@ class TorchBackend:
         config = model.config
         self.store = KVStore(config, num_tokens, model.device, model.dtype)
         with torch.inference_mode():
-            relative = model.relative.upto_distance() if config.relative_bias else None
+            relative = model.relative.upto_distance(config.max_positions) if config.relative_bias else None
         self.attention: PagedAttention = attention_for(self.store, relative)
         self.sampler = Sampler(config.vocab_size, model.device)
         self.reader = Reader(model.logits, self.sampler, model.gate if config.exit_gate else None)

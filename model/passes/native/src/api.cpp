@@ -63,6 +63,9 @@ static bool check_sizes(const Model& m, char* error, int32_t bytes) {
       {"num_block_layers", m.num_block_layers, 1, 4096},
       {"num_coda_layers", m.num_coda_layers, 0, 4096},
       {"num_loops", m.num_loops, 1, 4096},
+      {"num_encoder_layers", m.num_encoder_layers, 0, 4096},
+      {"low_cycles", m.low_cycles, 0, 4096},
+      {"bias_distance", m.bias_distance, 0, 1 << 24},
       {"placement", m.placement, PRE, INTERPOLATION},
       {"start", m.start, FROM_NOISE, FROM_INPUT_ALONE},
       {"activation", m.activation, 0, NUM_ACTIVATIONS - 1},
@@ -90,7 +93,7 @@ static bool check_matrix(const char* name, const Matrix& w, int inputs, int outp
 static int projected_heads(const Model& m) { return m.num_heads * (m.output_gate ? 2 : 1) + 2 * m.num_kv_heads; }
 
 static bool check_scales(const Model& m, const Layer& l, char* error, int32_t bytes) {
-  if (m.placement != INTERPOLATION) return !m.output_gate || fail(error, bytes, "an output gate needs interpolation");
+  if (m.placement != INTERPOLATION) return !l.gate_scale || fail(error, bytes, "a scaled output gate needs interpolation");
   bool whole = l.query_scale && l.gate_scale && l.mlp_gate_scale && l.mlp_up_scale && l.attn_rate && l.mlp_rate;
   return (m.output_gate && whole) || fail(error, bytes, "a layer that interpolates has no gate or scales");
 }
@@ -99,7 +102,7 @@ static bool check_layer(const Model& m, const Layer& l, char* error, int32_t byt
   int heads = projected_heads(m) * m.head_dim, inner = (m.intermediate_size + BLOCK - 1) / BLOCK * BLOCK;
   if (!check_matrix("qkv", l.qkv, m.hidden_size, heads, error, bytes)) return false;
   if (!check_matrix("o", l.o, m.num_heads * m.head_dim, m.hidden_size, error, bytes)) return false;
-  if (!check_matrix("gate_up", l.gate_up, m.hidden_size, 2 * inner, error, bytes)) return false;
+  if (!check_matrix("gate_up", l.gate_up, m.hidden_size, m.plain_mlp ? inner : 2 * inner, error, bytes)) return false;
   if (!check_matrix("down", l.down, m.intermediate_size, m.hidden_size, error, bytes)) return false;
   if (!l.q_norm != !l.k_norm) return fail(error, bytes, "a layer has one of q_norm and k_norm");
   if (m.first_loop_gate && (!l.loop_gate_weight || !l.loop_gate_bias)) return fail(error, bytes, "a layer has no first-loop gate");
@@ -109,15 +112,38 @@ static bool check_layer(const Model& m, const Layer& l, char* error, int32_t byt
   return true;
 }
 
+// What a layer of the block reads a source with.
+static bool check_source(const Model& m, const Layer& l, char* error, int32_t bytes) {
+  int heads = m.num_heads * m.head_dim, kv_heads = m.num_kv_heads * m.head_dim;
+  if (!check_matrix("source_q", l.source_q, m.hidden_size, heads, error, bytes)) return false;
+  if (!check_matrix("source_k", l.source_k, m.hidden_size, kv_heads, error, bytes)) return false;
+  if (!check_matrix("source_v", l.source_v, m.hidden_size, kv_heads, error, bytes)) return false;
+  return check_matrix("source_o", l.source_o, heads, m.hidden_size, error, bytes);
+}
+
+static int num_layers(const Model& m) {
+  return m.num_prelude_layers + m.num_block_layers + m.num_coda_layers + m.num_encoder_layers;
+}
+
+static bool check_parts(const Model& m, char* error, int32_t bytes) {
+  bool around = m.num_prelude_layers || m.num_coda_layers, interpolates = m.placement == INTERPOLATION;
+  if (m.low_cycles && (around || m.num_block_layers % 2 || !m.low_state || m.input_injection || m.input_addition)) return fail(error, bytes, "a block of two stacks needs two halves, a low state, and nothing around it");
+  if (!m.num_encoder_layers) return !m.source_bias || fail(error, bytes, "a bias for sources needs an encoder");
+  if (around || interpolates || m.low_cycles || m.first_loop_gate) return fail(error, bytes, "a decoder behind an encoder is one block of layers");
+  return (m.encoder_norm && m.text_bias && m.source_bias) || fail(error, bytes, "a part of the encoder is missing");
+}
+
 static bool check_model(const Model* m, char* error, int32_t bytes) {
-  if (!m || !m->layers || !m->embedding || (!m->norm && m->placement != INTERPOLATION) || !m->cos || !m->sin) return fail(error, bytes, "a part of the model is missing");
+  bool placed = m && ((m->cos && m->sin) || m->text_bias);
+  if (!m || !m->layers || !m->embedding || (!m->norm && m->placement != INTERPOLATION) || !placed) return fail(error, bytes, "a part of the model is missing");
   if (m->embedding_type == FROM_INT8 && !m->embedding_scales) return fail(error, bytes, "the embedding has no scales");
   if (!check_sizes(*m, error, bytes)) return false;
   if (!check_matrix("head", m->head, m->hidden_size, m->vocab_size, error, bytes)) return false;
   if (m->input_injection && !check_matrix("adapter", m->adapter, 2 * m->hidden_size, m->hidden_size, error, bytes)) return false;
-  int layers = m->num_prelude_layers + m->num_block_layers + m->num_coda_layers;
-  for (int i = 0; i < layers; i++) {
+  if (!check_parts(*m, error, bytes)) return false;
+  for (int i = 0; i < num_layers(*m); i++) {
     if (!check_layer(*m, m->layers[i], error, bytes)) return false;
+    if (m->num_encoder_layers && i < m->num_block_layers && !check_source(*m, m->layers[i], error, bytes)) return false;
   }
   return true;
 }
@@ -126,7 +152,7 @@ static bool check_model(const Model* m, char* error, int32_t bytes) {
 
 static Heads heads_of(const Model& m) {
   int padded = (m.head_dim + LANES - 1) / LANES * LANES;
-  return {m.head_dim, padded, m.num_kv_heads, m.num_heads / m.num_kv_heads, 1.0f / __builtin_sqrtf((float)m.head_dim)};
+  return {m.head_dim, padded, m.num_kv_heads, m.num_heads / m.num_kv_heads, m.attention_scale};
 }
 
 static size_t page_bytes_of(const Model& m, bool half) {
@@ -134,9 +160,15 @@ static size_t page_bytes_of(const Model& m, bool half) {
   return (key_numbers(h) + value_numbers(h)) * (half ? 2 : 4);
 }
 
-static size_t num_slots(const Model& m) {
-  return (size_t)m.num_prelude_layers + (size_t)m.num_loops * (size_t)m.num_block_layers + (size_t)m.num_coda_layers;
+int block_caches(const Model& m) {
+  return m.num_block_layers + (m.low_cycles > 1 ? m.low_cycles - 1 : 0) * (m.num_block_layers / 2);
 }
+
+size_t text_slots(const Model& m) {
+  return (size_t)m.num_prelude_layers + (size_t)m.num_loops * (size_t)block_caches(m) + (size_t)m.num_coda_layers;
+}
+
+static size_t num_slots(const Model& m) { return text_slots(m) + (size_t)(m.num_encoder_layers ? m.num_block_layers : 0); }
 
 uint64_t speed_cache_bytes(const Model* m, int32_t num_pages, int32_t half_cache) {
   char ignored[8];
@@ -152,6 +184,8 @@ static void measure(Engine* e) {
   e->page_bytes = page_bytes_of(m, e->setup.half_cache);
   e->slot_bytes = e->page_bytes * (size_t)e->setup.num_pages;
   e->hidden = m.hidden_size;
+  e->state_size = m.hidden_size * (m.low_cycles ? 2 : 1);
+  e->block_caches = block_caches(m);
   e->hidden_padded = (m.hidden_size + LANES - 1) / LANES * LANES;
   e->qkv_padded = (projected_heads(m) * m.head_dim + LANES - 1) / LANES * LANES;
   e->attended = m.num_heads * m.head_dim;
@@ -250,7 +284,7 @@ Engine* speed_open(const Model* model, const Setup* setup, char* error, int32_t 
   if (!check_range("num_pages", setup->num_pages, 1, INT32_MAX / PAGE, error, bytes)) return nullptr;
   Engine* e = (Engine*)calloc(1, sizeof(Engine));
   if (!e) return fail(error, bytes, "no memory"), nullptr;
-  size_t layers = sizeof(Layer) * (size_t)(model->num_prelude_layers + model->num_block_layers + model->num_coda_layers);
+  size_t layers = sizeof(Layer) * (size_t)num_layers(*model);
   e->model = *model;
   e->setup = *setup;
   measure(e);
@@ -277,16 +311,26 @@ void speed_close(Engine* e) {
 
 // ---- a pass ----------------------------------------------------------------------------------------------
 
+static bool check_table(const Engine& e, const Pass& p, int64_t table, int last, char* error, int32_t bytes) {
+  if (!check_range("page table", table, 0, (int64_t)p.num_pages - 1 - last / PAGE, error, bytes)) return false;
+  for (int i = 0; i <= last / PAGE; i++) {
+    if (!check_range("page", p.pages[table + i], 0, e.setup.num_pages - 1, error, bytes)) return false;
+  }
+  return true;
+}
+
 static bool check_row(const Engine& e, const Pass& p, int row, char* error, int32_t bytes) {
   const Model& m = e.model;
-  int position = p.positions[row], last = m.num_loops - 1;
+  int position = p.positions[row], last = p.encodes ? 0 : m.num_loops - 1;
   if (!check_range("position", position, 0, m.max_positions - 1, error, bytes)) return false;
   if (!check_range("loop", p.loops[row], 0, last, error, bytes)) return false;
   if (p.loops[row] == 0 && !check_range("token", p.tokens[row], 0, m.vocab_size - 1, error, bytes)) return false;
-  int64_t table = p.tables[row];
-  if (!check_range("page table", table, 0, (int64_t)p.num_pages - 1 - position / PAGE, error, bytes)) return false;
-  for (int i = 0; i <= position / PAGE; i++) {
-    if (!check_range("page", p.pages[table + i], 0, e.setup.num_pages - 1, error, bytes)) return false;
+  int seen = p.lasts ? p.lasts[row] : position;
+  if (!check_range("last position", seen, position, m.max_positions - 1, error, bytes)) return false;
+  if (!check_table(e, p, p.tables[row], seen, error, bytes)) return false;
+  if (m.num_encoder_layers && !p.encodes) {
+    if (!check_range("source's last position", p.source_lasts[row], 0, m.max_positions - 1, error, bytes)) return false;
+    if (!check_table(e, p, p.source_tables[row], p.source_lasts[row], error, bytes)) return false;
   }
   return !p.noises || check_range("noise row", p.noises[row], -1, p.num_noise - 1, error, bytes);
 }
@@ -297,7 +341,9 @@ static bool check_coda(const Engine& e, const Pass& p, int row, char* error, int
 
 static bool check_pass(const Engine& e, const Pass& p, char* error, int32_t bytes) {
   if (!p.positions || !p.loops || !p.tokens || !p.tables || !p.pages || (e.model.num_coda_layers && !p.ends)) return fail(error, bytes, "rows are missing");
-  if (!check_range("rows", p.num_rows, 1, MAX_CHUNKS, error, bytes) || !check_range("readouts", p.num_readouts, 0, MAX_CHUNKS, error, bytes)) return false;
+  if (!check_range("rows", p.num_rows, 1, MOST_ROWS, error, bytes) || !check_range("readouts", p.num_readouts, 0, MAX_CHUNKS, error, bytes)) return false;
+  if (p.encodes && (!e.model.num_encoder_layers || !p.lasts || p.num_readouts)) return fail(error, bytes, "a pass encodes without an encoder, or reads out");
+  if (e.model.num_encoder_layers && !p.encodes && (!p.source_tables || !p.source_lasts)) return fail(error, bytes, "sources are missing");
   if (p.num_readouts && (!p.readouts || !p.logit_rows || !p.tokens_out)) return fail(error, bytes, "readouts are missing");
   if (!check_range("kept", p.num_kept, 0, MAX_CHUNKS, error, bytes) || !check_range("given", p.num_given, 0, MAX_CHUNKS, error, bytes)) return false;
   if ((p.num_kept && (!p.kept || !p.kept_out)) || (p.num_given && !p.given)) return fail(error, bytes, "inputs of the head are missing");

@@ -2,15 +2,17 @@
 #pragma once
 #include "products.h"
 
-enum { INTERFACE = 4 };  // changes with any of the structures below
+enum { INTERFACE = 6 };  // changes with any of the structures below
+enum { MOST_ROWS = 1 << 18 };  // of a pass: times 4096 heads they are still counted in 31 bits
 
 // INTERPOLATION: norms give unit length and have no weights, and states step towards normalised outputs.
 enum Placement { PRE, SANDWICH, POST_ADD, OUTPUT, INTERPOLATION };
 enum Start { FROM_NOISE, FROM_INPUT, FROM_INPUT_ALONE };
 
 struct Layer {
-  Matrix qkv, o, gate_up, down;  // gate_up: blocks of 16 gates and 16 ups in turn
-  const float *attn_norm, *mlp_norm, *attn_out_norm, *mlp_out_norm, *attn_sum_norm, *mlp_sum_norm;
+  Matrix qkv, o, gate_up, down;  // gate_up: blocks of 16 gates and 16 ups in turn, or ups alone with plain_mlp
+  Matrix source_q, source_k, source_v, source_o;  // of the block's layers behind an encoder
+  const float *attn_norm, *mlp_norm, *attn_out_norm, *mlp_out_norm, *attn_sum_norm, *mlp_sum_norm, *source_norm;
   const float *q_norm, *k_norm, *qk_bias;
   const float *loop_gate_weight, *loop_gate_bias;
   // With INTERPOLATION, as they are multiplied: of queries, of the output gate's logits (heads * head_dim each),
@@ -24,26 +26,32 @@ struct Model {
   int32_t num_prelude_layers, num_block_layers, num_coda_layers, num_loops;
   int32_t placement, norm_after_loop, norm_before_coda, input_injection, start, activation, interleaved, window;
   int32_t first_loop_gate, embedding_type;  // SourceType
-  int32_t output_gate, input_addition, norm_after_prelude, unused;  // output_gate: rows behind those of q, k and v
-  float norm_eps, embedding_scale;
-  const Layer* layers;
+  int32_t output_gate, input_addition, norm_after_prelude;  // output_gate: rows behind those of q, k and v
+  // Above 0 the block is two stacks, as LoopedConfig has it: its first half runs so often, then its second half once.
+  int32_t low_cycles;
+  int32_t num_encoder_layers, plain_mlp, bias_distance;  // plain_mlp: down(act(up x))
+  float norm_eps, embedding_scale, attention_scale;
+  const Layer* layers;  // of prelude, block and coda, then of the encoder
   const void* embedding;          // (vocab_size, hidden_size)
   const float* embedding_scales;  // of int8 rows
   const float* norm;
   Matrix head, adapter;
-  const float *cos, *sin;  // (max_positions, rotary_dim / 2)
+  const float *cos, *sin;  // (max_positions, rotary_dim / 2), or NULL where scores are biased
   const float *second_cos, *second_sin;  // of layers with second_rope
   const float* logit_scale;              // (vocab_size, padded to 16) or NULL
+  const float* low_state;                // (hidden_size) that the low stack starts from
+  const float* encoder_norm;             // (hidden_size)
+  const float *text_bias, *source_bias;  // (heads, bias_numbers) of attention.h, for each side, or NULL
 };
 
 struct Setup {
   int32_t num_threads, spin_microseconds, num_pages, half_cache;
   void* cache;   // speed_cache_bytes, zeroed
-  float* states; // (num_pages * 16, hidden_size), and the block's inputs behind them if loops read them
+  float* states; // (num_pages * 16, hidden_size, twice with two stacks), and the block's inputs if loops read them
 };
 
 struct Pass {
-  int32_t num_rows, num_pages, num_readouts, num_logits, num_noise, num_kept, num_given, unused;
+  int32_t num_rows, num_pages, num_readouts, num_logits, num_noise, num_kept, num_given, encodes;
   const int32_t* tokens;     // of rows in their first loop
   const int32_t* positions;  // (rows)
   const int32_t* loops;      // (rows) 0..num_loops - 1
@@ -59,7 +67,12 @@ struct Pass {
   const int32_t* kept;       // (num_kept) rows whose head's inputs go to `kept_out`
   float* kept_out;           // (num_kept, hidden_size)
   const float* given;        // (num_given, hidden_size) head's inputs that earlier passes kept
+  const int32_t* lasts;      // (rows) the last position seen, not before the row's own; NULL: that one
+  // With an encoder, (rows) each: where the page table of the row's source begins in `pages`, and its last position.
+  const int32_t *source_tables, *source_lasts;
 };
+// A pass that `encodes` has the tokens of sources as its rows, in `tables` and `lasts` of theirs: they go through
+// the encoder, and what the decoder's layers read of them is stored. It has no readouts.
 
 // What the time of a pass goes to; as in structs.py.
 enum Part { ENTER, MIX_IN, QKV, ATTENTION, OUT, GATE_UP, DOWN, JOIN, HEAD, NUM_PARTS };

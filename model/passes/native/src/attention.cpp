@@ -40,6 +40,12 @@ INLINE void page_scores(const Heads& h, const T* keys, const float* q, f32x16* s
   for (int i = 0; i < H; i++) scores[i] = (even[i] + odd[i]) * h.scale;
 }
 
+// Where the biases of a page's 16 positions begin.
+INLINE int bias_start(const Span& s, int page) {
+  int start = page * PAGE - s.position + s.distance + PAGE - 1, most = 2 * s.distance + PAGE - 1;
+  return start < 0 ? 0 : start > most ? most : start;
+}
+
 INLINE f32x16 unseen_to_never(f32x16 scores, const Span& s, int page) {
   const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   i32x16 position = lane + page * PAGE;
@@ -101,6 +107,10 @@ static void attend_heads(const Heads& h, const Span& s, int kv_head, const float
     }
     page_scores<T, H>(h, keys_of<T>(h, s, first_page + p, kv_head), q, found);
     bool inside = p > 0 && p + 1 < pages;
+    if (s.bias) {
+      const float* bias = s.bias + bias_start(s, first_page + p);
+      for (int i = 0; i < H; i++) found[i] += load<f32x16>(bias + (size_t)i * bias_numbers(s.distance));
+    }
     for (int i = 0; i < H; i++) {
       f32x16 kept = inside ? found[i] : unseen_to_never(found[i], s, first_page + p);
       store(scores + (size_t)i * stride + (size_t)p * PAGE, kept);
@@ -125,9 +135,11 @@ template <class T>
 static void attend_group(const Heads& h, const Span& s, int kv_head, const float* q, float* scores, float* out) {
   static void (*const SOME[])(const Heads&, const Span&, int, const float*, float*, float*) = {
       attend_heads<T, 1>, attend_heads<T, 2>, attend_heads<T, 3>, attend_heads<T, 4>};
+  Span span = s;
   for (int head = 0; head < h.group;) {
     int left = h.group - head, count = left < 4 ? left : 4;
-    SOME[count - 1](h, s, kv_head, q + head * h.head_dim, scores, out + head * h.padded_dim);
+    if (s.bias) span.bias = s.bias + (size_t)(kv_head * h.group + head) * bias_numbers(s.distance);
+    SOME[count - 1](h, span, kv_head, q + head * h.head_dim, scores, out + head * h.padded_dim);
     head += count;
   }
 }

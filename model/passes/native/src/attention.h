@@ -19,7 +19,13 @@ struct Span {  // what one row sees of one slot
   size_t page_bytes;
   const int32_t* pages;
   int first, last;  // positions, both seen
+  // What is added to scores by how far a key stands ahead of `position`, -distance - 15 .. distance + 15 for each
+  // head; further ones are as the last. NULL: nothing.
+  const float* bias;
+  int distance, position;
 };
+
+static inline size_t bias_numbers(int distance) { return (size_t)(2 * distance + 2 * PAGE - 1); }
 
 static inline size_t key_numbers(const Heads& h) { return (size_t)h.num_kv_heads * (size_t)h.head_dim * PAGE; }
 static inline size_t value_numbers(const Heads& h) { return (size_t)h.num_kv_heads * (size_t)h.padded_dim * PAGE; }

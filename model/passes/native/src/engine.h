@@ -28,6 +28,8 @@ struct Engine {
   Pool* pool;
   size_t page_bytes, slot_bytes;
   int hidden, hidden_padded, qkv_padded, attended, inner_padded, widest;
+  int state_size;    // channels that a row keeps between two loops
+  int block_caches;  // slots of a loop: the block's layers, the low stack's again for each further cycle
   bool heads_are_blocks;  // a head is a whole number of blocks of 16 outputs
   Private threads[MAX_THREADS];
   // of a pass, grown as needed
@@ -46,3 +48,5 @@ struct Engine {
 
 void run_program(Worker* self, void* engine);
 int head_chunk_blocks(const Engine& engine);
+int block_caches(const Model& model);
+size_t text_slots(const Model& model);  // those of sources are behind them

@@ -101,7 +101,8 @@ struct Step {
   const Model& m;
   const Pass& p;
   Private& mine;
-  int64_t since;  // nanoseconds; what follows is another part
+  int64_t since;   // nanoseconds; what follows is another part
+  int behind = 0;  // slots between the block's layers and their K/V, which earlier cycles have taken
 
   void mark(Part part) {
     if (self->index) return;
@@ -112,9 +113,10 @@ struct Step {
 
   bool keeps_input() const { return m.input_injection || m.input_addition; }
 
-  float* state(int row) const { return e.setup.states + e.cells[row] * m.hidden_size; }
+  float* state(int row) const { return e.setup.states + e.cells[row] * e.state_size; }
   float* entered(int row) const {
-    return state(row) + (keeps_input() ? (int64_t)e.setup.num_pages * PAGE * m.hidden_size : 0);
+    if (!keeps_input()) return state(row);
+    return e.setup.states + (int64_t)e.setup.num_pages * PAGE * e.state_size + e.cells[row] * m.hidden_size;
   }
 
   int per_chunk(int units) const {
@@ -190,10 +192,20 @@ struct Step {
   // ---- attention -----------------------------------------------------------------------------------------
 
   uint8_t* slot(int layer, int loop) const {
-    int prelude = m.num_prelude_layers, block = m.num_block_layers, index = layer;
-    if (layer >= prelude) index += layer < prelude + block ? loop * block : (m.num_loops - 1) * block;
+    int before = m.num_prelude_layers + m.num_block_layers;
+    int64_t index = layer;
+    if (is_encoder(layer)) return source_slot(0);  // which nothing is written to until the encoder is done
+    if (is_block(layer)) index += behind + (int64_t)loop * e.block_caches;
+    if (layer >= before) index += (int64_t)m.num_loops * e.block_caches - m.num_block_layers;
     return (uint8_t*)e.setup.cache + (size_t)index * e.slot_bytes;
   }
+
+  // Of a layer of the block: what it makes of sources is the same in every loop.
+  uint8_t* source_slot(int layer) const {
+    return (uint8_t*)e.setup.cache + (text_slots(m) + (size_t)layer) * e.slot_bytes;
+  }
+
+  bool is_encoder(int layer) const { return layer >= m.num_prelude_layers + m.num_block_layers + m.num_coda_layers; }
 
   bool is_block(int layer) const {
     return layer >= m.num_prelude_layers && layer < m.num_prelude_layers + m.num_block_layers;
@@ -209,7 +221,7 @@ struct Step {
     bool is_value = kv_head >= kv_heads;
     if (!is_value) {
       if (l.qk_bias) add_to(x, l.qk_bias + (size_t)head * (size_t)m.head_dim, m.head_dim);
-      rotate(m, l.second_rope, position, x);
+      if (m.cos) rotate(m, l.second_rope, position, x);
       if (l.query_scale) unit_norm(x, m.head_dim, m.norm_eps, x);
       if (l.query_scale && kv_head < 0) {
         const float* scale = l.query_scale + (size_t)head * (size_t)m.head_dim;
@@ -217,7 +229,7 @@ struct Step {
       }
     }
     if (kv_head < 0) return;
-    uint8_t* page = slot(layer, loop_of(layer, row)) + (size_t)p.pages[p.tables[row] + position / PAGE] * e.page_bytes;
+    uint8_t* page = page_of(slot(layer, loop_of(layer, row)), row);
     bool half = e.setup.half_cache;
     if (is_value) {
       write_value(e.heads, page, half, kv_head - kv_heads, position % PAGE, x);
@@ -225,6 +237,12 @@ struct Step {
       write_key(e.heads, page, half, kv_head, position % PAGE, x);
     }
   }
+
+  uint8_t* page_of(uint8_t* slot, int row) const {
+    return slot + (size_t)p.pages[p.tables[row] + p.positions[row] / PAGE] * e.page_bytes;
+  }
+
+  float* projected(int i) const { return e.qkv + (size_t)i * (size_t)e.qkv_padded; }
 
   void finish_heads(int layer, const RowSet& set, int i) {
     const Layer& l = e.layers[layer];
@@ -240,7 +258,7 @@ struct Step {
   void project_qkv(int layer, const RowSet& set) {
     const Layer& l = e.layers[layer];
     auto fill = [&](int i, float* scratch) { return normed(set.h + (size_t)i * (size_t)e.hidden_padded, l.attn_norm, scratch); };
-    auto emit = [&](int i, int block, f32x16 v, int) { store(e.qkv + (size_t)i * (size_t)e.qkv_padded + block * BLOCK, v); };
+    auto emit = [&](int i, int block, f32x16 v, int) { store(projected(i) + block * BLOCK, v); };
     if (e.heads_are_blocks && !l.q_norm) {
       auto after = [&](int head) {
         if (head >= m.num_heads + 2 * m.num_kv_heads) return;  // the output gate's
@@ -254,23 +272,29 @@ struct Step {
     }
   }
 
+  // Of the heads that share a K/V head.
+  const float* queries(int i, int kv_head) const { return projected(i) + (size_t)(kv_head * e.heads.group) * (size_t)m.head_dim; }
+  float* mixed(int i, int head) const { return e.mixed + (size_t)i * (size_t)e.attended + (size_t)head * (size_t)m.head_dim; }
+
   void attend_row(int layer, const RowSet& set, int i, int kv_head) {
     const Layer& l = e.layers[layer];
     int row = set.rows[i], loop = loop_of(layer, row), position = p.positions[row], group = e.heads.group;
-    const float* q = e.qkv + (size_t)i * (size_t)e.qkv_padded + (size_t)(kv_head * group) * (size_t)m.head_dim;
+    int last = p.lasts ? p.lasts[row] : position;
+    const float* q = queries(i, kv_head);
     bool gated = m.first_loop_gate && is_block(layer) && loop > 0;
     bool windowed = l.windowed && !(m.first_loop_gate && loop == 0);
     int first = windowed && position >= m.window ? position - m.window + 1 : 0;
-    Span span = {slot(layer, loop), e.page_bytes, p.pages + p.tables[row], first, position};
+    const float* bias = is_encoder(layer) ? m.source_bias : m.text_bias;
+    Span span = {slot(layer, loop), e.page_bytes, p.pages + p.tables[row], first, last, bias, m.bias_distance, position};
     float *own = mine.heads, *whole = own + group * e.heads.padded_dim;
     attend(e.heads, span, e.setup.half_cache, kv_head, q, mine.scores, own);
     if (gated) {
-      Span everything = {slot(layer, 0), e.page_bytes, span.pages, 0, position};
+      Span everything = {slot(layer, 0), e.page_bytes, span.pages, 0, last, bias, m.bias_distance, position};
       attend(e.heads, everything, e.setup.half_cache, kv_head, q, mine.scores, whole);
     }
     for (int g = 0; g < group; g++) {
       int head = kv_head * group + g;
-      float* to = e.mixed + (size_t)i * (size_t)e.attended + (size_t)head * (size_t)m.head_dim;
+      float* to = mixed(i, head);
       const float *a = own + g * e.heads.padded_dim, *b = whole + g * e.heads.padded_dim;
       float share = gated ? first_loop_share(l, head, q + g * m.head_dim) : 0;
       for (int c = 0; c < m.head_dim; c++) to[c] = gated ? a[c] + share * (b[c] - a[c]) : a[c];
@@ -311,28 +335,89 @@ struct Step {
   }
 
   void attend_rows(int index, const RowSet& set) {
-    const Layer& l = e.layers[index];
+    over_heads(e.layers[index].o, set, [&](int i, int kv_head) { attend_row(index, set, i, kv_head); });
+  }
+
+  // Attention of each row and K/V head; `next` is the matrix that is wanted then.
+  template <class Work>
+  void over_heads(const Matrix& next, const RowSet& set, Work work) {
     int tasks = set.count * m.num_kv_heads;
     each(tasks, [&](int task) {
-      int begin = l.o.blocks * task / tasks, end = l.o.blocks * (task + 1) / tasks;
-      if (tasks <= FETCHING_TASKS) fetch(l.o, begin, (size_t)(end - begin) * block_bytes(l.o.type, l.o.inputs));
-      attend_row(index, set, task % set.count, task / set.count);
+      if (tasks <= FETCHING_TASKS) {
+        int begin = next.blocks * task / tasks, end = next.blocks * (task + 1) / tasks;
+        fetch(next, begin, (size_t)(end - begin) * block_bytes(next.type, next.inputs));
+      }
+      work(task % set.count, task / set.count);
     });
     mark(ATTENTION);
   }
 
+  // ---- what an encoder made of a source ------------------------------------------------------------------
+
+  void attend_source(int index, const RowSet& set, int i, int kv_head) {
+    int row = set.rows[i], group = e.heads.group;
+    Span span = {source_slot(index), e.page_bytes, p.pages + p.source_tables[row], 0, p.source_lasts[row], nullptr, 0, 0};
+    attend(e.heads, span, e.setup.half_cache, kv_head, queries(i, kv_head), mine.scores, mine.heads);
+    for (int g = 0; g < group; g++) {
+      memcpy(mixed(i, kv_head * group + g), mine.heads + g * e.heads.padded_dim, (size_t)m.head_dim * 4);
+    }
+  }
+
+  void read_source(int index, const RowSet& set) {
+    const Layer& l = e.layers[index];
+    auto fill = [&](int i, float* scratch) { return normed(set.h + (size_t)i * (size_t)e.hidden_padded, l.source_norm, scratch); };
+    product(l.source_q, set.count, 1, fill, [&](int i, int block, f32x16 v, int) { store(projected(i) + block * BLOCK, v); });
+    mark(QKV);
+    over_heads(l.source_o, set, [&](int i, int kv_head) { attend_source(index, set, i, kv_head); });
+    close(l.source_o, set, e.mixed, e.attended);
+    mark(OUT);
+    join(set, nullptr, nullptr);
+    mark(JOIN);
+  }
+
+  // Keys or values of the encoder's outputs for a layer of the decoder.
+  void store_source(int index, const RowSet& set, const Matrix& w, decltype(&write_key) write) {
+    auto fill = [&](int i, float*) { return (const float*)set.h + (size_t)i * (size_t)e.hidden_padded; };
+    product(w, set.count, 1, fill, [&](int i, int block, f32x16 v, int) { store(projected(i) + block * BLOCK, v); });
+    each(set.count, [&](int i) {
+      int row = set.rows[i];
+      uint8_t* page = page_of(source_slot(index), row);
+      for (int head = 0; head < m.num_kv_heads; head++) {
+        write(e.heads, page, e.setup.half_cache, head, p.positions[row] % PAGE, projected(i) + head * m.head_dim);
+      }
+    });
+    mark(QKV);
+  }
+
+  void encode_sources() {
+    RowSet set = {p.num_rows, e.all, e.h};
+    each(set.count, [&](int row) { look_up(m, p.tokens[row], set.h + (size_t)row * (size_t)e.hidden_padded); });
+    mark(ENTER);
+    layers(m.num_prelude_layers + m.num_block_layers + m.num_coda_layers, m.num_encoder_layers, set);
+    each(set.count, [&](int row) {
+      float* h = set.h + (size_t)row * (size_t)e.hidden_padded;
+      rms_norm(h, m.encoder_norm, m.hidden_size, m.norm_eps, h);
+    });
+    mark(JOIN);
+    for (int index = 0; index < m.num_block_layers; index++) {
+      store_source(index, set, e.layers[index].source_k, write_key);
+      store_source(index, set, e.layers[index].source_v, write_value);
+    }
+  }
+
   // ---- a layer of unit vectors ---------------------------------------------------------------------------
 
-  // Attention's output of a row, gated, of unit length.
+  // Attention's output of a row, gated; of unit length in a layer of unit vectors, whose gate is scaled.
   const float* gated(const Layer& l, int i, float* scratch) {
     const float* out = e.mixed + (size_t)i * (size_t)e.attended;
     const float* gate = e.qkv + (size_t)i * (size_t)e.qkv_padded + (size_t)((m.num_heads + 2 * m.num_kv_heads) * m.head_dim);
     for (int c = 0; c < e.attended; c += LANES) {
       int count = e.attended - c;
-      f32x16 share = sigmoid16(load_some(gate + c, count) * load_some(l.gate_scale + c, count));
+      f32x16 logit = load_some(gate + c, count);
+      f32x16 share = sigmoid16(l.gate_scale ? logit * load_some(l.gate_scale + c, count) : logit);
       store_some(scratch + c, load_some(out + c, count) * share, count);
     }
-    unit_norm(scratch, e.attended, m.norm_eps, scratch);
+    if (l.gate_scale) unit_norm(scratch, e.attended, m.norm_eps, scratch);
     return scratch;
   }
 
@@ -388,20 +473,34 @@ struct Step {
     project_qkv(index, set);
     mark(QKV);
     attend_rows(index, set);
-    close(l.o, set, e.mixed, e.attended);
+    if (m.output_gate) {
+      close(l.o, set, [&](int i, float* scratch) { return gated(l, i, scratch); });
+    } else {
+      close(l.o, set, e.mixed, e.attended);
+    }
     mark(OUT);
     join(set, l.attn_out_norm, l.attn_sum_norm);
     mark(JOIN);
-    auto fill = [&](int i, float* scratch) { return normed(set.h + (size_t)i * (size_t)e.hidden_padded, l.mlp_norm, scratch); };
-    product(l.gate_up, set.count, 2, fill, [&](int i, int block, f32x16 v, int) {
-      float* at = e.inner + (size_t)i * (size_t)e.inner_padded + block / 2 * BLOCK;
-      store(at, block % 2 ? activate(m.activation, load<f32x16>(at)) * v : v);
-    });
+    if (l.source_q.data) read_source(index, set);
+    fill_inner(l, set);
     mark(GATE_UP);
     close(l.down, set, e.inner, e.inner_padded);
     mark(DOWN);
     join(set, l.mlp_out_norm, l.mlp_sum_norm);
     mark(JOIN);
+  }
+
+  void fill_inner(const Layer& l, const RowSet& set) {
+    auto fill = [&](int i, float* scratch) { return normed(set.h + (size_t)i * (size_t)e.hidden_padded, l.mlp_norm, scratch); };
+    auto inner = [&](int i, int block) { return e.inner + (size_t)i * (size_t)e.inner_padded + block * BLOCK; };
+    if (m.plain_mlp) {
+      product(l.gate_up, set.count, 1, fill, [&](int i, int block, f32x16 v, int) { store(inner(i, block), activate(m.activation, v)); });
+      return;
+    }
+    product(l.gate_up, set.count, 2, fill, [&](int i, int block, f32x16 v, int) {
+      float* at = inner(i, block / 2);
+      store(at, block % 2 ? activate(m.activation, load<f32x16>(at)) * v : v);
+    });
   }
 
   void layers(int first, int count, const RowSet& set) {
@@ -422,6 +521,7 @@ struct Step {
       size_t bytes = (size_t)m.hidden_size * 4;
       const float* h = set.h + (size_t)i * (size_t)e.hidden_padded;
       memcpy(entered(row), h, bytes);
+      if (m.low_cycles) memcpy(state(row) + m.hidden_size, m.low_state, bytes);
       if (!keeps_input()) return;
       int noise = p.noises ? p.noises[row] : -1;
       if (noise >= 0) {
@@ -466,7 +566,37 @@ struct Step {
     }
   }
 
+  // A loop of two stacks: the low state is kept behind the high one.
+  void loop_stacks() {
+    int size = m.num_block_layers / 2;
+    RowSet set = {p.num_rows, e.all, e.h};
+    auto of_rows = [&](auto work) {
+      each(p.num_rows, [&](int row) { work(e.h + (size_t)row * (size_t)e.hidden_padded, state(row), state(row) + m.hidden_size); });
+      mark(JOIN);
+    };
+    size_t bytes = (size_t)m.hidden_size * 4;
+    of_rows([&](float* h, const float* high, const float* low) {
+      memcpy(h, low, bytes);
+      add_to(h, high, m.hidden_size);
+    });
+    for (int cycle = 0; cycle < m.low_cycles; cycle++) {
+      behind = cycle * size;
+      layers(0, size, set);
+      of_rows([&](float* h, const float* high, float* low) {
+        close_loop(h);
+        memcpy(low, h, bytes);
+        add_to(h, high, m.hidden_size);
+      });
+    }
+    layers(size, size, set);
+    of_rows([&](float* h, float* high, const float*) {
+      close_loop(h);
+      memcpy(high, h, bytes);
+    });
+  }
+
   void loop() {
+    if (m.low_cycles) return loop_stacks();
     mix_in();
     mark(MIX_IN);
     layers(m.num_prelude_layers, m.num_block_layers, {p.num_rows, e.all, e.h});
@@ -538,6 +668,7 @@ int head_chunk_blocks(const Engine& e) {
 void run_program(Worker* self, void* context) {
   Engine& e = *(Engine*)context;
   Step step = {self, e, e.model, *e.pass, e.threads[self->index], nanoseconds()};
+  if (e.pass->encodes) return step.encode_sources();
   step.enter();
   step.loop();
   step.read_out();
