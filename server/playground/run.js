@@ -65,7 +65,7 @@ export class Run {
   get figures() {
     const details = this.usage?.completion_tokens_details;
     const tokens = this.usage?.completion_tokens ?? this.numTokens;
-    const passes = details?.decode_passes ?? (this.wave.missing ? 0 : this.wave.decodePasses);
+    const passes = details?.decode_passes ?? this.wave.decodePasses;
     const { asked, first, last } = this.times;
     const accepted = details?.accepted_prediction_tokens;
     const drafts = details && accepted + details.rejected_prediction_tokens;

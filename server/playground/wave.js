@@ -10,6 +10,7 @@ export class Wave {
     this.finals = new Map(); // by position, the final tokens of all these
     this.texts = new Map(); // of token ids
     this.missing = 0; // passes that were left out
+    this.missingAfterFirst = 0; // those of them that came after the first token
     this.reset();
   }
 
@@ -22,6 +23,7 @@ export class Wave {
   add(record) {
     this.numLoops = record.num_loops;
     this.missing += record.omitted;
+    if (this.finals.size) this.missingAfterFirst += record.omitted;
     for (const [id, text] of Object.entries(record.texts)) this.texts.set(Number(id), text);
     for (const pass of record.passes) {
       this.passes.push(pass);
@@ -34,9 +36,11 @@ export class Wave {
     return this.passes[0]?.position ?? null;
   }
 
-  // Passes after the first token, as the server counts them.
+  // Passes after the first token, as the server counts them; null if some were left out before it, since
+  // nobody can tell how many of those read the prompt.
   get decodePasses() {
-    return this.#decoding(this.passes.length);
+    if (this.missing > this.missingAfterFirst) return null;
+    return this.#decoding(this.passes.length) + this.missingAfterFirst;
   }
 
   // Figures of what is shown.

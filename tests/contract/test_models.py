@@ -493,8 +493,10 @@ async def test_a_drain_lets_all_models_finish_and_an_abort_ends_what_is_left() -
     async with several("ab") as served:
         await served.text_of("b")
         served.engine_of("a").delay = 1000
-        a, b = (asyncio.create_task(served.post(model=name)) for name in ("a", "b"))
-        await until(lambda: served.models.num_in_flight)
+        a = asyncio.create_task(served.post(model="a"))
+        await until(lambda: served.models.num_in_flight == 1)
+        b = asyncio.create_task(served.post(model="b"))
+        await until(lambda: served.engine_of("b").requests[1:])  # it is in: the first was the one above
         served.models.drain()
         assert (await b).json()["choices"][0]["finish_reason"] == "length"
         served.models.abort_all()
