@@ -107,18 +107,27 @@ async def _whole(generation: Generation, form: WholeFormat, lane: Lane) -> str |
             deltas[delta.choice_index].append(delta)
     best = [join_deltas(deltas[choice.index]) for choice in generation.best()]
     usage = usage_of(generation)
-    if is_short(best, generation):
+    if is_short(best, generation, _num_prompt_scores(generation)):
         return _json(form.whole(best, usage))
     return await lane.run(lambda: json_bytes(form.whole(best, usage)))
 
 
-def is_short(deltas: Sequence[ChoiceDelta], generation: Generation) -> bool:
-    """Whether writing the deltas takes but a few milliseconds."""
+def is_short(deltas: Sequence[ChoiceDelta], generation: Generation, num_others: int = 0) -> bool:
+    """Whether writing the deltas, and so many tokens beside them, takes but a few milliseconds."""
     num_entries = sum(len(delta.echoed) + len(delta.tokens) for delta in deltas)
     # How many tokens, with their texts, are written for each token.
     size = 1 if generation.fields.num_logprobs is None else 2 + generation.fields.num_logprobs
     num_loops = sum(len(token.loops) for delta in deltas for token in delta.tokens)
-    return num_entries * size + num_loops * (2 + (generation.fields.loop_logprobs or 0)) <= SHORT_ANSWER
+    num_of_loops = num_loops * (2 + (generation.fields.loop_logprobs or 0))
+    return num_entries * size + num_of_loops + num_others <= SHORT_ANSWER
+
+
+def _num_prompt_scores(generation: Generation) -> int:
+    """How many tokens are written for the prompts' own, beside those that are echoed."""
+    most = generation.fields.prompt_logprobs
+    if most is None:
+        return 0
+    return sum(len(choice.prompt_scores or ()) for choice in generation.choices) * (2 + most)
 
 
 async def _chunks(generation: Generation, form: Format[Part], lane: Lane) -> AsyncGenerator[Frame, None]:

@@ -168,9 +168,34 @@ def watch_tokenising(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return lengths
 
 
+@pytest.fixture
+def writers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The threads that have written an answer in parts, so far."""
+    threads: list[str] = []
+    original = json_bytes
+
+    def write(model: BaseModel) -> bytes:
+        threads.append(threading.current_thread().name)
+        return original(model)
+
+    monkeypatch.setattr(answers, "json_bytes", write)
+    return threads
+
+
+@pytest.mark.parametrize(("num_top", "is_long"), [(0, False), (20, True)])
+async def test_scores_of_a_prompt_are_written_in_a_thread_too(
+    served: Served, writers: list[str], num_top: int, is_long: bool
+) -> None:
+    """Only tokens that are echoed counted: 2,000 of a prompt with 20 beside each took the event loop."""
+    body: Json = {"prompt": "x" * 150, "max_tokens": 1, "prompt_logprobs": num_top}
+    [choice] = (await served.post(**body)).json()["choices"]
+    assert len(choice["prompt_logprobs"]) == 150
+    assert [name.startswith("answers") for name in writers] == [True] * is_long
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_long_answers_are_written_in_a_thread_and_say_the_same(
-    served: Served, monkeypatch: pytest.MonkeyPatch, stream: bool
+    served: Served, monkeypatch: pytest.MonkeyPatch, writers: list[str], stream: bool
 ) -> None:
     """An echo of long prompts with 20 log-probabilities took seconds in the event loop."""
     fields: dict[str, Json] = {
@@ -181,18 +206,11 @@ async def test_long_answers_are_written_in_a_thread_and_say_the_same(
         "stream": stream,
     }
     at_once = await served.post(**fields)
-    threads = []
-    original = json_bytes
-
-    def write(model: BaseModel) -> bytes:
-        threads.append(threading.current_thread().name)
-        return original(model)
-
-    monkeypatch.setattr(answers, "json_bytes", write)
+    assert not writers
     monkeypatch.setattr(answers, "SHORT_ANSWER", 0)
     in_parts = await served.post(**fields)
-    assert threads
-    assert all(name.startswith("answers") for name in threads)
+    assert writers
+    assert all(name.startswith("answers") for name in writers)
     assert told(served, in_parts, stream=stream) == told(served, at_once, stream=stream)
 
 
