@@ -9,8 +9,7 @@ streams with it and no others; no option is dropped silently.
 import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import aclosing, contextmanager
 
 import msgspec
 import ray
@@ -24,20 +23,17 @@ from ray.serve.schema import LoggingConfig
 
 from model.options import WorkerOptions
 from model.protocol import EngineClient, GenerationRequest
-from model.worker import EngineProcess, Patience
-from server.app import create_app
-from server.chat_template import load_chat_template
+from server.app import create_app_of
 from server.command import local_model
-from server.defaults import NO_DEFAULTS, load_defaults
 from server.logs import configure_logging
 from server.replicas.client import ReplicatedEngine
 from server.replicas.messages import Answer, ReplicaLostError, Report, Routing
 from server.replicas.options import settings_of
 from server.replicas.replica import Replica
 from server.replicas.router import PrefixRouter
-from server.serve import worker_options
+from server.serve import engine_process, worker_options
+from server.served import model_source
 from server.settings import Settings
-from server.tokenizer import load_codec
 
 MOST_CALLS = 100_000  # to one front or replica at once; the front's own limits are below and answer with 429
 DRAIN_SECONDS = 60.0  # that running requests get when a replica is to end
@@ -74,21 +70,21 @@ def app(args: Mapping[str, object]) -> serve.Application:
 class Engine:
     """A replica of the engine. Ray starts another one where this one isn't healthy."""
 
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc] # Ray waits for it
+    # Before a replica counts as there Ray waits for its constructor alone, in the event loop of the calls.
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
         configure_logging(settings)
         local = await asyncio.to_thread(local_model, settings)
-        patience = Patience(silence=settings.worker_timeout, loading=settings.load_timeout)
-        engine = EngineProcess(
-            _own_share(worker_options(local)), patience, has_standby=settings.standby_engine
-        )
+        engine = engine_process(local, _own_share(worker_options(local)))
         self._replica = Replica(serve.get_replica_context().replica_id.unique_id, engine)
         await self._replica.start()
 
     async def generate(self, request: GenerationRequest, routing: Routing) -> AsyncIterator[Answer]:
         """See `Replica.generate`."""
         del routing
-        async for answer in self._replica.generate(request):
-            yield answer
+        # Closed with this generator, and not when it is collected: that is what aborts the request.
+        async with aclosing(self._replica.generate(request)) as answers:
+            async for answer in answers:
+                yield answer
 
     async def stop(self, request_id: str, routing: Routing) -> None:
         """See `Replica.stop`."""
@@ -131,19 +127,7 @@ class Front:
 
 def application(engine: EngineClient, settings: Settings) -> FastAPI:
     """The application of `speed serve` around another engine."""
-    folder = Path(settings.model)
-    template = load_chat_template(
-        folder,
-        settings.chat_template,
-        content_format=settings.chat_template_content_format,
-        trusts_content=settings.allow_special_tokens_in_content,
-        describes_tools=settings.tool_template == "generic",
-    )
-    codec = load_codec(folder)
-    if template is not None and not template.trusts_content:
-        codec.prepare_for_chats()
-    defaults = load_defaults(folder) if settings.generation_config == "auto" else NO_DEFAULTS
-    return create_app(engine, codec, settings, template, defaults)
+    return create_app_of([model_source(settings, lambda: engine)])
 
 
 class RayReplicas:

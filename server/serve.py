@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, cast
 
@@ -29,14 +28,11 @@ from model.protocol import EngineHealth
 from model.worker import EngineProcess, Patience
 from server.announcer import Announcer
 from server.app import create_app_of
-from server.chat_template import load_chat_template
 from server.connections import BoundedProtocol, ConnectionLimits, Crowd
-from server.defaults import NO_DEFAULTS, load_defaults
 from server.listening import bound, open_connections, url_of
 from server.logs import configure_logging
-from server.served import ModelSource
+from server.served import ModelSource, model_source
 from server.settings import Settings, SettingsError, check_variables
-from server.tokenizer import TextCodec, load_codec
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +176,7 @@ def serve(models: Sequence[Settings], *, starts_first: bool = True) -> int:
 def engine_server(models: Sequence[Settings], url: str, *, starts_first: bool = True) -> EngineServer:
     """The server of these models, to be run with sockets of that address."""
     settings = models[0]
-    app = create_app_of([_model_source(each) for each in models], starts_first=starts_first)
+    app = create_app_of([_own_model(each) for each in models], starts_first=starts_first)
     config = uvicorn_config(app, settings)
     first, *others = [each.model_names[0] for each in models]
     announcer = Announcer(first if starts_first else ", ".join([first, *others]), url)
@@ -191,30 +187,16 @@ def engine_server(models: Sequence[Settings], url: str, *, starts_first: bool = 
     return EngineServer(config, served, settings.shutdown_timeout, served, announcer)
 
 
-def _model_source(settings: Settings) -> ModelSource:
-    """What the model is made of; raises SettingsError for a file of it that can't be used."""
-    folder = Path(settings.model)
-    template = load_chat_template(
-        folder,
-        settings.chat_template,
-        content_format=settings.chat_template_content_format,
-        trusts_content=settings.allow_special_tokens_in_content,
-        describes_tools=settings.tool_template == "generic",
-    )
-    defaults = load_defaults(folder) if settings.generation_config == "auto" else NO_DEFAULTS
-    patience = Patience(silence=settings.worker_timeout, loading=settings.load_timeout)
+def _own_model(settings: Settings) -> ModelSource:
+    """A model whose engines are processes of ours; raises SettingsError for a file that can't be used."""
     options = worker_options(settings)
+    return model_source(settings, lambda: engine_process(settings, options))
 
-    def make_engine() -> EngineProcess:
-        return EngineProcess(options, patience, has_standby=settings.standby_engine)
 
-    def load() -> TextCodec:
-        codec = load_codec(folder)
-        if template is not None and not template.trusts_content:
-            codec.prepare_for_chats()
-        return codec
-
-    return ModelSource(settings, make_engine, load, template, defaults)
+def engine_process(settings: Settings, options: WorkerOptions) -> EngineProcess:
+    """An engine that waits as long for its process as the settings say."""
+    patience = Patience(silence=settings.worker_timeout, loading=settings.load_timeout)
+    return EngineProcess(options, patience, has_standby=settings.standby_engine)
 
 
 def connection_limits(settings: Settings) -> ConnectionLimits:

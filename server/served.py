@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from model.protocol import EngineClient, EngineHealth, EngineInfo
 from server.batcher import AdmissionLimits, RequestBatcher
-from server.chat_template import ChatTemplate
-from server.defaults import NO_DEFAULTS, SamplingDefaults
+from server.chat_template import ChatTemplate, load_chat_template
+from server.defaults import NO_DEFAULTS, SamplingDefaults, load_defaults
 from server.errors import ApiError, UnavailableError
 from server.lanes import Lanes
 from server.metrics import MetricFamilies, Metrics
@@ -22,7 +23,7 @@ from server.output.formats import PLAIN, OutputFormats, output_formats
 from server.schemas.models import ModelStatus
 from server.settings import Settings, SettingsError
 from server.state import ServerState
-from server.tokenizer import TextCodec
+from server.tokenizer import TextCodec, load_codec
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,30 @@ class ModelSource:
     load_codec: Callable[[], TextCodec]
     chat_template: ChatTemplate | None = None
     defaults: SamplingDefaults = NO_DEFAULTS
+
+
+def model_source(settings: Settings, make_engine: Callable[[], EngineClient]) -> ModelSource:
+    """A model from the files of its folder, `settings.model`, which may be read later, and engines for it.
+
+    Raises SettingsError for a file that can't be used.
+    """
+    folder = Path(settings.model)
+    template = load_chat_template(
+        folder,
+        settings.chat_template,
+        content_format=settings.chat_template_content_format,
+        trusts_content=settings.allow_special_tokens_in_content,
+        describes_tools=settings.tool_template == "generic",
+    )
+    defaults = load_defaults(folder) if settings.generation_config == "auto" else NO_DEFAULTS
+
+    def load() -> TextCodec:
+        codec = load_codec(folder)
+        if template is not None and not template.trusts_content:
+            codec.prepare_for_chats()
+        return codec
+
+    return ModelSource(settings, make_engine, load, template, defaults)
 
 
 class ServedModel:
@@ -48,6 +73,11 @@ class ServedModel:
         # The load that requests began and wait for; how it ended is its result.
         self.loading: asyncio.Task[ServerState | ApiError] | None = None
         self.holds_place = False  # one of those that may be loaded at once; until its worker has ended
+        self.makes_way = False  # for a model that waits for a place: new requests wait for its next turn
+        self.expected_until = (
+            0.0  # seconds of time.monotonic: those it refused for want of a place come again
+        )
+        self.served_since = time.monotonic()  # when it was loaded
         self.failed_at: float | None = None  # seconds of time.monotonic, if its last load or life failed
         self.last_used = time.monotonic()
         self.num_waiting = 0  # requests that wait for it to be loaded
@@ -89,10 +119,11 @@ class ServedModel:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is loaded and nobody would miss it."""
-        if self.state is None or self.loading is not None or self._num_users or self.num_in_flight:
+        """Whether it is loaded and nobody would miss it; those who wait for its next turn would not."""
+        if self.state is None or self._num_users > self.num_waiting or self.num_in_flight:
             return False
-        return self.health().state != "loading"
+        is_wanted = self.loading is not None or self.num_waiting
+        return not (is_wanted and not self.makes_way) and self.health().state != "loading"
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -127,6 +158,7 @@ class ServedModel:
             created=self._created,
         )
         self.failed_at = None
+        self.makes_way = False
         self.num_lives += 1
         return self.state
 

@@ -5,7 +5,7 @@ replica that can't serve a request says so and takes nothing.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from model.protocol import EngineClient, EngineInfo, EngineUnavailableError, GenerationRequest
 from server.batcher import AdmissionLimits, EventStream, RequestBatcher
@@ -53,7 +53,7 @@ class Replica:
         if health.state == "dead":
             raise EngineDeadError(health.reason)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Answer]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Answer, None]:
         """The events of a request until its last one, or one refusal."""
         try:
             stream = self._batcher.open([request])

@@ -22,7 +22,7 @@ from server.engine_counts import GAUGES
 from server.replicas.census import STALE_SECONDS, Census
 from server.replicas.client import ReplicatedEngine
 from server.replicas.messages import Answer, ReplicaLostError, Report, Routing
-from server.replicas.options import OPTIONS_OF_RAY, settings_of
+from server.replicas.options import OPTIONS_OF_RAY, OPTIONS_OF_SEVERAL, settings_of
 from server.replicas.places import MOST_EARLY, Places
 from server.replicas.replica import EngineDeadError, Replica
 from server.settings import Settings, SettingsError
@@ -488,6 +488,9 @@ def test_texts_and_numbers_are_taken_as_an_option_would_be() -> None:
         ({"max_num_seqs": "0"}, "max_num_seqs '0' is not valid: Input should be greater than or equal to 1"),
         ({"replicas": "2"}, "replicas '2' is not valid: Extra inputs are not permitted"),
         ({"port": "80"}, "port: this is up to Ray Serve"),
+        ({"unload_idle": 60}, "unload_idle 60.0: replicas have one model"),
+        ({"max_loaded": 1}, "max_loaded 1: replicas have one model"),
+        ({"model_dir": "/models"}, "model_dir /models: replicas have one model"),
         ({"api_keys": "kept secret"}, "api_keys is not valid"),
     ],
 )
@@ -497,8 +500,15 @@ def test_an_option_that_is_none_is_refused_by_its_name(args: dict[str, object], 
     assert "secret" not in str(error.value)
 
 
-def test_what_is_left_to_ray_are_options_of_the_server() -> None:
-    assert Settings.model_fields.keys() >= OPTIONS_OF_RAY
+def test_an_option_of_the_environment_is_refused_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The front used to close its engine after so many idle seconds, for good."""
+    monkeypatch.setenv("SPEED_UNLOAD_IDLE", "60")
+    with pytest.raises(SettingsError, match=r"^unload_idle 60\.0: replicas"):
+        settings_of({})
+
+
+def test_what_is_refused_are_options_of_the_server() -> None:
+    assert Settings.model_fields.keys() >= OPTIONS_OF_RAY | OPTIONS_OF_SEVERAL
 
 
 # ---- one replica -------------------------------------------------------------------------------
