@@ -3,11 +3,17 @@
 The first may be loaded when the server starts. Any other is loaded by the first request that names it, and
 unloaded when it has been idle for long, or when another one needs its place. Invariants: at most
 `max_loaded` models have a worker, those whose worker is still ending included; a model in use is never
-unloaded; what becomes of one model changes nothing for requests to another.
+unloaded; what becomes of one model changes nothing for requests to another, but for its place.
 
 What a request meets: while the model that the server starts with is loading, and while an engine that failed
 is started again, 503 at once. For a load that requests began, it waits. Where the place for it isn't free
 within `PLACE_SECONDS`, 503 with Retry-After.
+
+Whose turn it is: models wait for a place in the order in which they were asked for. One that is idle makes
+way at once. Where none is, and the first in line has waited for `TURN_SECONDS`, the one that has served for
+the longest makes way, if that is `TURN_SECONDS` as well: what it runs goes on to its end, and requests that
+come later wait for its next turn. So a model's turn comes after at most a turn, the rest of what runs and a
+load for each one before it in line, and steady traffic to one model keeps no other waiting for ever.
 """
 
 import asyncio
@@ -32,6 +38,7 @@ from server.state import ServerState
 log = logging.getLogger(__name__)
 
 PLACE_SECONDS = 30.0  # that a request waits for a model in use to become idle, so that it can be unloaded
+TURN_SECONDS = 10.0  # that a model in use keeps its place, and that another waits before that one makes way
 RETRY_SECONDS = 30.0  # before a model that failed is tried again
 TICK_SECONDS = 0.05  # between two looks at what waits
 
@@ -51,7 +58,7 @@ class Models:
         self._by_name = {name: model for model in self._models for name in model.names}
         self.load_on_demand = several or self.settings.unload_idle is not None
         self._max_loaded = self.settings.max_loaded or len(sources)
-        self._waiting: list[ServedModel] = []  # for a place, the first come first
+        self._waiting: dict[ServedModel, float] = {}  # for a place, since when; the first come first
         self._tasks: set[asyncio.Task[None]] = set()  # that unload
         self._ticker: asyncio.Task[None] | None = None
         self._draining = False
@@ -172,14 +179,14 @@ class Models:
 
     def must_wait(self, model: ServedModel) -> bool:
         """Whether a request to `model` waits until it is loaded."""
-        return model.state is None or model.loading is not None
+        return model.state is None or model.loading is not None or model.makes_way
 
     async def loaded(self, model: ServedModel) -> ServerState:
         """What serves `model`, which is loaded first if need be.
 
         It must be `used` by the caller. Raises UnavailableError or QueueFullError, which are counted.
         """
-        if model.state is not None and model.loading is None:
+        if model.state is not None and not self.must_wait(model):
             return model.state
         try:
             return await self._wait_for(model)
@@ -200,6 +207,13 @@ class Models:
         model.num_waiting += 1
         try:
             # Not cancelled with those who wait: others may follow them.
+            done, _ = await asyncio.wait({model.loading}, timeout=PLACE_SECONDS)
+            if not done and model in self._waiting:
+                model.expected_until = time.monotonic() + PLACE_SECONDS
+                raise UnavailableError(
+                    f"{self._max_loaded} models are loaded, as many as may be, and all are in use",
+                    MODELS_BUSY,
+                )
             ended = await asyncio.shield(model.loading)
         finally:
             model.num_waiting -= 1
@@ -211,7 +225,7 @@ class Models:
         """Loads `model` when there is a place for it."""
         try:
             await self._take_place(model)
-            return await self._open(model)
+            return model.state or await self._open(model)
         except UnavailableError as error:
             return error
         except Exception as error:
@@ -239,6 +253,7 @@ class Models:
             await self._fail(model)
             raise _failed(model)
         announcer.tick(health)
+        model.served_since = time.monotonic()
         return state
 
     def _check_not_draining(self) -> None:
@@ -251,33 +266,49 @@ class Models:
 
     async def _take_place(self, model: ServedModel) -> None:
         """Waits until `model` may have a worker; raises UnavailableError."""
-        deadline = time.monotonic() + PLACE_SECONDS
-        self._waiting.append(model)
+        self._waiting[model] = time.monotonic()
         try:
             while not self._has_place(model):
                 self._check_not_draining()
-                if time.monotonic() >= deadline:
-                    raise UnavailableError(
-                        f"{self._max_loaded} models are loaded, as many as may be, and all are in use",
-                        MODELS_BUSY,
-                    )
+                if not model.num_waiting and time.monotonic() >= model.expected_until:
+                    raise UnavailableError("nobody waits for the model any more", MODELS_BUSY)
                 await asyncio.sleep(TICK_SECONDS)
         finally:
-            self._waiting.remove(model)
+            del self._waiting[model]
+            if not self._waiting:
+                for other in self._models:
+                    other.makes_way = False
 
     def _has_place(self, model: ServedModel) -> bool:
         """Takes a place for `model`, or sees to it that there will be one if that can be."""
-        if self._waiting[0] is not model or model.holds_place:
-            return False  # another one was first, or its last worker is ending
+        if next(iter(self._waiting)) is not model:
+            return False  # another one was first
+        if model.state is not None:
+            model.makes_way = False  # it still has the place that nobody else wants any more
+            return True
         holders = [other for other in self._models if other.holds_place]
-        if len(holders) < self._max_loaded:
+        if len(holders) < self._max_loaded and not model.holds_place:
             model.holds_place = True
             return True
+        if not self._tasks:  # else one is ending already, which may be the last worker of `model`
+            self._make_room(model, holders)
+        return False
+
+    def _make_room(self, model: ServedModel, holders: Sequence[ServedModel]) -> None:
+        """Unloads one that is idle, or has one in use take no more requests if it is time for that."""
         idle = [other for other in holders if other.is_idle]
-        if idle and not self._tasks:  # else one is making way already
+        if idle:
             longest = min(idle, key=lambda other: other.last_used)
             self._unload(longest, f"{model.name} needs its place")
-        return False
+            return
+        latest = time.monotonic() - TURN_SECONDS
+        if self._waiting[model] > latest or any(other.makes_way for other in holders):
+            return
+        ready = [other for other in holders if other.status == "ready" and other.served_since <= latest]
+        if ready:
+            oldest = min(ready, key=lambda other: other.served_since)
+            oldest.makes_way = True
+            log.info("%s takes no more requests: %s waits for its place", oldest.name, model.name)
 
     # ---- unloading --------------------------------------------------------------------------------
 

@@ -380,6 +380,104 @@ async def test_a_request_that_would_wait_too_long_is_refused(
         assert await served.text_of("b") == "I am b."
 
 
+@asynccontextmanager
+async def steady_traffic(served: Several, names: str) -> AsyncIterator[list[int]]:
+    """Requests to each of `names` of which two run at any time; the statuses of their answers so far."""
+    statuses: list[int] = []
+
+    async def ask_for_ever(name: str, pause: float) -> None:
+        await asyncio.sleep(pause)
+        while True:
+            statuses.append((await served.post(model=name)).status_code)
+
+    tasks = [asyncio.create_task(ask_for_ever(name, pause)) for name in names for pause in (0, 0.025)]
+    try:
+        await until(lambda: all(served.models.find(name).num_in_flight == 2 for name in names))
+        yield statuses
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("names", "max_loaded"), [("a", 1), ("ab", 2)])
+async def test_steady_traffic_to_loaded_models_does_not_keep_another_one_waiting(
+    monkeypatch: pytest.MonkeyPatch, names: str, max_loaded: int
+) -> None:
+    """Two requests to each model overlap, so that it is never idle; the one to "c" still gets its turn.
+
+    It used to be refused after `PLACE_SECONDS`, as often as it came.
+    """
+    monkeypatch.setattr(server.models, "TURN_SECONDS", 0.1)
+    async with several(max_loaded=max_loaded) as served:
+        for name in names:
+            await served.text_of(name)
+            served.engine_of(name).delay = 0.005
+        async with steady_traffic(served, names) as statuses:
+            assert await asyncio.wait_for(served.text_of("c"), timeout=5) == "I am c."
+            first = served.made["a"][0]
+            assert first.is_closed  # of the two, the one that had served for longer
+            assert first.aborted == []  # its requests went on to their end
+            await until(lambda: len(served.made["a"]) == 2 and served.models.find("a").num_in_flight)
+            assert max_loaded == 1 or len(served.made["b"]) == 1
+            assert set(statuses) == {200}
+        assert served.num_open <= max_loaded
+
+
+async def test_a_model_that_was_loaded_keeps_its_turn_while_others_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steady traffic to two models in one place: they take turns, and not at every request."""
+    monkeypatch.setattr(server.models, "TURN_SECONDS", 0.2)
+    async with several("ab", max_loaded=1) as served:
+        served.engine_of("a").delay = 0.005
+        async with steady_traffic(served, "a") as statuses:
+            asks_b = asyncio.create_task(served.post(model="b"))
+            await until(lambda: served.made["b"])
+            assert len(statuses) >= 2  # its own turn came first
+            assert (await asks_b).status_code == 200
+            await until(lambda: len(served.made["a"]) == 2)
+
+
+async def test_a_client_that_leaves_gives_its_models_turn_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that were held back for it are served at once, by the worker that was never unloaded."""
+    monkeypatch.setattr(server.models, "TURN_SECONDS", 0.0)
+    async with several("ab", max_loaded=1) as served:
+        served.engine_of("a").delay = 1000
+        running = served.asgi_call(model="a")
+        await until(lambda: served.models.num_in_flight)
+        asks_b = served.asgi_call(model="b")
+        await until(lambda: served.models.find("a").makes_way)
+        held = asyncio.create_task(served.post(model="a"))
+        await until(lambda: served.models.find("a").num_waiting)
+        assert served.models.num_in_flight == 1
+        served.engine_of("a").delay = 0
+        asks_b.disconnect()
+        await asks_b.finished()
+        assert (await held).status_code == 200
+        assert (len(served.made["a"]), len(served.made["b"])) == (1, 0)
+        running.disconnect()
+        await running.finished()
+        assert await served.text_of("b") == "I am b."
+
+
+async def test_who_was_refused_for_want_of_a_place_finds_it_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that outlasts what a client waits must not send the next try to the end of the line."""
+    monkeypatch.setattr(server.models, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(server.models, "PLACE_SECONDS", 0.05)
+    async with several("ab", max_loaded=1) as served:
+        served.engine_of("a").delay = 1000
+        running = served.asgi_call(model="a")
+        await until(lambda: served.models.num_in_flight)
+        await refused(await served.post(model="b"), "models_busy")
+        await refused(await served.post(model="a"), "models_busy")  # it would keep "b" waiting
+        running.disconnect()
+        await running.finished()
+        await until(lambda: served.made["b"])
+        assert await served.text_of("b") == "I am b."
+        assert await served.text_of("a") == "I am a."
+
+
 async def test_never_more_workers_than_may_be_and_every_request_is_answered() -> None:
     """200 requests for 5 models in 2 places, 16 at once, with waits of their own."""
     chance = random.Random(1)
