@@ -198,6 +198,7 @@ class Harness:
         loop_logprobs: int | None = None,
         exit_threshold: float | None = None,
         ends_alone: bool = False,
+        prompt_logprobs: int | None = None,
     ) -> None:
         """Queues a request."""
         request = GenerationRequest(
@@ -210,6 +211,7 @@ class Harness:
             include_wave=include_wave,
             loop_logprobs=loop_logprobs,
             exit_threshold=exit_threshold,
+            prompt_logprobs=prompt_logprobs,
         )
         depths = policy_depths(policy, num_loops, (), draft_depths)
         drafts = make_policy(policy, depths, self.experience)

@@ -27,10 +27,14 @@ class PassPrice(NamedTuple):
 
 
 class PromptPrice(NamedTuple):
-    """Milliseconds of a prompt's row in a chunk of many; `token` more for each token before it."""
+    """Milliseconds of a prompt's row in a chunk of many; `token` more for each token before it.
+
+    `score` more in the last loop, where the prompt's tokens are scored: that takes the head for every row.
+    """
 
     row: float
     token: float = 0.0
+    score: float = 0.0
 
 
 class ReadoutPrice(NamedTuple):
@@ -52,6 +56,10 @@ class PassCost(Protocol):
 
     def prompt_row(self, context: float) -> float:
         """Milliseconds of a prompt's row behind `context` tokens, read in a chunk with others."""
+
+    @property
+    def scored_row(self) -> float:
+        """Milliseconds more of a prompt's row that scores the token behind it."""
 
     @property
     def most_rows(self) -> int:
@@ -111,6 +119,8 @@ class FixedBudget:
     N rows of a prompt take as long as the pass that they join.
     """
 
+    scored_row = 0.0
+
     def __init__(self, most_rows: int) -> None:
         self.most_rows = most_rows
 
@@ -162,6 +172,11 @@ class MeasuredCost:
         if self.prompt is None:
             return self.price(1, context).row
         return self.prompt.row + self.prompt.token * context
+
+    @property
+    def scored_row(self) -> float:
+        """Milliseconds more of a prompt's row that scores the token behind it."""
+        return 0.0 if self.prompt is None else self.prompt.score
 
     def _over_sequences(self, num_sequences: int, j: int) -> PassPrice:
         i, right = _place(self.num_sequences, num_sequences)

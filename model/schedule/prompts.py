@@ -28,6 +28,47 @@ class PromptRows(NamedTuple):
     milliseconds: float
 
 
+class _Room(NamedTuple):
+    """What a pass has left for prompts: so many rows, and what is not spent of its milliseconds."""
+
+    rows: int
+    milliseconds: float
+    spent: float = 0.0
+
+    def at(self, price: float) -> int:
+        """How many rows of that price fit in."""
+        if self.is_full:
+            return 0
+        time = self.milliseconds - self.spent
+        return self.rows if price * self.rows <= time else int(time / price)
+
+    def less(self, rows: int, price: float) -> "_Room":
+        """What is left behind so many rows."""
+        return self._replace(rows=self.rows - rows, spent=self.spent + rows * price)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further row is to be taken."""
+        return self.rows <= 0 or self.spent >= self.milliseconds
+
+
+class _Price(NamedTuple):
+    """Milliseconds of a row of one prompt, and of one that scores its prompt, in the last loop."""
+
+    row: float
+    scored: float
+
+    @classmethod
+    def of(cls, sequence: Sequence, cost: PassCost) -> "_Price":
+        row = cost.prompt_row(sequence.wave.num_complete)
+        scores = sequence.request.prompt_logprobs is not None
+        return cls(row, row + cost.scored_row * scores)
+
+    def at(self, depth: int, wave: Wave) -> float:
+        """Of a row of the wave that has done so many loops."""
+        return self.scored if depth + 1 == wave.num_loops else self.row
+
+
 class PromptSharing:
     """Chooses prompt rows, pass by pass; `rows_run` counts them."""
 
@@ -43,44 +84,47 @@ class PromptSharing:
     def take(self, readers: Iterable[Sequence], cost: PassCost, milliseconds: float) -> PromptRows:
         """What each of `readers` runs in so much time; enters and cuts their runs."""
         taken: dict[Sequence, int] = {}
-        total, spent = 0, 0.0
+        room = _Room(self.most_rows, milliseconds)
         for sequence in sorted(readers, key=_turn):
-            left, price = self.most_rows - total, cost.prompt_row(sequence.wave.num_complete)
-            room = left if price * left <= milliseconds - spent else int((milliseconds - spent) / price)
-            source = sequence.num_unread_source
-            if source >= room and total:
+            is_first = room.rows == self.most_rows
+            price, source = _Price.of(sequence, cost), sequence.num_unread_source
+            if source >= room.at(price.row) and not is_first:
                 continue  # it is encoded in one piece, in a pass that has room for it or for nothing else
-            room = max(room - source, not total)
-            taken[sequence], rows = self._take(sequence.wave, room, is_first=not total)
-            rows += source if rows else 0
-            total += rows
-            spent += rows * price
-            if total >= self.most_rows or spent >= milliseconds:
+            num_runs, left = self._take(sequence.wave, room.less(source, price.row), price, is_first=is_first)
+            taken[sequence] = num_runs
+            if num_runs:
+                room = left
+            if room.is_full:
                 break
+        total = self.most_rows - room.rows
         self.rows_run += total
-        return PromptRows(taken, total, spent)
+        return PromptRows(taken, total, room.spent)
 
-    def _take(self, wave: Wave, room: int, is_first: bool) -> tuple[int, int]:
-        """The first runs of a wave that fit into `room` rows, their number and rows.
+    def _take(self, wave: Wave, room: _Room, price: _Price, *, is_first: bool) -> tuple[int, _Room]:
+        """The number of first runs of a wave that fit into `room`, and what they leave of it.
 
         Of the prompt whose turn it is, something always fits.
         """
-        num_runs = rows = 0
-        while rows < room:
-            is_first = is_first and not rows
-            if num_runs == len(wave.runs) and not self._enter(wave, room - rows, is_first):
-                break
+        num_runs = 0
+        while not room.is_full or (is_first and not num_runs):
+            least = is_first and not num_runs
+            if num_runs == len(wave.runs):
+                fits = max(room.at(price.at(0, wave)), least)
+                if not self._enter(wave, fits, least):
+                    break
             run = wave.runs[num_runs]
             if run.start >= wave.num_known:
                 break  # a draft behind the prompt
-            if run.num_rows > room - rows:
-                if not is_first:
+            cost = price.at(run.depth, wave)
+            fits = max(room.at(cost), least)
+            if run.num_rows > fits:
+                if not least:
                     break
-                if run.num_rows > room + room // SLACK and not wave.is_whole(run):
-                    wave.split(num_runs, room)
+                if run.num_rows > fits + fits // SLACK and not wave.is_whole(run):
+                    wave.split(num_runs, fits)
             num_runs += 1
-            rows += run.num_rows
-        return num_runs, rows
+            room = room.less(run.num_rows, cost)
+        return num_runs, room
 
     def _enter(self, wave: Wave, room: int, is_first: bool) -> bool:
         """Whether another chunk has entered, of at most `room` rows."""

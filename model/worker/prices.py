@@ -14,6 +14,7 @@ import math
 import os
 import platform
 from collections.abc import Generator
+from copy import copy
 from pathlib import Path
 from time import monotonic, perf_counter, thread_time
 from typing import NamedTuple, TypeVar
@@ -44,6 +45,7 @@ READOUT_ROUNDS = 20
 SEQUENCES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (64, 512)  # tokens
 PROMPT_CONTEXTS = (0, 1024)  # tokens before the chunk of a prompt that is measured
+SCORED_TOP = 1  # log-probabilities beside that of the prompt's own token, where rows that score are measured
 WAVE_ROWS = 4  # of a sequence in the passes that are compared
 OWN_MILLISECONDS = 0.03  # of scheduler and wave for a row: pure Python, outside of the passes measured here
 SAME = 1.5  # times: what a pass may take more than the shortest of its kind on a quiet machine
@@ -302,20 +304,21 @@ def _prompt_price(watch: _Stopwatch) -> Steps[PromptPrice]:
         return PromptPrice(0.0)
     half = chunk // 2
     sequence = _sequence(engine, contexts[-1] + 2 * half)
-    batches = [
-        [
-            ScheduledRun(sequence, context + half, half, 0, 0),
-            ScheduledRun(sequence, context, half, loops - 1, 0),
-        ]
-        for context in contexts
-    ]
+    scored = copy(sequence)  # in the same pages: there may be none for another one
+    scored.request = msgspec.structs.replace(sequence.request, prompt_logprobs=SCORED_TOP)
+
+    def chunk_at(owner: Sequence, context: int) -> list[ScheduledRun]:
+        later = ScheduledRun(owner, context + half, half, 0, 0)
+        return [later, ScheduledRun(owner, context, half, loops - 1, 0)]
+
+    batches = [chunk_at(sequence, context) for context in contexts]
     try:
-        milliseconds = yield from watch.shortest(batches)
+        *plain, with_scores = yield from watch.shortest([*batches, chunk_at(scored, 0)])
     finally:
         _free(engine, [sequence])
-    early, late = milliseconds[0] / (2 * half), milliseconds[-1] / (2 * half)
+    early, late = plain[0] / (2 * half), plain[-1] / (2 * half)
     slope = max(0.0, late - early) / contexts[-1] if contexts[-1] else 0.0
-    return PromptPrice(early, slope)
+    return PromptPrice(early, slope, max(0.0, with_scores - plain[0]) / half)
 
 
 def _readout_price(watch: _Stopwatch) -> Steps[ReadoutPrice]:
@@ -391,7 +394,7 @@ def _file(engine: Engine) -> Path:
     facts = [engine.model.config, info.dtype, device, torch.get_num_threads(), torch.__version__]
     kinds = sorted({type(module).__name__ for module in engine.model.modules()})  # packed, quantised, ...
     facts += [engine.max_model_len, info.max_num_seqs, kinds, SEQUENCES, CONTEXTS, PROMPT_CONTEXTS]
-    facts += [info.backend, usable_cores(), engine.scheduler.limits.prefill_chunk_size]
+    facts += [SCORED_TOP, info.backend, usable_cores(), engine.scheduler.limits.prefill_chunk_size]
     return cache_folder() / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
 
 

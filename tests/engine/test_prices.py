@@ -26,6 +26,7 @@ from tests.tiny_models import tiny_model
 
 GREEDY = SamplingParams(temperature=0)
 BASE, ROW = 20.0, 0.5  # milliseconds of a pass on the quiet machine, and of a row more
+SCORE = 0.25  # of a row that scores its prompt
 Slower = Callable[[int, int], tuple[float, float]]
 Files = Callable[[], list[Path]]
 
@@ -42,7 +43,7 @@ class Machine:
         rows = sum(item.num_rows for item in batch)
         sequences = len({id(item.sequence) for item in batch})
         clock, wall = self.slower(rows, self.num_passes)
-        took = (BASE + ROW * (rows - sequences)) * clock
+        took = (BASE + ROW * (rows - sequences) + SCORE * sum(item.num_prompt_rows for item in batch)) * clock
         return took, took * wall
 
 
@@ -104,6 +105,7 @@ def test_a_quiet_machine_is_measured_once(machine: Machine, files: Files) -> Non
     assert engine.speculates
     assert engine.scheduler.cost.price(1, 64).base == pytest.approx(BASE)
     assert engine.scheduler.cost.price(1, 64).row == pytest.approx(ROW + prices.OWN_MILLISECONDS)
+    assert engine.scheduler.cost.scored_row == pytest.approx(SCORE)
     assert len(files()) == 1
     first, machine.num_passes = machine.num_passes, 0
     again = started()

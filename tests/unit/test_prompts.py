@@ -56,6 +56,26 @@ def test_rows_cost_more_behind_a_long_text() -> None:
     assert (rows[0], rows[-LOOPS] <= 10 / (0.1 + 0.8) + 1) == (64, True)
 
 
+@pytest.mark.parametrize("prompt_logprobs", [None, 0])
+def test_a_pass_keeps_its_time_where_rows_score_their_prompt(prompt_logprobs: int | None) -> None:
+    """Only rows that score cost the head, four times a row here, and only in their last loop.
+
+    They used to cost no more than any row, so that such a prompt made passes of 42 ms of those of 20.
+    """
+    price = PromptPrice(0.5, score=2.0)
+    harness = beside_a_stream(price)
+    harness.add("long", [2] * 100, 1, prompt_logprobs=prompt_logprobs)
+    most, num_scored = 0.0, 0
+    while not harness.text("long"):
+        runs = [run for run in harness.step() if run.sequence.request.request_id == "long"]
+        scored = sum(run.num_prompt_rows for run in runs)
+        num_scored += scored
+        most = max(most, sum(run.num_rows for run in runs) * price.row + scored * price.score)
+    assert num_scored == (0 if prompt_logprobs is None else 99)
+    # What is left of a pass, and a quarter more where a run isn't cut for so little.
+    assert 9 <= most <= 12.5
+
+
 def test_a_stream_gets_a_token_a_pass_beside_a_prompt_as_it_does_alone() -> None:
     """Prompts don't narrow waves: its drafts are worth as much to the one who waits for the next token."""
     harness = beside_a_stream(PromptPrice(0.5), policy="adaptive", error_rate=0.0)
