@@ -1,37 +1,29 @@
 """A cluster on this machine alone: Ray, and what `serve run` makes of docker/cluster.yaml, as a process.
 
-`ClusterProcess` starts it as `ServerProcess` starts a server. The process itself is
-`python -m bench.cluster_process CONFIG REPLICAS`: it says "ready" on standard output when all replicas are,
-and ends when its standard input does. All connections are to loopback addresses.
+`ClusterProcess` starts it as `ServerProcess` starts a server; the process itself is `bench.cluster_main`. All
+connections are to loopback addresses.
 """
 
-import argparse
-import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from bench.options import Extra, positive
+from bench.options import Extra
 from model.machine import child_environment
 
 if TYPE_CHECKING:
     import psutil
     import yaml
-    from ray.serve.schema import ServeStatus
 else:
     psutil, yaml = Extra("psutil"), Extra("yaml")
 
 CONFIG = Path(__file__).resolve().parents[1] / "docker" / "cluster.yaml"
 APPLICATION, ENGINE = "speed", "Engine"
-START_SECONDS, STOP_SECONDS, LOOK_SECONDS = 120.0, 60.0, 0.2
-LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that others know
-STORE_BYTES = 2**27  # of Ray's store of objects: what goes through it here is small
+STOP_SECONDS = 60.0
 DEFAULT_ROUTER = "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter"
 
 
@@ -55,7 +47,7 @@ class ClusterProcess:
         config = Path(self._folder.name) / "cluster.yaml"
         config.write_text(yaml.safe_dump(self._config(num_replicas, settings, ray_routing=ray_routing)))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "bench.cluster_process", str(config), str(num_replicas)],
+            [sys.executable, "-P", "-m", "bench.cluster_main", str(config), str(num_replicas)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log or subprocess.DEVNULL,
@@ -129,50 +121,3 @@ def _family(pid: int) -> "list[psutil.Process]":
         return [*psutil.Process(pid).children(recursive=True)]
     except psutil.Error:
         return []
-
-
-def main() -> int:
-    """The process of a cluster; its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cluster_process", description="A cluster's process."
-    )
-    parser.add_argument("config", help="YAML file, as `serve run` takes it")
-    parser.add_argument("num_replicas", type=positive, help="of the engine, that are waited for")
-    args = parser.parse_args()
-    import ray  # noqa: PLC0415
-    from ray import serve  # noqa: PLC0415
-    from ray.serve.scripts import cli  # noqa: PLC0415
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ray.init(
-        num_cpus=max(args.num_replicas, os.cpu_count() or 1),
-        include_dashboard=False,
-        object_store_memory=STORE_BYTES,
-        log_to_driver=False,
-        namespace="serve",
-        _node_ip_address=LOOPBACK,
-    )
-    try:
-        cli(["run", "--non-blocking", args.config], standalone_mode=False)
-        deadline = time.monotonic() + START_SECONDS
-        while not (is_ready := _is_ready(serve.status(), args.num_replicas)) and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS)
-        print("ready" if is_ready else f"not ready: {serve.status()}".replace("\n", " "), flush=True)
-        sys.stdin.read()
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-    return 0
-
-
-def _is_ready(status: "ServeStatus", num_replicas: int) -> bool:
-    """Whether so many replicas of the engine run, and the front."""
-    application = status.applications.get(APPLICATION)
-    if application is None or application.status != "RUNNING":
-        return False
-    states: dict[str, int] = application.deployments[ENGINE].replica_states
-    return states.get("RUNNING", 0) == num_replicas
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

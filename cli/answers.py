@@ -70,7 +70,7 @@ class Shown:
 
     def _add(self, chunk: Mapping[str, Any]) -> None:
         self._usage = chunk.get("usage") or self._usage
-        for choice in chunk.get("choices", ()):
+        for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
             thought = delta.get("reasoning_content") or ""
             text = choice.get("text") or delta.get("content") or ""

@@ -11,14 +11,15 @@ import secrets
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import httpx
 
 from server.command import UsageError, add_settings, local_model, read_settings
+from server.listening import bound, url_of
+from server.logs import configure_logging
 from server.settings import Settings
-
-if TYPE_CHECKING:
-    import httpx
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # that other clients read as well
 CONNECT_SECONDS = 10.0
@@ -34,7 +35,7 @@ class AnswerError(Exception):
 class Connection:
     """A server, the model that is asked there, and a client for both."""
 
-    def __init__(self, client: "httpx.Client", model: str) -> None:
+    def __init__(self, client: httpx.Client, model: str) -> None:
         self._client = client
         self.model = model
 
@@ -43,8 +44,6 @@ class Connection:
 
         Closing the iterator ends the request, and what the server does for it.
         """
-        import httpx  # noqa: PLC0415
-
         asked = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}, **body}
         try:
             with self._client.stream("POST", path, json=asked) as response:
@@ -52,15 +51,16 @@ class Connection:
                     response.read()
                     raise AnswerError(_told(response.text, response.status_code))
                 for line in response.iter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
-                        yield _chunk(line)
+                    field, _, value = line.partition(":")
+                    if field == "data" and value.strip() != "[DONE]":  # not all put a space before it
+                        yield _chunk(value)
         except httpx.HTTPError as error:
             raise AnswerError(f"the connection broke off: {type(error).__name__}") from None
 
 
-def _chunk(line: str) -> dict[str, Any]:
+def _chunk(data: str) -> dict[str, Any]:
     try:
-        chunk = json.loads(line.removeprefix("data: "))
+        chunk = json.loads(data)
     except ValueError:
         chunk = None
     if not isinstance(chunk, dict):
@@ -86,29 +86,25 @@ def connected(model: str | None, url: str | None) -> Iterator[Connection]:
     At `url` the model is a name; None is the first one there.
     """
     if url is None:
-        with _own_server(model) as (own, key, name), _client(own, key) as client:
+        with _own_server(model) as (client, name):
             yield Connection(client, name)
         return
     with _client(url, os.environ.get(KEY_VARIABLE)) as client:
         yield Connection(client, model or _first_model(client, url))
 
 
-def _client(url: str, key: str | None) -> "httpx.Client":
-    import httpx  # noqa: PLC0415
-
+def _client(url: str, key: str | None, *, may_use_proxy: bool = True) -> httpx.Client:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     # Between two tokens there may be any time: the server sends comments, but other servers don't.
     timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
     base = url.rstrip("/").removesuffix("/v1")
     try:
-        return httpx.Client(base_url=base, headers=headers, timeout=timeout)
+        return httpx.Client(base_url=base, headers=headers, timeout=timeout, trust_env=may_use_proxy)
     except (httpx.InvalidURL, UnicodeError) as error:
         raise UsageError(f"--url {url}: {error}") from None
 
 
-def _first_model(client: "httpx.Client", url: str) -> str:
-    import httpx  # noqa: PLC0415
-
+def _first_model(client: httpx.Client, url: str) -> str:
     try:
         response = client.get("/v1/models", timeout=CONNECT_SECONDS)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -122,10 +118,9 @@ def _first_model(client: "httpx.Client", url: str) -> str:
 
 
 @contextmanager
-def _own_server(model: str | None) -> Iterator[tuple[str, str, str]]:
-    """The address of a server in this process, the key that it asks for, and the name of its model."""
-    from server.listening import bound, url_of  # noqa: PLC0415
-    from server.logs import configure_logging  # noqa: PLC0415
+def _own_server(model: str | None) -> Iterator[tuple[httpx.Client, str]]:
+    """A client of a server in this process, and the name of its model."""
+    # Here, since a client of a server that runs already needs no web framework, which takes 1.2 s.
     from server.serve import engine_server  # noqa: PLC0415
 
     key = secrets.token_urlsafe()
@@ -137,8 +132,9 @@ def _own_server(model: str | None) -> Iterator[tuple[str, str, str]]:
         thread = threading.Thread(target=server.run, args=(sockets,), name="server", daemon=True)
         thread.start()
         try:
-            _wait_until_ready(url, thread)
-            yield url, key, settings.model_names[0]
+            with _client(url, key, may_use_proxy=False) as client:
+                _wait_until_ready(client, thread)
+                yield client, settings.model_names[0]
         finally:
             server.should_exit = True
             thread.join()
@@ -162,14 +158,11 @@ def _is_of_network(name: str) -> bool:
     return extra["group"] in ("network", "TLS", "access", "limits") or name in MODEL_CHOICES
 
 
-def _wait_until_ready(url: str, thread: threading.Thread) -> None:
-    import httpx  # noqa: PLC0415
-
+def _wait_until_ready(client: httpx.Client, thread: threading.Thread) -> None:
+    """Asks as any client would have to: the server lives in the event loop of another thread."""
     while thread.is_alive():
-        try:
-            if httpx.get(f"{url}/ready", timeout=CONNECT_SECONDS).status_code == 200:
+        with suppress(httpx.HTTPError):
+            if client.get("/ready", timeout=CONNECT_SECONDS).status_code == 200:
                 return
-        except httpx.HTTPError:
-            pass
         time.sleep(TICK_SECONDS)
     raise UsageError("the model could not be loaded")  # why, the server has said
