@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from bench.depth_report import PLAIN, SERVER, SPEED, Row, write_report
 from bench.depth_variants import Variant, held_out, train, variants
-from bench.options import numbers, reporting
+from bench.options import numbers, reporting, study_parser
 from bench.prompts import held_out_prompts
 from model.checkpoint.loader import load_model
 from model.engine import Engine
@@ -34,7 +34,6 @@ from training.main import TOKENIZER, UNFINISHED
 from training.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).with_suffix(".toml")
-RESULTS = Path(__file__).with_name("results")
 
 
 class Decoded(NamedTuple):
@@ -72,7 +71,7 @@ def _problem(args: argparse.Namespace, recipe: Recipe, names: list[str]) -> str 
     """What of the options can't be had, said before any work is done for them."""
     if unknown := set(args.only or ()) - set(names):
         return f"--only: {', '.join(sorted(unknown))} is not among {', '.join(names)} (--layers, --depths)"
-    for name, least in {"num_prompts": 1, "prompt_tokens": 1, "max_tokens": 2, "rounds": 1}.items():
+    for name, least in {"num_prompts": 1, "prompt_tokens": 1, "max_tokens": 2}.items():
         if (value := getattr(args, name)) < least:
             return f"--{name.replace('_', '-')} is {value}; it must be at least {least}"
     length, most = args.prompt_tokens + args.max_tokens, recipe.model.max_positions
@@ -183,10 +182,7 @@ def _decode(engine: Engine, request: GenerationRequest) -> Decoded:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.depth_for_free", description=__doc__)
-    parser.add_argument("action", choices=("train", "measure"))
-    parser.add_argument("--runs", type=Path, required=True, help="folder of all runs")
-    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser = study_parser(RECIPE, __doc__, "all runs", "prompts")
     parser.add_argument(
         "--layers", type=numbers, default=None, help="of a block, comma-separated (default: the recipe's)"
     )
@@ -195,10 +191,6 @@ def _parser() -> argparse.ArgumentParser:
         "--only", type=lambda text: text.split(","), help="names such as 2x4, comma-separated"
     )
     parser.add_argument("--device", default="cpu", help="train: cpu or cuda; decoding is measured on the CPU")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
-    parser.add_argument(
-        "--max-minutes", type=float, default=24 * 60.0, help="train: of each model in this slice"
-    )
     parser.add_argument(
         "--compile", action="store_true", help="train: compile the layers (needs a C++ compiler)"
     )
@@ -209,10 +201,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=96, help="measure")
     parser.add_argument("--max-tokens", type=int, default=128, help="measure")
     parser.add_argument("--temperature", type=float, default=0.0, help="measure (default: greedy)")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="measure: over all prompts; the median counts for each prompt"
-    )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="measure: folder of table and plot")
     return parser
 
 

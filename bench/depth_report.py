@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.depth_variants import Variant
-from training.pyplot import pyplot
+from training.pyplot import pyplot, write_losses
 from training.recipe import Recipe
 
 NAME = "depth_for_free"
@@ -173,9 +173,4 @@ def plot(rows: list[Row], path: Path) -> None:
             axes.annotate(
                 _name(row.variant), (x, row.loss[-1]), (4, 4), textcoords="offset points", fontsize=8
             )
-    axes.set_xlabel("milliseconds per token, batch 1")
-    axes.set_ylabel("held-out loss, nats per token")
-    axes.set_xlim(left=0)
-    axes.legend()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    write_losses(figure, axes, path, "milliseconds per token, batch 1")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bench.docstrings import END, LONGEST_TEXT, TOKENIZER, Example, corpus_in
 from bench.encoder_decoder_report import BUCKETS, PLAIN, SPEED, Figures, Row, write_report
 from bench.encoder_decoder_variants import DECODERS, Decoder, held_out_loss, recipe_of, train
-from bench.options import positive, reporting
+from bench.options import positive, reporting, study_parser
 from model.checkpoint.loader import load_model
 from model.engine import Engine
 from model.options import WorkerOptions
@@ -34,7 +34,6 @@ from training.main import UNFINISHED
 from training.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).with_suffix(".toml")
-RESULTS = Path(__file__).with_name("results")
 # Rows are free here, up to the widest wave: it isn't left to a measurement what may run.
 MOST_ROWS = 32
 
@@ -190,19 +189,8 @@ def rouge_l(found: str, wanted: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.encoder_decoder", description=__doc__)
-    parser.add_argument("action", choices=("train", "measure"))
-    parser.add_argument("--runs", type=Path, required=True, help="folder of corpus, tokenizer and all runs")
-    parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all)")
-    parser.add_argument(
-        "--max-minutes", type=float, default=24 * 60.0, help="train: of each model in this slice"
-    )
+    parser = study_parser(RECIPE, __doc__, "corpus, tokenizer and all runs", "texts")
     parser.add_argument("--num-texts", type=positive, default=12, help="measure: of each bucket")
-    parser.add_argument(
-        "--rounds", type=positive, default=3, help="measure: over all texts; the median counts for each text"
-    )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="measure: folder of table and plot")
     return parser
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.encoder_decoder_variants import Decoder
-from training.pyplot import pyplot
+from training.pyplot import pyplot, write_losses
 from training.recipe import Recipe
 
 NAME = "encoder_decoder"
@@ -156,9 +156,4 @@ def plot(rows: list[Row], path: Path) -> None:
         if policy == SPEED:
             arrow = {"arrowstyle": "->", "color": "grey", "shrinkA": 5, "shrinkB": 5}
             axes.annotate("", place, points[decoder, PLAIN], arrowprops=arrow)
-    axes.set_xlabel("milliseconds per token, one text at a time")
-    axes.set_ylabel("held-out loss, nats per token")
-    axes.set_xlim(left=0)
-    axes.legend()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    write_losses(figure, axes, path, "milliseconds per token, one text at a time")

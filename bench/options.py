@@ -80,6 +80,31 @@ def plot_file(text: str) -> Path:
     return output_file(text)
 
 
+def study_parser(recipe: Path, description: str | None, runs: str, items: str) -> argparse.ArgumentParser:
+    """What a study that trains its models and measures them is asked; `recipe` is named like its module.
+
+    `runs` says what the folder of all runs holds, and `items` over what rounds of a measurement go.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{recipe.stem}", description=description)
+    parser.add_argument("action", choices=("train", "measure"))
+    parser.add_argument("--runs", type=Path, required=True, help=f"folder of {runs}")
+    parser.add_argument("--recipe", type=Path, default=recipe)
+    parser.add_argument("--threads", type=count, default=0, help="CPU threads (default: all)")
+    parser.add_argument(
+        "--max-minutes", type=float, default=24 * 60.0, help="train: of each model in this slice"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=3, help=f"measure: over all {items}; the median counts for each"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).with_name("results"),
+        help="measure: folder of table and plot",
+    )
+    return parser
+
+
 class Extra:
     """A package that not everybody has, imported at its first use; ValueError says what to install."""
 

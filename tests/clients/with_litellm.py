@@ -12,6 +12,12 @@ from tests.clients.checks import MODEL, TOO_LONG, TOOL, USER, Server, assert_cal
 from tests.loose import Json
 
 PROMPT = "import os\nimport "
+ONE_CALL: dict[str, Json] = {
+    "tools": [TOOL],
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+    "max_tokens": 200,
+}
 
 
 class Place(BaseModel):
@@ -31,6 +37,13 @@ def chat(server: Server, provider: str = "openai", **fields: Json) -> Json:
 def joined(stream: Json) -> str:
     """The text of a stream."""
     return "".join(part.choices[0].delta.content or "" for part in stream if part.choices)
+
+
+def assert_called(answer: Json) -> Json:
+    """The one call of an answer, which is as the tool's schema says."""
+    (call,) = answer.choices[0].message.tool_calls
+    assert_call(call.function.name, call.function.arguments)
+    return call
 
 
 def check_chat(server: Server) -> None:
@@ -58,17 +71,10 @@ async def check_chat_asynchronously(server: Server) -> None:
 
 def check_tools(server: Server) -> None:
     """Tools with `required`, whole and streamed, and their results sent back"""
-    fields: dict[str, Json] = {
-        "tools": [TOOL],
-        "tool_choice": "required",
-        "parallel_tool_calls": False,
-        "max_tokens": 200,
-    }
-    whole = chat(server, **fields)
-    (call,) = whole.choices[0].message.tool_calls
+    whole = chat(server, **ONE_CALL)
+    call = assert_called(whole)
     assert whole.choices[0].finish_reason == "tool_calls"
-    assert_call(call.function.name, call.function.arguments)
-    rebuilt = litellm.stream_chunk_builder(list(chat(server, stream=True, **fields)), messages=USER)
+    rebuilt = litellm.stream_chunk_builder(list(chat(server, stream=True, **ONE_CALL)), messages=USER)
     (streamed,) = rebuilt.choices[0].message.tool_calls
     assert streamed.function.arguments == call.function.arguments
     result = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
@@ -101,14 +107,7 @@ def check_completions(server: Server) -> None:
 def check_vllm(server: Server) -> None:
     """Its provider for vLLM"""
     assert chat(server, "hosted_vllm").choices[0].message.content == server.chat()
-    fields: dict[str, Json] = {
-        "tools": [TOOL],
-        "tool_choice": "required",
-        "parallel_tool_calls": False,
-        "max_tokens": 200,
-    }
-    (call,) = chat(server, "hosted_vllm", **fields).choices[0].message.tool_calls
-    assert_call(call.function.name, call.function.arguments)
+    assert_called(chat(server, "hosted_vllm", **ONE_CALL))
 
 
 def check_responses(server: Server) -> None:
@@ -128,14 +127,7 @@ def check_messages(server: Server) -> None:
     """Messages by its Anthropic provider, whole, streamed and with a tool"""
     assert chat(server, "anthropic").choices[0].message.content == server.chat()
     assert joined(chat(server, "anthropic", stream=True)) == server.chat()
-    fields: dict[str, Json] = {
-        "tools": [TOOL],
-        "tool_choice": "required",
-        "parallel_tool_calls": False,
-        "max_tokens": 200,
-    }
-    (call,) = chat(server, "anthropic", **fields).choices[0].message.tool_calls
-    assert_call(call.function.name, call.function.arguments)
+    assert_called(chat(server, "anthropic", **ONE_CALL))
 
 
 def check_errors(server: Server) -> None:

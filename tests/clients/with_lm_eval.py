@@ -39,7 +39,8 @@ def evaluate(server: Server, kind: str, path: str) -> list[dict[str, Json]]:
         "5",
     ]
     command += ["--include_path", str(server.folder), "--output_path", str(server.folder / "out")]
-    environment = {**os.environ, "HF_HOME": str(server.folder / "hf")}
+    offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **offline, "HF_HOME": str(server.folder / "hf")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (samples,) = (server.folder / "out").rglob("samples_*.jsonl")

@@ -72,19 +72,24 @@ def check_outputs_by_schemas(server: Server) -> None:
         assert isinstance(agent.run_sync(PROMPT).output, Forecast)
 
 
+def agent_with_tool(model: Model, called: list[str]) -> Agent[None, Forecast]:
+    """An agent whose calls of its tool are noted in `called`."""
+    agent = Agent(model, output_type=ToolOutput(Forecast), model_settings=settings(), retries=0)
+
+    @agent.tool_plain
+    def get_weather(city: Literal["Oslo", "Bergen"]) -> str:
+        """The weather of a city."""
+        called.append(city)
+        return "rain"
+
+    return agent
+
+
 def check_agents(server: Server) -> None:
     """Agents that call a tool, read its result and end with a typed output, calls being `required`"""
+    limits = UsageLimits(request_limit=20)
     for model in models(server):
         called: list[str] = []
-        agent = Agent(model, output_type=ToolOutput(Forecast), model_settings=settings(), retries=0)
-
-        @agent.tool_plain
-        def get_weather(city: Literal["Oslo", "Bergen"]) -> str:
-            """The weather of a city."""
-            called.append(city)  # noqa: B023 - called within this round
-            return "rain"
-
-        outputs = [
-            agent.run_sync(PROMPT, usage_limits=UsageLimits(request_limit=20)).output for _ in range(1)
-        ]
-        assert all(isinstance(output, Forecast) for output in outputs)
+        output = agent_with_tool(model, called).run_sync(PROMPT, usage_limits=limits).output
+        assert isinstance(output, Forecast)
+        assert called  # the seed is such that the noise doesn't begin with the output
