@@ -10,10 +10,11 @@ is started again, 503 at once. For a load that requests began, it waits. Where t
 within `PLACE_SECONDS`, 503 with Retry-After.
 
 Whose turn it is: models wait for a place in the order in which they were asked for. One that is idle makes
-way at once. Where none is, and the first in line has waited for `TURN_SECONDS`, the one that has served for
-the longest makes way, if that is `TURN_SECONDS` as well: what it runs goes on to its end, and requests that
-come later wait for its next turn. So a model's turn comes after at most a turn, the rest of what runs and a
-load for each one before it in line, and steady traffic to one model keeps no other waiting for ever.
+way at once. Where none is, and the first in line has waited for `TURN_SECONDS`, the one whose turn has ended
+first makes way: what it runs goes on to its end, and requests that come later wait for its next turn. A turn
+takes `TURN_SECONDS`, or as long as the load before it. So a model's own comes after at most a turn, the rest
+of what runs and a load for each one before it in line, and steady traffic to one keeps no other waiting for
+ever.
 """
 
 import asyncio
@@ -38,7 +39,8 @@ from server.state import ServerState
 log = logging.getLogger(__name__)
 
 PLACE_SECONDS = 30.0  # that a request waits for a model in use to become idle, so that it can be unloaded
-TURN_SECONDS = 10.0  # that a model in use keeps its place, and that another waits before that one makes way
+TURN_SECONDS = 10.0  # that a model waits before one in use makes way for it, and that it then serves itself
+KEPT_SECONDS = 30.0  # that a model keeps its place in line when those who waited have been refused
 RETRY_SECONDS = 30.0  # before a model that failed is tried again
 TICK_SECONDS = 0.05  # between two looks at what waits
 
@@ -209,7 +211,7 @@ class Models:
             # Not cancelled with those who wait: others may follow them.
             done, _ = await asyncio.wait({model.loading}, timeout=PLACE_SECONDS)
             if not done and model in self._waiting:
-                model.expected_until = time.monotonic() + PLACE_SECONDS
+                model.expected_until = time.monotonic() + KEPT_SECONDS
                 raise UnavailableError(
                     f"{self._max_loaded} models are loaded, as many as may be, and all are in use",
                     MODELS_BUSY,
@@ -238,7 +240,7 @@ class Models:
 
     async def _open(self, model: ServedModel) -> ServerState:
         """Raises SettingsError or UnavailableError for a model that can't be loaded."""
-        announcer = Announcer(model.name)
+        announcer, began = Announcer(model.name), time.monotonic()
         announcer.tick(EngineHealth(state="loading", reason="reading the tokenizer"))
         # In a thread of its own: some take seconds.
         state = model.open(await asyncio.to_thread(model.source.load_codec))
@@ -253,7 +255,8 @@ class Models:
             await self._fail(model)
             raise _failed(model)
         announcer.tick(health)
-        model.served_since = time.monotonic()
+        now = time.monotonic()
+        model.turn_ends = now + max(TURN_SECONDS, now - began)  # lest more time go into loads than into turns
         return state
 
     def _check_not_draining(self) -> None:
@@ -301,12 +304,12 @@ class Models:
             longest = min(idle, key=lambda other: other.last_used)
             self._unload(longest, f"{model.name} needs its place")
             return
-        latest = time.monotonic() - TURN_SECONDS
-        if self._waiting[model] > latest or any(other.makes_way for other in holders):
+        now = time.monotonic()
+        if now < self._waiting[model] + TURN_SECONDS or any(other.makes_way for other in holders):
             return
-        ready = [other for other in holders if other.status == "ready" and other.served_since <= latest]
+        ready = [other for other in holders if other.status == "ready" and other.turn_ends <= now]
         if ready:
-            oldest = min(ready, key=lambda other: other.served_since)
+            oldest = min(ready, key=lambda other: other.turn_ends)
             oldest.makes_way = True
             log.info("%s takes no more requests: %s waits for its place", oldest.name, model.name)
 

@@ -77,7 +77,7 @@ class ServedModel:
         self.expected_until = (
             0.0  # seconds of time.monotonic: those it refused for want of a place come again
         )
-        self.served_since = time.monotonic()  # when it was loaded
+        self.turn_ends = 0.0  # seconds of time.monotonic: until then it makes way only when it is idle
         self.failed_at: float | None = None  # seconds of time.monotonic, if its last load or life failed
         self.last_used = time.monotonic()
         self.num_waiting = 0  # requests that wait for it to be loaded

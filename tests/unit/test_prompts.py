@@ -60,7 +60,7 @@ def test_rows_cost_more_behind_a_long_text() -> None:
 def test_a_pass_keeps_its_time_where_rows_score_their_prompt(prompt_logprobs: int | None) -> None:
     """Only rows that score cost the head, four times a row here, and only in their last loop.
 
-    They used to cost no more than any row, so that such a prompt made passes of 42 ms of those of 20.
+    They used to be priced like any other row: twenty in their last loop took 50 ms where 10 were left.
     """
     price = PromptPrice(0.5, score=2.0)
     harness = beside_a_stream(price)
