@@ -204,19 +204,21 @@ class Models:
         most = model.source.settings.max_queued_requests
         if model.num_waiting >= most:
             raise QueueFullError(f"{most} requests wait for the model to be loaded, the limit", "requests")
-        if model.loading is None:
-            model.loading = asyncio.create_task(self._load(model), name=f"load {model.name}")
+        loading = model.loading
+        if loading is None:
+            loading = asyncio.create_task(self._load(model), name=f"load {model.name}")
+            model.loading = loading
         model.num_waiting += 1
         try:
             # Not cancelled with those who wait: others may follow them.
-            done, _ = await asyncio.wait({model.loading}, timeout=PLACE_SECONDS)
+            done, _ = await asyncio.wait({loading}, timeout=PLACE_SECONDS)
             if not done and model in self._waiting:
                 model.expected_until = time.monotonic() + KEPT_SECONDS
                 raise UnavailableError(
                     f"{self._max_loaded} models are loaded, as many as may be, and all are in use",
                     MODELS_BUSY,
                 )
-            ended = await asyncio.shield(model.loading)
+            ended = await asyncio.shield(loading)
         finally:
             model.num_waiting -= 1
         if isinstance(ended, ApiError):

@@ -94,7 +94,11 @@ class FakeBackend:
             for item in batch
             for position in range(item.start + item.num_rows - item.num_readouts, item.start + item.num_rows)
         ]
-        return PassResult(tokens, {}, [], self.faults.copy(), self._loops(batch, tokens))
+        prompts = [
+            [TokenLogprobs(token, 0.0, 1) for token in readout.token_ids]
+            for readout in Readouts.of(batch).scoring
+        ]
+        return PassResult(tokens, {}, prompts, self.faults.copy(), self._loops(batch, tokens))
 
     def _loops(self, batch: Sequence[ScheduledRun], tokens: list[int]) -> LoopResult:
         """Prefix and depth of each row that is kept, and for a final token an entry for each loop so far."""

@@ -12,9 +12,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from cli.answers import Shown
+from cli.connection import Connection
+from cli.main import main
 from server.app import create_app
 from server.chat_template import ChatTemplate
 from server.serve import DrainingServer, uvicorn_config
@@ -134,8 +137,6 @@ async def test_a_message_that_is_refused_is_said_and_taken_back() -> None:
 async def test_a_server_that_is_not_there_is_one_line_and_status_2(
     url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cli.main import main  # noqa: PLC0415
-
     if "\x00" not in url:
         assert main(["complete", "x", "--url", url]) == 2
         error = capsys.readouterr().err
@@ -247,6 +248,16 @@ def test_a_server_that_counts_no_passes_is_shown_without_them(capsys: pytest.Cap
     said = capsys.readouterr().err
     assert said.startswith("(2 tokens, ")
     assert "passes" not in said
+
+
+def test_a_stream_as_other_servers_write_it_is_read() -> None:
+    """Without a blank behind the colon, and with null for no choices: the text was lost, or a traceback."""
+    lines = ['data:{"choices":[{"delta":{"content":"a"}}]}', 'data:{"choices":null}', "data:[DONE]"]
+    answer = httpx.Response(200, text="\n\n".join(lines) + "\n\n")
+    with httpx.Client(transport=httpx.MockTransport(lambda _: answer), base_url="http://a") as client:
+        shown = Shown(io.StringIO())
+        assert shown.show(Connection(client, "m").stream("/v1/chat/completions", {}))
+    assert shown.text == "a"
 
 
 def test_an_interrupted_answer_ends_its_request() -> None:
