@@ -131,7 +131,7 @@ def run(server: ServerProcess, args: argparse.Namespace, *, speculation: bool) -
 
     begin = time.perf_counter()
     with ThreadPoolExecutor(args.concurrency) as threads:
-        outcomes = list(threads.map(ask, range(args.requests)))
+        outcomes = list(threads.map(ask, range(args.first, args.first + args.requests)))
     return outcomes, time.perf_counter() - begin
 
 
@@ -141,6 +141,7 @@ def report(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
     flags += ["--tool-template", "generic", "--row-budget", str(ROW_BUDGET)]
     with ServerProcess(*flags) as server:
         size = f"{args.requests} requests with a call required, {args.concurrency} at once"
+        size += f", from number {args.first} on" if args.first else ""
         yield f"{size}, {os.cpu_count()} cores", True
         found = {}
         for on in (True, False):
@@ -170,6 +171,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tool_calls", description=__doc__)
     parser.add_argument("--model", default=None, help="default: the embedded one")
     parser.add_argument("--requests", type=positive, default=200)
+    parser.add_argument(
+        "--first", type=positive, default=0, help="number of the first request, for a run in parts"
+    )
     parser.add_argument("--concurrency", type=positive, default=16)
     parser.add_argument("--output", type=output_file, default=None, help="file for what is printed")
     args = parser.parse_args()

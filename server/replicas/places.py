@@ -6,15 +6,13 @@ may have dropped a page, or have read it for another front), and a wrong one cos
 """
 
 import hashlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
-MOST_EARLY = 256  # ends that are known before their beginnings: those of the last milliseconds
-
 
 class Places:
-    """What this process has sent where, and what of it still runs."""
+    """What this process has sent where, or is about to send, and what of it still runs."""
 
     def __init__(self, slack: int) -> None:
         """`slack`: how many more requests than the least busy replica one with the right pages may have."""
@@ -22,7 +20,6 @@ class Places:
         self._kept: dict[str, OrderedDict[bytes, None]] = {}  # oldest first
         self._running: dict[str, str] = {}  # request -> replica
         self._load: Counter[str] = Counter()
-        self._early: deque[str] = deque(maxlen=MOST_EARLY)
 
     def load(self, replica: str) -> int:
         """Requests that run there or wait there."""
@@ -48,27 +45,41 @@ class Places:
 
         return max((each for each in replicas if self.load(each) <= least + self._slack), key=merit)
 
+    def chosen(self, request: str, replica: str, pages: Sequence[bytes], pages_kept: int) -> None:
+        """A request is to go there: at once it counts as running there, and its pages as read there.
+
+        Not only when the replica has it: what comes meanwhile would go elsewhere, and be read twice.
+        """
+        self._count_at(request, replica)
+        self._remember(replica, pages, pages_kept)
+
     def sent(self, request: str, replica: str, pages: Sequence[bytes], pages_kept: int) -> None:
-        """A request went there; its pages will be the last to be dropped of at most `pages_kept`."""
-        if request in self._early:
-            self._early.remove(request)
-        else:
-            self._running[request] = replica
-            self._load[replica] += 1
+        """A request went there, which may be another replica than was chosen, and may have ended already."""
+        if request in self._running:
+            self._count_at(request, replica)
+        self._remember(replica, pages, pages_kept)
+
+    def ended(self, request: str) -> None:
+        """The request has its answer, lost its replica or was left before it had one."""
+        replica = self._running.pop(request, None)
+        if replica is not None:
+            self._load[replica] -= 1
+
+    def _count_at(self, request: str, replica: str) -> None:
+        self.ended(request)
+        self._running[request] = replica
+        self._load[replica] += 1
+
+    def _remember(self, replica: str, pages: Sequence[bytes], pages_kept: int) -> None:
+        """These pages will be the last to be dropped of at most `pages_kept`."""
+        if not pages:  # also of calls that bring no prompt, and know nothing of `pages_kept`
+            return
         kept = self._kept.setdefault(replica, OrderedDict())
         for page in reversed(pages):  # the end of a text is the first to be dropped
             kept[page] = None
             kept.move_to_end(page)
         while len(kept) > pages_kept:
             kept.popitem(last=False)
-
-    def ended(self, request: str) -> None:
-        """The request has its answer, or lost its replica. That may be told before `sent` is."""
-        replica = self._running.pop(request, None)
-        if replica is None:
-            self._early.append(request)
-        else:
-            self._load[replica] -= 1
 
     def keep(self, replicas: Iterable[str]) -> None:
         """These are there now; what was known of others is forgotten."""

@@ -4,6 +4,8 @@ Ray makes a router in every process that calls the deployment. It knows what was
 is all there is while one front serves.
 """
 
+import asyncio
+
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from server.replicas.messages import Routing
@@ -28,7 +30,10 @@ class PrefixRouter(RequestRouter):
         pending_request.routing_context.should_backoff = True  # lest it ask again and again without a pause
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         self._places.keep(by_name)
-        names = self._ranked(_routing(pending_request), list(by_name))
+        routing = _routing(pending_request)
+        names = self._ranked(routing, list(by_name))
+        if names:
+            self._choose(pending_request, names[0], routing)
         return [[by_name[name]] for name in names]
 
     def on_request_routed(
@@ -44,6 +49,17 @@ class PrefixRouter(RequestRouter):
         """Called by Ray when a call has ended, however it did."""
         del replica_id
         self._places.ended(internal_request_id)
+
+    def _choose(self, call: PendingRequest, replica: str, routing: Routing) -> None:
+        """Notes where a call is to go until Ray says where it went, or that its caller has left."""
+        request = call.metadata.internal_request_id
+        self._places.chosen(request, replica, routing.pages, routing.pages_kept)
+
+        def left(future: "asyncio.Future[RunningReplica]") -> None:
+            if future.cancelled():
+                self._places.ended(request)
+
+        call.future.add_done_callback(left)
 
     def _ranked(self, routing: Routing, names: list[str]) -> list[str]:
         """The best replica, then the less busy ones; none where the one that was named is gone."""

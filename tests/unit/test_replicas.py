@@ -23,7 +23,7 @@ from server.replicas.census import STALE_SECONDS, Census
 from server.replicas.client import ReplicatedEngine
 from server.replicas.messages import Answer, ReplicaLostError, Report, Routing
 from server.replicas.options import OPTIONS_OF_RAY, OPTIONS_OF_SEVERAL, settings_of
-from server.replicas.places import MOST_EARLY, Places
+from server.replicas.places import Places
 from server.replicas.replica import EngineDeadError, Replica
 from server.settings import Settings, SettingsError
 from tests.fake_engine import INFO, STATS, FakeEngine
@@ -60,7 +60,7 @@ def test_a_beginning_is_read_once_however_many_replicas_there_are() -> None:
     where: dict[str, str] = {}
     for number, text in enumerate(3 * texts):
         chosen = places.best(pages(text, 6), NAMES)
-        places.sent(str(number), chosen, pages(text, 6), 1000)
+        places.chosen(str(number), chosen, pages(text, 6), 1000)
         places.ended(str(number))
         assert where.setdefault(text, chosen) == chosen
     assert set(where.values()) == set(NAMES)  # and not all in one place
@@ -68,8 +68,8 @@ def test_a_beginning_is_read_once_however_many_replicas_there_are() -> None:
 
 def test_the_longest_beginning_decides() -> None:
     places = Places(slack=4)
-    places.sent("1", "a", pages("xxab", 2), 100)
-    places.sent("2", "b", pages("xxab", 4), 100)
+    places.chosen("1", "a", pages("xxab", 2), 100)
+    places.chosen("2", "b", pages("xxab", 4), 100)
     assert places.best(pages("xxabcd", 6), NAMES) == "b"
 
 
@@ -77,7 +77,7 @@ def test_a_busy_replica_gets_no_more_than_its_slack() -> None:
     places = Places(slack=2)
     held = pages("abcd", 4)
     for number in range(30):
-        places.sent(str(number), places.best(held, NAMES), held, 100)
+        places.chosen(str(number), places.best(held, NAMES), held, 100)
         loads = [places.load(name) for name in NAMES]
         assert max(loads) - min(loads) <= 3
     assert sum(loads) == 30
@@ -85,11 +85,11 @@ def test_a_busy_replica_gets_no_more_than_its_slack() -> None:
 
 def test_a_replica_that_read_nothing_counts_by_its_queue_alone() -> None:
     places = Places(slack=4)
-    places.sent("1", "a", [], 0)
-    places.sent("2", "b", [], 0)
+    places.chosen("1", "a", [], 0)
+    places.chosen("2", "b", [], 0)
     assert places.best([], NAMES) == "c"
     places.ended("2")
-    places.sent("3", "c", [], 0)
+    places.chosen("3", "c", [], 0)
     assert places.best([], NAMES) == "b"
 
 
@@ -100,27 +100,55 @@ def test_two_fronts_send_a_new_beginning_to_one_place() -> None:
 
 def test_what_does_not_fit_into_the_cache_is_forgotten_first_the_ends_of_old_texts() -> None:
     places = Places(slack=4)
-    places.sent("1", "a", pages("abcd", 4), 6)
-    places.sent("2", "a", pages("xyzw", 4), 6)
+    places.chosen("1", "a", pages("abcd", 4), 6)
+    places.chosen("2", "a", pages("xyzw", 4), 6)
     assert places.num_held("a", pages("abcd", 4)) == 2
     assert places.num_held("a", pages("xyzw", 4)) == 4
 
 
 def test_a_replica_that_is_gone_is_forgotten_and_its_name_can_come_back() -> None:
     places = Places(slack=4)
-    places.sent("1", "a", pages("ab", 2), 10)
+    places.chosen("1", "a", pages("ab", 2), 10)
     places.keep(["b"])
     assert places.num_held("a", pages("ab", 2)) == 0
 
 
-def test_an_end_that_is_told_before_the_beginning_leaves_no_load() -> None:
+def test_calls_that_bring_no_prompt_leave_what_is_known_of_a_replica() -> None:
+    """Reports are asked for twice a second; each of them once emptied what was known of its replica."""
     places = Places(slack=4)
-    for number in range(3 * MOST_EARLY):
-        places.ended(str(number))
-        places.sent(str(number), "a", [], 0)
-        assert places.load("a") == 0
-    places.sent("x", "a", [], 0)
-    places.ended("x")
+    places.chosen("1", "a", pages("abcd", 4), 100)
+    for name in NAMES:
+        places.chosen("report", name, [], 0)
+        places.sent("report", name, [], 0)
+        places.ended("report")
+    assert places.num_held("a", pages("abcd", 4)) == 4
+
+
+def test_what_comes_together_goes_to_one_place_before_anything_was_sent() -> None:
+    places = Places(slack=4)
+    where = set()
+    for number in range(4):
+        where.add(places.best(pages("abcd", 4), NAMES))
+        places.chosen(str(number), min(where), pages("abcd", 4), 100)
+    assert len(where) == 1
+
+
+def test_a_request_that_went_elsewhere_than_was_chosen_counts_where_it_is() -> None:
+    places = Places(slack=4)
+    places.chosen("1", "a", pages("ab", 2), 100)
+    places.sent("1", "b", pages("ab", 2), 100)
+    assert [places.load(name) for name in NAMES] == [0, 1, 0]
+    assert places.num_held("b", pages("ab", 2)) == 2
+    places.ended("1")
+    assert [places.load(name) for name in NAMES] == [0, 0, 0]
+
+
+def test_no_load_is_left_by_a_request_that_ended_before_it_was_told_where_it_went() -> None:
+    places = Places(slack=4)
+    places.chosen("1", "a", [], 0)
+    places.ended("1")
+    places.sent("1", "a", [], 0)
+    places.ended("1")
     assert places.load("a") == 0
 
 
