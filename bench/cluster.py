@@ -40,7 +40,7 @@ CACHE_TOKENS = 5120  # of one replica, which hold 10 whole sessions
 NUM_CLIENTS, NUM_TOKENS, NUM_STREAMS = 64, 200, 128
 END_SECONDS = 60.0  # a stream that has not ended so long after the fault hangs
 # (sessions, prompts of each): few prompts that share a beginning, many, more sessions than one cache holds
-SHAPES = {"pairs": (24, 2), "eights": (6, 8), "sessions": (16, 6)}
+SHAPES = {"pairs": (16, 2), "eights": (6, 8), "sessions": (16, 6)}
 NUM_ROUNDS = 4  # of each shape with other prompts: where a router draws lots one round says little
 
 
