@@ -6,6 +6,7 @@ from server.errors import ContextLengthError, InvalidRequestError
 from server.gateways.messages import messages_to_chat
 from server.gateways.responses import responses_to_chat
 from server.gateways.translation import Names, Turns
+from server.schemas.chat import ChatRequest
 from server.schemas.messages import MessagesRequest
 from server.schemas.responses import ResponsesRequest
 from tests.loose import Json
@@ -103,3 +104,36 @@ def test_turns_of_as_many_entries_as_a_body_may_have() -> None:
     body = ResponsesRequest.model_validate({"model": "m", "input": items})
     (message,) = responses_to_chat(body).chat.messages
     assert message.thoughts == "x" * 4096
+
+
+def chat_of(**fields: Json) -> ChatRequest:
+    """The chat request that a request to /v1/messages is made into."""
+    body = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]} | fields
+    return messages_to_chat(MessagesRequest.model_validate(body)).chat
+
+
+@pytest.mark.parametrize("system", ["", [], [{"type": "text", "text": ""}]], ids=str)
+def test_a_system_text_that_says_nothing_is_no_message(system: Json) -> None:
+    assert [message.role for message in chat_of(system=system).messages] == ["user"]
+
+
+@pytest.mark.parametrize("is_one", [True, False])
+def test_at_most_one_call_is_asked_for_where_more_are_disabled(is_one: bool) -> None:
+    tools = [{"name": "f", "input_schema": {"type": "object"}}]
+    for kind in ("auto", "any"):
+        choice = {"type": kind, "disable_parallel_tool_use": is_one}
+        assert chat_of(tools=tools, tool_choice=choice).parallel_tool_calls is not is_one
+
+
+def test_a_variable_of_the_template_that_is_named_goes_before_thinking() -> None:
+    named = {"enable_thinking": False}
+    chat = chat_of(thinking={"type": "enabled", "budget_tokens": 1024}, chat_template_kwargs=named)
+    assert chat.chat_template_kwargs == named
+
+
+def test_an_answer_that_ended_with_a_call_is_not_to_go_on() -> None:
+    said: Json = {"type": "text", "text": "Well."}
+    call: Json = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+    for blocks, goes_on in (([said], True), ([said, call], False), ([call], False)):
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": blocks}]
+        assert chat_of(messages=messages).continue_final_message is goes_on
