@@ -33,9 +33,9 @@ class WeightReading(NamedTuple):
         )
 
 
-def memory_bandwidth(device: torch.device) -> float:
-    """Bytes per second at which a sum reads a large buffer: the best of a few tries."""
-    buffer = torch.ones(BUFFER_BYTES // 4, dtype=torch.float32, device=device)
+def memory_bandwidth(device: torch.device, size: int = BUFFER_BYTES) -> float:
+    """Bytes per second at which a sum reads a large buffer of so many bytes: the best of a few tries."""
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
     best = float("inf")
     for _ in range(REPEATS):
         started = time.perf_counter()

@@ -11,11 +11,11 @@ import msgspec
 
 DraftPolicyName = Literal["adaptive", "single", "gated", "recheck", "lookup", "none"]
 POLICIES: tuple[DraftPolicyName, ...] = get_args(DraftPolicyName)
-BackendName = Literal["auto", "torch", "native"]
+BackendName = Literal["auto", "torch", "native", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationName = Literal["auto", "none", "int8", "int4"]
-DEFAULT_BACKEND: BackendName = "auto"  # native where it runs, else torch
+DEFAULT_BACKEND: BackendName = "auto"  # native on a CPU, cuda on a GPU, where they run; else torch
 LOG_FORMAT = "%(levelname)s:     %(name)s: %(message)s"  # of the server's process and of the engine's
 MAX_QUOTE = 80  # characters of a name that a message repeats
 DEFAULT_ROW_BUDGET = 32  # rows of a pass without measured prices beyond which nothing is speculated

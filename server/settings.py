@@ -231,7 +231,8 @@ class Settings(BaseSettings):
         DEFAULT_BACKEND,
         json_schema_extra=MODEL,
         description="what runs the passes: native, the compiled library for CPUs (docs/models.md says how "
-        "it is compiled), torch, or auto: native where the library is there and covers the model",
+        "it is compiled), cuda, kernels for NVIDIA GPUs, torch, or auto: native or cuda, whichever is for "
+        "the device, where it covers the model, else torch",
     )
     dtype: DtypeName = Field(
         "auto",

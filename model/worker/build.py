@@ -17,6 +17,7 @@ from model.network.arithmetic import multiplies_bf16
 from model.network.config import LoopedConfig
 from model.options import QuantizationName, WorkerOptions
 from model.passes.backend import BackendMaker
+from model.passes.cuda.choosing import CudaUnavailableError, cuda_maker
 from model.passes.native.backend import NativeOptions
 from model.passes.native.library import NativeUnavailableError, load
 from model.passes.native.library import choose as choose_level
@@ -35,7 +36,7 @@ class ModelOutputError(ValueError):
 class Choice(NamedTuple):
     """What is known before any weight is read: how the weights are held, and what runs the passes.
 
-    `why_torch` is empty unless torch serves for want of the native library.
+    `why_torch` is empty unless torch serves for want of the library or the kernels that are for the device.
     """
 
     device: torch.device
@@ -68,7 +69,7 @@ def build_engine(options: WorkerOptions, report: Callable[[str], None] = lambda 
         torch.set_num_threads((options.threads or usable_cores()) if runs_in_torch else 1)
     vocabulary = load_vocabulary(Path(options.model_path), loaded.config)
     engine = Engine(loaded.model, options, vocabulary, choice.maker)
-    if not runs_in_torch:
+    if isinstance(choice.maker, NativeOptions):
         release(loaded.model)  # the library has the weights in a layout of its own
     report("running a first request")
     _warm_up(engine)
@@ -90,7 +91,8 @@ def choose(options: WorkerOptions) -> Choice:
     if runs_in_torch and options.deterministic:
         reason = f" ({why_torch})" if why_torch else ""
         raise ValueError(
-            "--deterministic holds for passes of the native library, on a CPU; torch would run them here"
+            "--deterministic holds for passes of the cuda backend and of the native library, on a CPU; torch "
+            "would run them here"
             f"{reason}, and its products round by the number of rows in a pass"
         )
     quantization = options.quantization
@@ -108,18 +110,23 @@ def choose(options: WorkerOptions) -> Choice:
 def choose_backend(
     options: WorkerOptions, config: LoopedConfig, device: torch.device
 ) -> tuple[BackendMaker, str]:
-    """What runs the passes, and why torch does if the native library was to be taken but can't be.
+    """What runs the passes, and why torch does if what is for the device was to be taken but can't be.
 
-    Raises ValueError where the native library is asked for and can't be had.
+    Raises ValueError where a backend is asked for and can't be had.
     """
-    if options.backend == "torch" or (options.backend == "auto" and device.type != "cpu"):
+    if options.backend == "torch":
         return TorchMaker(), ""
+    wanted = options.backend
+    if wanted == "auto":
+        wanted = "cuda" if device.type == "cuda" else "native"
     try:
+        if wanted == "cuda":
+            return cuda_maker(config, device), ""
         load(choose_level())
         check_covered(config, device)
-    except NativeUnavailableError as error:
-        if options.backend == "native":
-            raise ValueError(f"backend native: {error}") from None
+    except (NativeUnavailableError, CudaUnavailableError) as error:
+        if options.backend != "auto":
+            raise ValueError(f"backend {wanted}: {error}") from None
         return TorchMaker(), str(error)
     return NativeOptions(threads=options.threads or usable_cores()), ""
 
@@ -128,10 +135,13 @@ def warnings_of(options: WorkerOptions, choice: Choice) -> list[str]:
     """What a user should know of a choice: what was asked for changes nothing, or costs a lot of time."""
     warnings = []
     if choice.why_torch:
-        warnings.append(f"torch runs the passes, several times slower for a small model: {choice.why_torch}")
+        slower = "several times slower for a small model" if choice.device.type == "cpu" else "more slowly"
+        warnings.append(f"torch runs the passes, {slower}: {choice.why_torch}")
     if not isinstance(choice.maker, TorchMaker):
         if options.deterministic is not None:
-            warnings.append("--deterministic changes nothing: passes of the native library always are")
+            warnings.append(
+                f"--deterministic changes nothing: passes of the {choice.maker.name} backend always are"
+            )
     elif options.dtype == "bfloat16" and not multiplies_bf16(choice.device):
         warnings.append(
             "this CPU has no bfloat16 products: with torch, dtype float32 takes twice the memory and far "

@@ -19,6 +19,8 @@ put_in_place()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what needs the native library where there is none."""
+    """Skips what needs the native library, or a GPU, where there is none."""
     if item.get_closest_marker("native") and not HAS_LIBRARY:
         pytest.skip("there is no native library here")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")

@@ -1,0 +1,1 @@
+"""Triton kernels of a pass; `operations.py` beside this package launches them."""
