@@ -12,7 +12,7 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import msgspec
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from bench.latency import DEFAULT_MODEL
 from bench.options import positive, reporting
 from bench.prompts import prompts_for
 from model.engine import Engine
-from model.options import DEFAULT_ROW_BUDGET, WorkerOptions
+from model.options import DEFAULT_ROW_BUDGET, KVCacheDtypeName, WorkerOptions
 from model.protocol import GenerationRequest, SamplingParams
 from model.worker.build import build_engine
 
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
     parser.add_argument("--quantization", default="none", choices=("none", "int8", "int4"))
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=get_args(KVCacheDtypeName))
     parser.add_argument("--backend", default="native", choices=("native", "torch"))
     parser.add_argument("--num-requests", type=positive, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -131,6 +132,7 @@ def build_engines(args: argparse.Namespace) -> Engines:
         device="cpu",
         dtype=args.dtype,
         quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         backend=args.backend,
         threads=1,
     )
@@ -150,7 +152,7 @@ def build_engines(args: argparse.Namespace) -> Engines:
 
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
     """Compares what is not in the state file yet; the records of all that is done."""
-    path = args.state or Path(f"determinism-{args.dtype}-{args.quantization}-{args.backend}.jsonl")
+    path = args.state or Path(f"determinism-{'-'.join(map(str, _kind(args).values()))}.jsonl")
     header = {**_kind(args), "seed": args.seed}
     records = read_state(path, header)
     deadline = None if args.max_minutes is None else time.monotonic() + args.max_minutes * 60
@@ -175,7 +177,12 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def _kind(args: argparse.Namespace) -> dict[str, object]:
-    return {"dtype": args.dtype, "quantization": args.quantization, "backend": args.backend}
+    return {
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "backend": args.backend,
+    }
 
 
 @reporting("python -m bench.determinism")

@@ -10,7 +10,7 @@ import resource
 import statistics
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from tqdm import tqdm
@@ -23,7 +23,14 @@ from model.checkpoint.hub import model_folder
 from model.checkpoint.loader import DTYPES, load_model, load_skeleton
 from model.engine import Engine
 from model.network.looped import LoopedTransformer
-from model.options import BACKENDS, DEFAULT_BACKEND, ENGINE_DEFAULTS, POLICIES, WorkerOptions
+from model.options import (
+    BACKENDS,
+    DEFAULT_BACKEND,
+    ENGINE_DEFAULTS,
+    POLICIES,
+    KVCacheDtypeName,
+    WorkerOptions,
+)
 from model.protocol import GenerationRequest, SamplingParams, SequenceStats
 from model.worker.build import build_engine, choose, resolve_device
 
@@ -58,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-depths", type=numbers, default=None, help="comma-separated (default: the model's)"
     )
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=get_args(KVCacheDtypeName))
     parser.add_argument("--backend", default=DEFAULT_BACKEND, choices=BACKENDS)
     parser.add_argument("--draft-policy", default=ENGINE_DEFAULTS.draft_policy, choices=POLICIES)
     parser.add_argument(
@@ -104,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         "dtype": info.dtype,
         "device": info.device,
         "quantization": args.quantization,
+        "kv_cache_dtype": info.kv_cache_dtype,
         "backend": info.backend,
         "load_seconds": load_seconds,
         "peak_memory_bytes": peak,
@@ -134,6 +143,7 @@ def _options(args: argparse.Namespace, folder: Path) -> WorkerOptions:
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         threads=args.threads,
         draft_depths=None if args.draft_depths is None else tuple(args.draft_depths),
         draft_policy=args.draft_policy,

@@ -9,6 +9,7 @@ and its number alone: `--first N --cases 1` runs one again.
 
 import argparse
 import ctypes
+import functools
 import random
 import weakref
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from model.network.config import (
 from model.network.int4 import round_linears_to_int4
 from model.network.int8 import quantize_linears
 from model.network.looped import LoopedTransformer
+from model.options import KVCacheDtypeName
+from model.passes.kv import KV_DTYPES, read_back
 from model.passes.native import backend, weights
 from model.passes.native.backend import NativeOptions, NativePasses, RowArrays
 from model.passes.native.structs import PAGE
@@ -45,9 +48,10 @@ MOST_CHUNKS = 4  # of a text
 # Not interpolation, whose models have norms and scales of their own.
 PLACEMENTS = (NormPlacement.PRE, NormPlacement.SANDWICH, NormPlacement.POST_ADD, NormPlacement.OUTPUT)
 WEIGHTS = ("fp32", "bf16", "int8", "int4")
-# Of the largest logit: rounding of activations to 1 / 32258 of a row's largest, and of K/V to fp16, adds up.
+# Of the largest logit: rounding of activations to 1 / 32258 of a row's largest adds up. K/V is rounded in the
+# reference too, but a number that stands between two steps may be rounded to the other one.
 LIMITS = {"fp32": 2e-4, "bf16": 2e-4, "int8": 1e-2, "int4": 1e-2}
-HALF_LIMIT = 3e-2
+KV_LIMITS: dict[KVCacheDtypeName, float] = {"float32": 0.0, "float16": 1e-2, "bfloat16": 2e-2, "int8": 5e-2}
 OTHERS = 0x6B  # every byte of memory that others have used: about 3,800 in fp16, 2.8e26 in fp32
 
 Floats = NDArray[np.float32]
@@ -64,7 +68,7 @@ class Case(NamedTuple):
     @property
     def limit(self) -> float:
         """The largest difference, as a share of the largest logit."""
-        return max(LIMITS[self.weights], HALF_LIMIT if self.options.half_cache else 0.0)
+        return max(LIMITS[self.weights], KV_LIMITS[self.options.held_in])
 
 
 @dataclass
@@ -125,7 +129,10 @@ def draw_case(rng: random.Random) -> Case:
         texts.append(Text(tokens, chunks, pages, loops, state, prefix, source, source_pages, done))
     kind = rng.choice(WEIGHTS)
     options = NativeOptions(
-        threads=rng.randint(1, 3), half_cache=rng.random() < 0.3, int4=kind == "int4", spin_microseconds=20
+        threads=rng.randint(1, 3),
+        kv_dtype=rng.choice([*KV_LIMITS]),
+        int4=kind == "int4",
+        spin_microseconds=20,
     )
     return Case(config, kind, options, texts)
 
@@ -329,6 +336,7 @@ def run_case(seed: int, number: int, level: str | None) -> tuple[Case, float]:
     while running := [text for text in case.texts if not text.is_read]:
         run_pass(passes, rng.sample(running, rng.randint(1, len(running))), rng)
     worst = 0.0
+    reference.read_back = functools.partial(read_back, dtype=KV_DTYPES[options.held_in])
     for text in case.texts:
         loaded, prefix = LoadedModel(reference, case.config), text.prefix or None
         wanted = loaded.logits(text.tokens, text.loops, text.state, prefix, text.source or None).numpy()
@@ -365,7 +373,7 @@ def main() -> int:
     worst: dict[str, float] = {}
     for number in tqdm(range(args.first, args.first + args.cases), desc="cases", unit="case", disable=None):
         case, difference = run_case(args.seed, number, args.level)
-        kind = f"{case.weights}, K/V in fp{16 if case.options.half_cache else 32}"
+        kind = f"{case.weights}, K/V in {case.options.held_in}"
         worst[kind] = max(worst.get(kind, 0.0), difference)
         if not difference < case.limit:
             print(

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from model.machine import process_memory, usable_cores
 from model.network.config import LoopedConfig
 from model.network.int8 import quantize_linears
 from model.network.looped import LoopedTransformer
+from model.options import KVCacheDtypeName
+from model.passes.kv import KV_DTYPES, head_bytes
 from model.passes.native import structs
 from model.passes.native.backend import NativeOptions, NativePasses, RowArrays
 from model.passes.native.library import load
@@ -66,12 +68,13 @@ def rows_of(case: Case, num_loops: int, num_tokens: int) -> RowArrays:
     )
 
 
-def pass_bytes(passes: NativePasses, case: Case) -> int:
-    """What a pass reads: all weights, for a row enters and is read out; K/V in fp16 of loops with a row."""
+def pass_bytes(passes: NativePasses, case: Case, kv_dtype: torch.dtype) -> int:
+    """What a pass reads: all weights, for a row enters and is read out; K/V of loops with a row."""
     config = passes.config
     loops = min(case.rows, config.num_loops)
     layers = config.num_block_layers * loops + config.num_prelude_layers + config.num_coda_layers
-    return passes.packed.weight_bytes + layers * case.context * config.num_kv_heads * config.head_dim * 2 * 2
+    each = 2 * config.num_kv_heads * head_bytes(config.head_dim, kv_dtype)
+    return passes.packed.weight_bytes + layers * case.context * each
 
 
 class Bench:
@@ -81,13 +84,14 @@ class Bench:
         most = max(args.rows) + max(args.context)
         self.num_tokens = -(-most // structs.PAGE) * structs.PAGE
         self.repeats: int = args.repeats
+        self.kv_dtype = KV_DTYPES[NativeOptions(kv_dtype=args.kv_cache_dtype).held_in]
         before = process_memory()
         self.passes = {
             threads: NativePasses(
                 model,
                 self.num_tokens,
                 self.num_tokens,
-                NativeOptions(threads=threads, int4=args.weights == "int4"),
+                NativeOptions(threads=threads, int4=args.weights == "int4", kv_dtype=args.kv_cache_dtype),
             )
             for threads in args.threads
         }
@@ -147,7 +151,7 @@ def report(bench: Bench, reading: dict[int, float], samples: dict[Case, list[Sam
     for case in bench.cases:
         found = samples[case]
         seconds = [sample.seconds for sample in found]
-        size = pass_bytes(bench.passes[case.threads], case)
+        size = pass_bytes(bench.passes[case.threads], case, bench.kv_dtype)
         over = min(seconds) / (size / reading[case.threads])
         medians = [statistics.median(sample.parts[part] for sample in found) for part in shown]
         times = [min(seconds), statistics.median(seconds)]
@@ -199,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--shape", choices=sorted(PRESETS), help="random weights in these sizes instead")
     made.add_argument("--weights", choices=WEIGHTS, default="int8")
+    made.add_argument("--kv-cache-dtype", choices=get_args(KVCacheDtypeName), default="auto")
     made.add_argument("--rows", type=numbers, default="1,2,3,4,5,6,7,8", help="comma-separated")
     made.add_argument("--threads", type=numbers, help="comma-separated (default: 1 and all cores)")
     made.add_argument("--context", type=numbers, default="100", help="positions, comma-separated")
@@ -217,7 +222,11 @@ def main() -> int:
     bench = Bench(model, args)
     release(model)
     name = args.shape or args.model
-    print(f"{name}: {args.weights}, level {next(iter(bench.passes.values())).level.name}, ", end="")
+    held_in = NativeOptions(kv_dtype=args.kv_cache_dtype).held_in
+    print(
+        f"{name}: {args.weights}, K/V in {held_in}, level {next(iter(bench.passes.values())).level.name}, ",
+        end="",
+    )
     print(f"{bench.packed_bytes / 1e6:.1f} MB packed, ready after {time.perf_counter() - started:.1f} s")
     reading, samples = bench.measure()
     for line in report(bench, reading, samples):

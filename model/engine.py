@@ -114,6 +114,7 @@ class Engine:
             dtype=self.backend.facts.dtype,
             kv_cache_tokens=self.pool.num_tokens,
             kv_page_size=self.pool.page_size,
+            kv_cache_dtype=self.backend.facts.kv_cache_dtype,
             max_num_seqs=self.scheduler.limits.max_num_seqs,
             deterministic=self.backend.facts.is_exact,
             draft_policy=self.draft_policy,

@@ -15,6 +15,7 @@ BackendName = Literal["auto", "torch", "native", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationName = Literal["auto", "none", "int8", "int4"]
+KVCacheDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 DEFAULT_BACKEND: BackendName = "auto"  # native on a CPU, cuda on a GPU, where they run; else torch
 LOG_FORMAT = "%(levelname)s:     %(name)s: %(message)s"  # of the server's process and of the engine's
 MAX_QUOTE = 80  # characters of a name that a message repeats
@@ -71,6 +72,7 @@ class WorkerOptions(EngineOptions, frozen=True, kw_only=True, tag=True):
     device: str = "auto"  # auto, cpu, cuda, cuda:i
     dtype: DtypeName = "auto"
     quantization: QuantizationName = "auto"
+    kv_cache_dtype: KVCacheDtypeName = "auto"  # float16 in native passes, else the type of the passes
     generation_config: bool = True  # whether generation_config.json names ending tokens
     threads: int = 0
     backend: BackendName = DEFAULT_BACKEND

@@ -226,6 +226,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_tokens: int
     max_num_seqs: int
     kv_page_size: int = 16  # tokens of a page of the cache
+    kv_cache_dtype: str = ""  # what K/V is held in
     backend: str = "torch"  # what runs the passes
     deterministic: bool = False  # the same bits alone and in a batch
     draft_policy: str = "single"

@@ -29,6 +29,7 @@ from model.options import (
     BackendName,
     DraftPolicyName,
     DtypeName,
+    KVCacheDtypeName,
     QuantizationName,
 )
 from server.limits import MAX_STOP_TOKEN_IDS
@@ -237,7 +238,7 @@ class Settings(BaseSettings):
     dtype: DtypeName = Field(
         "auto",
         json_schema_extra=MODEL,
-        description="type of weights and cache: auto, float32, bfloat16 or float16",
+        description="type of weights and activations: auto, float32, bfloat16 or float16",
     )
     quantization: QuantizationName = Field(
         "auto",
@@ -245,6 +246,13 @@ class Settings(BaseSettings):
         description="none; int8: weights of one byte; int4: of half a byte, native passes alone (speed "
         "inspect --text says what they cost in loss); auto: int8 for a model that is stored so, where native "
         "passes run",
+    )
+    kv_cache_dtype: KVCacheDtypeName = Field(
+        "auto",
+        json_schema_extra=MODEL,
+        description="what K/V is held in: float32, bfloat16, float16, or int8 with a scale for each position "
+        "and head (speed inspect --text says what it costs in loss); auto: float16 in native passes, else "
+        "the type of the passes",
     )
     max_model_len: int | None = Field(
         None,

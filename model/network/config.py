@@ -353,9 +353,10 @@ class LoopedConfig:
         """Indices behind `num_caches` of the K/V of a source: one for each layer, the same in every loop."""
         return range(self.num_caches, self.num_caches + (self.num_block_layers if self.encoder else 0))
 
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of K and V that a cell holds over all slots, a source's too, at `itemsize` bytes a number."""
-        return 2 * (self.num_slots + len(self.source_caches)) * self.num_kv_heads * self.head_dim * itemsize
+    @property
+    def kv_heads_per_token(self) -> int:
+        """Heads of K and of V, `head_dim` numbers each, that a cell holds over all slots, a source's too."""
+        return 2 * (self.num_slots + len(self.source_caches)) * self.num_kv_heads
 
 
 _MAY_BE_ZERO = {"num_prelude_layers", "num_coda_layers", "low_cycles"}

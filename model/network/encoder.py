@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.network.config import LoopedConfig
-from model.network.layers import Layer, Rotary, make_norm, scored_attention
+from model.network.layers import Layer, ReadBack, Rotary, make_norm, scored_attention
 from model.network.relative import RelativeScores
 
 QUERIES = 256  # whose scores are biased together: the bias of a whole source is heads * tokens^2 numbers
@@ -26,11 +26,11 @@ class Encoder(nn.Module):
         self.relative = RelativeScores(config.relative_bias, config.num_heads, both_ways=True)
         self.scale = config.attention_scale
 
-    def forward(self, embedded: Tensor, seen: Tensor | None = None) -> Tensor:
+    def forward(self, embedded: Tensor, seen: Tensor | None, read_back: ReadBack) -> Tensor:
         """What becomes of embedded sources (batch, tokens, hidden), same shape.
 
-        `seen` (batch, tokens), bool: which tokens are a source's own, all by default; what stands at the
-        others means nothing.
+        `seen` (batch, tokens), bool: which tokens are a source's own, None: all; what stands at the others
+        means nothing. `read_back` is asked for all K and V.
         """
         tokens = embedded.shape[1]
         places = torch.arange(tokens, device=embedded.device)
@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         mask = None if seen is None else hidden_from_scores(seen, embedded.dtype)
 
         def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            parts = []
+            k, v, parts = read_back(k), read_back(v), []
             for first in range(0, tokens, QUERIES):
                 rows = places[first : first + QUERIES, None]
                 bias = table[:, places - rows + tokens - 1]  # (heads, rows, tokens)

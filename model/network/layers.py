@@ -23,6 +23,7 @@ from model.network.config import (
 
 # (layer index, q, k, v) -> attention output; q, k, v are (..., heads, head_dim), q already rotated.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+ReadBack = Callable[[Tensor], Tensor]  # what is read of K or V (..., head_dim) that was stored
 Angles = tuple[Tensor, ...]  # cos and sin, and those of the second rotary embedding where there is one
 
 

@@ -17,6 +17,7 @@ from model.network.layers import (
     Angles,
     Attend,
     Layer,
+    ReadBack,
     Rotary,
     causal_attention,
     make_layer,
@@ -31,6 +32,10 @@ from model.network.relative import RelativeScores
 Stored = dict[int, tuple[Tensor, Tensor]]  # layer -> K and V of whole sequences
 
 
+def _as_it_was(x: Tensor) -> Tensor:
+    return x
+
+
 class Source(NamedTuple):
     """Encoded sources (batch, tokens, hidden), and which tokens are theirs (batch, tokens); None: all."""
 
@@ -42,8 +47,10 @@ class LoopedTransformer(nn.Module):
     """A depth-shared decoder: prelude, block x num_loops, coda, head; with an encoder before it in some."""
 
     def __init__(self, config: LoopedConfig) -> None:
+        """`read_back` may be set: whole sequences ask it for all K and V, as if they had been stored."""
         super().__init__()
         self.config = config
+        self.read_back: ReadBack = _as_it_was
         self.rotary = Rotary(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         # What differs between two rotary embeddings is in the angles.
@@ -148,9 +155,15 @@ class LoopedTransformer(nn.Module):
         assert self.config.unit_scales is not None
         return wide(self.logit_scale) * self.config.unit_scales.logit
 
-    def encode(self, token_ids: Tensor, seen: Tensor | None = None) -> Source:
-        """What the encoder makes of sources (batch, tokens); `seen` as in `Source`."""
-        return Source(self.encoder(self.embedding(token_ids), seen), seen)
+    def encode(
+        self, token_ids: Tensor, seen: Tensor | None = None, read_back: ReadBack | None = None
+    ) -> Source:
+        """What the encoder makes of sources (batch, tokens); `seen` as in `Source`.
+
+        K and V in it are as `read_back` gives them, by default the model's own.
+        """
+        embedded = self.embedding(token_ids)
+        return Source(self.encoder(embedded, seen, read_back or self.read_back), seen)
 
     def source_keys_and_values(self, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Of each layer, K and V (..., heads, head_dim) of encoded sources (..., hidden)."""
@@ -249,6 +262,7 @@ class LoopedTransformer(nn.Module):
         """Attention over whole sequences in this loop (0..R-1); the first one fills `stored`."""
 
         def own(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = self.read_back(k), self.read_back(v)
             if loop == 0:
                 stored[layer] = k, v
             return causal_attention(q, k, v, self.config.window(layer, loop), prefix)
@@ -265,7 +279,8 @@ class LoopedTransformer(nn.Module):
             tokens = q.shape[-3]
             own = torch.eye(tokens, dtype=torch.bool, device=q.device)
             before = seen_tokens(tokens, self.config.window(layer, 0), 0, q.device) & ~own
-            keys, values = (torch.cat(pair, -3) for pair in zip(stored[layer], (k, v), strict=True))
+            own_stored = self.read_back(k), self.read_back(v)
+            keys, values = (torch.cat(pair, -3) for pair in zip(stored[layer], own_stored, strict=True))
             return masked_attention(q, keys, values, torch.cat((before, own), -1))
 
         return attend
@@ -281,8 +296,9 @@ class LoopedTransformer(nn.Module):
 
         def attend(cache: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if cache in config.source_caches:
-                k, v = stored[cache - config.source_caches.start]
+                k, v = (self.read_back(x) for x in stored[cache - config.source_caches.start])
                 return scored_attention(q, k, v, hidden, config.attention_scale)
+            k, v = self.read_back(k), self.read_back(v)
             return scored_attention(q, k, v, bias, config.attention_scale)
 
         return attend

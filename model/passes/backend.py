@@ -20,13 +20,15 @@ class BackendFacts(NamedTuple):
     dtype: str
     is_exact: bool
     bytes_per_token: int  # of the cache: K/V of all slots, and the states in flight
+    kv_cache_dtype: str  # what K/V is held in
 
 
 class CacheBytes(NamedTuple):
-    """Bytes that a backend keeps for one token: K/V of all slots, and the states in flight."""
+    """Bytes that a backend keeps for one token: K/V of all slots, in a type, and the states in flight."""
 
     keys_and_values: int
     states: int
+    dtype: str  # of K/V
 
     @property
     def per_token(self) -> int:

@@ -19,10 +19,18 @@ from model.checkpoint.tokenizer import tokenizer_file
 from model.network.config import LoopedConfig
 from model.network.int4 import BYTES_PER_WEIGHT, round_linears_to_int4
 from model.network.looped import LoopedTransformer
-from model.options import BACKENDS, DEFAULT_BACKEND, QuantizationName, SchedulerLimits, WorkerOptions
+from model.options import (
+    BACKENDS,
+    DEFAULT_BACKEND,
+    KVCacheDtypeName,
+    QuantizationName,
+    SchedulerLimits,
+    WorkerOptions,
+)
+from model.passes.kv import KV_DTYPES
 from model.passes.memory import cache_memory, free_memory
 from model.schedule.drafts import default_depths
-from model.study.quality import Decoding, TextQuality, decode_prompts, judge_text
+from model.study.quality import Decoding, TextQuality, decode_prompts, judge_held, judge_text, same_tokens
 from model.worker.build import Choice, choose, warnings_of
 
 log = logging.getLogger(__name__)
@@ -48,6 +56,7 @@ class Facts(NamedTuple):
     weight_bytes: int
     layers_read: dict[int, tuple[int, int]]  # by loops: for a token, plain and with every draft right
     kv_slots: int
+    kv_cache_dtype: str
     kv_bytes_per_token: int
     state_bytes_per_token: int
     max_positions: int
@@ -64,6 +73,7 @@ class Report(NamedTuple):
     facts: Facts
     text: TextQuality | None = None
     quantized: TextQuality | None = None
+    held: TextQuality | None = None  # with K/V in the type that was asked for, all else the same
     decoding: Decoding | None = None
 
 
@@ -74,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:i")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--quantization", default="auto", choices=get_args(QuantizationName))
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=get_args(KVCacheDtypeName))
     parser.add_argument("--backend", default=DEFAULT_BACKEND, choices=BACKENDS)
     parser.add_argument("--max-loops", type=int, default=None, help="as of speed serve")
     parser.add_argument(
@@ -108,6 +119,7 @@ def inspect(args: argparse.Namespace) -> Report:
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         backend=args.backend,
     )
     choice = choose(options)
@@ -126,16 +138,19 @@ def inspect(args: argparse.Namespace) -> Report:
     model = load_model(folder, device, name).model
     window = min(args.window, model.config.max_positions)
     text = judge_text(model, ids, window, drafts or ())
-    quantized = None
+    quantized, judged = None, model
     if choice.quantization != "none":
         is_int8 = choice.quantization == "int8"
         rounded = load_model(folder, device, name, int8=is_int8).model
         if not is_int8:
             round_linears_to_int4(rounded)
-        quantized = judge_text(rounded, ids, window, drafts or ())
+        quantized, judged = judge_text(rounded, ids, window, drafts or ()), rounded
         model = rounded if is_int8 else model  # which the library rounds by itself
+    held = None
+    if args.kv_cache_dtype != "auto":
+        held = judge_held(judged, ids, window, KV_DTYPES[args.kv_cache_dtype], drafts or ())
     decoding = decode_prompts(model, ids, drafts, args.num_prompts, choice.maker)
-    return Report(facts, text, quantized, decoding)
+    return Report(facts, text, quantized, held, decoding)
 
 
 def _depths(text: str) -> tuple[int, ...]:
@@ -167,6 +182,7 @@ def gather_facts(name: str, model: LoopedTransformer, choice: Choice) -> Facts:
         weight_bytes=weights,
         layers_read=_layers_read(config),
         kv_slots=config.num_slots + len(config.source_caches),
+        kv_cache_dtype=cache.dtype,
         kv_bytes_per_token=cache.keys_and_values,
         state_bytes_per_token=cache.states,
         max_positions=config.max_positions,
@@ -229,6 +245,9 @@ def as_json(report: Report) -> dict[str, Any]:
     if report.text is not None and report.quantized is not None:
         content["text_quantized"] = quality(report.quantized)
         content["quantization_loss_change"] = report.quantized.loss - report.text.loss
+    if report.text is not None and report.held is not None:
+        content["text_kv_cache_dtype"] = quality(report.held)
+        content["kv_cache_dtype_change"] = _change(report.quantized or report.text, report.held)._asdict()
     if report.decoding is not None:
         content["decoding"] = report.decoding._asdict()
     return content
@@ -238,13 +257,17 @@ def as_text(report: Report) -> str:
     """The report as a table."""
     lines = _facts_lines(report.facts)
     kind = report.facts.quantization
-    for title, text in (("", report.text), (f", {kind} weights", report.quantized)):
+    weights = "" if kind == "none" else f", {kind} weights"
+    kv = f"{weights}, K/V in {report.facts.kv_cache_dtype}"
+    for title, text in (("", report.text), (weights, report.quantized), (kv, report.held)):
         if text is not None:
             lines += ["", *_quality_lines(title, text)]
     if report.text is not None and report.quantized is not None:
         change = report.quantized.loss - report.text.loss
         share = change / report.text.loss
         lines += ["", f"{kind} changes the held-out loss by {change:+.4f} nats per token ({share:+.2%})"]
+    if report.text is not None and report.held is not None:
+        lines += ["", _held_line(report.facts.kv_cache_dtype, report.quantized or report.text, report.held)]
     if report.decoding is not None:
         lines += ["", _decoding_line(report.decoding)]
     return "\n".join(lines)
@@ -260,7 +283,8 @@ def _facts_lines(f: Facts) -> list[str]:
         "parameters": f"{f.parameters_stored:,} stored, {f.parameters_effective:,} effective",
         "weights": f"{f.weight_bytes / GB:.2f} GiB as {f.dtype}{quantized}",
         "layers read": _reads_line(f.layers_read),
-        "KV cache": f"{f.kv_slots} slots, {f.kv_bytes_per_token:,} bytes a token{state}",
+        "KV cache": f"{f.kv_slots} slots in {f.kv_cache_dtype}, {f.kv_bytes_per_token:,} bytes a token"
+        f"{state}",
         "passes": f"by {f.backend}",
         "context": f"{f.max_positions:,} tokens",
         "fits here": f"{f.cache_tokens:,} tokens: {f.full_contexts:,} requests at full context "
@@ -294,6 +318,27 @@ def _quality_lines(title: str, text: TextQuality) -> list[str]:
             lines.append(f"{', '.join(map(str, drafts)):<15}{mean:.3f}")
         lines.append(f"{'none':<15}{len(text.depths):.3f}")
     return lines
+
+
+class _Change(NamedTuple):
+    """What holding K/V in a type changes: the loss in nats per token, and greedy tokens."""
+
+    loss: float
+    share: float  # of the loss
+    same_tokens: float  # share of positions where the likeliest token is the same
+
+
+def _change(before: TextQuality, after: TextQuality) -> _Change:
+    change = after.loss - before.loss
+    return _Change(change, change / before.loss, same_tokens(before, after))
+
+
+def _held_line(dtype: str, before: TextQuality, after: TextQuality) -> str:
+    change = _change(before, after)
+    return (
+        f"K/V in {dtype} changes the held-out loss by {change.loss:+.4f} nats per token "
+        f"({change.share:+.2%}); the likeliest token is the same at {change.same_tokens:.1%} of positions"
+    )
 
 
 def _decoding_line(decoding: Decoding) -> str:

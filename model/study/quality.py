@@ -9,6 +9,8 @@ its final K/V, in the engine a draft's readout may find provisional ones. Losses
 `loop_logprobs`: the same loops, scored by the same function.
 """
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from model.engine import Engine
 from model.network.looped import LoopedTransformer
 from model.options import EngineOptions
 from model.passes.backend import BackendMaker
+from model.passes.kv import read_back
 from model.passes.scores import token_logprobs
 from model.protocol import GenerationRequest, SamplingParams
 from model.schedule.drafts import FEW_LOOPS
@@ -41,6 +44,7 @@ class TextQuality(NamedTuple):
     num_tokens: int
     depths: list[DepthQuality]
     expected_passes: dict[tuple[int, ...], float]
+    likeliest: tuple[int, ...]  # token at each position, by the model's own depth
 
     @property
     def loss(self) -> float:
@@ -80,7 +84,25 @@ def judge_text(
     ]
     candidates = dict.fromkeys([*draft_candidates(loops), *([extra] if extra else [])])
     passes = {drafts: expected_passes(predictions, drafts) for drafts in candidates}
-    return TextQuality(len(targets), depths, passes)
+    return TextQuality(len(targets), depths, passes, tuple(predictions[-1].tolist()))
+
+
+def judge_held(
+    model: LoopedTransformer, ids: Sequence[int], window: int, dtype: torch.dtype, extra: tuple[int, ...] = ()
+) -> TextQuality:
+    """`judge_text` with K and V that are held in a type."""
+    before = model.read_back
+    model.read_back = functools.partial(read_back, dtype=dtype)
+    try:
+        return judge_text(model, ids, window, extra)
+    finally:
+        model.read_back = before
+
+
+def same_tokens(one: TextQuality, other: TextQuality) -> float:
+    """Share of positions of one text where two models find the same token likeliest."""
+    same: int = sum(map(operator.eq, one.likeliest, other.likeliest))
+    return same / one.num_tokens
 
 
 def draft_candidates(num_loops: int) -> Iterator[tuple[int, ...]]:

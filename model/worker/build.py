@@ -15,7 +15,7 @@ from model.grammar.state import Vocabulary
 from model.machine import usable_cores
 from model.network.arithmetic import multiplies_bf16
 from model.network.config import LoopedConfig
-from model.options import QuantizationName, WorkerOptions
+from model.options import KVCacheDtypeName, QuantizationName, WorkerOptions
 from model.passes.backend import BackendMaker
 from model.passes.cuda.choosing import CudaUnavailableError, cuda_maker
 from model.passes.native.backend import NativeOptions
@@ -68,9 +68,12 @@ def build_engine(options: WorkerOptions, report: Callable[[str], None] = lambda 
         # Beside the library torch computes next to nothing: threads of its own would spin on its cores.
         torch.set_num_threads((options.threads or usable_cores()) if runs_in_torch else 1)
     vocabulary = load_vocabulary(Path(options.model_path), loaded.config)
-    engine = Engine(loaded.model, options, vocabulary, choice.maker)
-    if isinstance(choice.maker, NativeOptions):
-        release(loaded.model)  # the library has the weights in a layout of its own
+    maker = choice.maker
+    if isinstance(maker, NativeOptions):  # the library has the weights in a layout of its own
+        maker = dataclasses.replace(maker, frees=True)
+    engine = Engine(loaded.model, options, vocabulary, maker)
+    if isinstance(maker, NativeOptions):
+        release(loaded.model)
     report("running a first request")
     _warm_up(engine)
     if options.row_budget is None:
@@ -104,7 +107,19 @@ def choose(options: WorkerOptions) -> Choice:
             reason = f": {why_torch}" if why_torch else ""
             raise ValueError(f"quantization int4: only native passes on a CPU multiply it{reason}")
         maker = dataclasses.replace(maker, int4=True)
+    if options.kv_cache_dtype != "auto":
+        maker = _holding(maker, options.kv_cache_dtype, device)
     return Choice(device, quantization, maker, why_torch)
+
+
+def _holding(maker: BackendMaker, kv_dtype: KVCacheDtypeName, device: torch.device) -> BackendMaker:
+    """The same maker, of a backend that holds K/V in a type. Raises ValueError where none does."""
+    if device.type != "cpu" or not isinstance(maker, NativeOptions | TorchMaker):
+        raise ValueError(
+            f"kv_cache_dtype {kv_dtype}: on {device} K/V has the type of the passes (dtype), so that auto "
+            "alone is possible; on a CPU every type is"
+        )
+    return dataclasses.replace(maker, kv_dtype=kv_dtype)
 
 
 def choose_backend(

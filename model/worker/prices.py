@@ -394,7 +394,8 @@ def _file(engine: Engine) -> Path:
     facts = [engine.model.config, info.dtype, device, torch.get_num_threads(), torch.__version__]
     kinds = sorted({type(module).__name__ for module in engine.model.modules()})  # packed, quantised, ...
     facts += [engine.max_model_len, info.max_num_seqs, kinds, SEQUENCES, CONTEXTS, PROMPT_CONTEXTS]
-    facts += [SCORED_TOP, info.backend, usable_cores(), engine.scheduler.limits.prefill_chunk_size]
+    facts += [SCORED_TOP, info.backend, info.kv_cache_dtype, usable_cores()]
+    facts += [engine.scheduler.limits.prefill_chunk_size]
     return cache_folder() / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
 
 

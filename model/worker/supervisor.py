@@ -306,7 +306,7 @@ class EngineProcess:
 def _capacity(info: EngineInfo) -> str:
     requests = info.kv_cache_tokens / info.max_model_len
     return (
-        f"KV cache: {info.kv_cache_tokens} tokens, {requests:.1f} requests at the full context of "
-        f"{info.max_model_len} tokens; draft policy {info.draft_policy}, "
+        f"KV cache: {info.kv_cache_tokens} tokens in {info.kv_cache_dtype}, {requests:.1f} requests at the "
+        f"full context of {info.max_model_len} tokens; draft policy {info.draft_policy}, "
         f"speculation {'on' if info.speculation_enabled else 'off'}"
     )

@@ -20,11 +20,11 @@ LEVELS = usable_levels() if HAS_LIBRARY else []
 POSITIONS = 128
 Array = NDArray[np.float32]
 # What runs the passes of an engine whose backend a test doesn't care for: what users have, in full precision.
-MAKER: BackendMaker = NativeOptions(threads=1, half_cache=False) if HAS_LIBRARY else TorchMaker()
+MAKER: BackendMaker = NativeOptions(threads=1, kv_dtype="float32") if HAS_LIBRARY else TorchMaker()
 
 BACKENDS: list[Field] = [  # for tests that hold for both
     pytest.param(TorchMaker(), id="torch"),
-    pytest.param(NativeOptions(threads=1, half_cache=False), id="native", marks=pytest.mark.native),
+    pytest.param(NativeOptions(threads=1, kv_dtype="float32"), id="native", marks=pytest.mark.native),
 ]
 
 
@@ -40,7 +40,7 @@ def maker_for(model: LoopedTransformer) -> BackendMaker:
 def passes_for(model: LoopedTransformer, **options: Field) -> NativePasses:
     """Passes of a model with K/V in fp32 unless said otherwise."""
     return NativePasses(
-        model, 64 * 16, POSITIONS, NativeOptions(**{"half_cache": False, "threads": 2, **options})
+        model, 64 * 16, POSITIONS, NativeOptions(**{"kv_dtype": "float32", "threads": 2, **options})
     )
 
 

@@ -10,12 +10,13 @@ import torch
 from cli.main import main
 from model import save_checkpoint
 from model.network.int8 import Int8Linear
-from model.options import DtypeName, WorkerOptions
+from model.options import DtypeName, KVCacheDtypeName, WorkerOptions
 from model.passes.native import library
 from model.passes.native.backend import NativeBackend, NativeOptions
 from model.passes.torch.backend import TorchMaker
 from model.worker.build import Choice, build_engine, choose, warnings_of
 from tests.loose import Field
+from tests.native import HAS_LIBRARY
 from tests.tiny_models import tiny_model
 
 
@@ -145,3 +146,33 @@ def test_bf16_in_torch_on_a_cpu_without_its_products_is_warned_of(
     said = warnings_of(WorkerOptions(model_path="x", dtype=dtype), choice)
     wanted = dtype == "bfloat16" and not has_products and isinstance(maker, TorchMaker)
     assert ["no bfloat16 products" in warning for warning in said] == [True] * wanted
+
+
+@pytest.mark.parametrize("kv", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=pytest.mark.native)])
+def test_the_engine_and_inspect_hold_k_and_v_as_asked(
+    folder: Path, backend: str, kv: KVCacheDtypeName, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = build_engine(options(folder, backend=backend, kv_cache_dtype=kv))
+    assert engine.info.kv_cache_dtype == kv
+    arguments = ["--device", "cpu", "--kv-cache-dtype", kv, "--backend", backend, "--json"]
+    assert main(["inspect", str(folder), *arguments]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kv_cache_dtype"] == kv
+    per_token = facts["kv_bytes_per_token"] + facts["state_bytes_per_token"]
+    assert per_token == engine.backend.facts.bytes_per_token
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_k_and_v_are_held_by_themselves_as_the_backend_does(folder: Path, dtype: DtypeName) -> None:
+    assert build_engine(options(folder, backend="torch", dtype=dtype)).info.kv_cache_dtype == dtype
+    if HAS_LIBRARY:
+        native = build_engine(options(folder, backend="native", dtype=dtype))
+        assert native.info.kv_cache_dtype == "float16"
+
+
+def test_k_and_v_of_another_type_are_refused_on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.worker.build.resolve_device", lambda name: torch.device("cuda:0"))
+    with pytest.raises(ValueError, match=r"kv_cache_dtype int8: on cuda:0 .* auto alone is possible"):
+        choose(options(folder, kv_cache_dtype="int8"))
+    assert choose(options(folder)).maker == TorchMaker()

@@ -141,6 +141,29 @@ def test_a_text_is_judged_before_and_after_quantisation_and_decoded(
     assert "passes per token to expect" in shown
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8", pytest.param("int4", marks=pytest.mark.native)])
+def test_a_text_is_judged_with_k_and_v_as_they_are_held(
+    capsys: pytest.CaptureFixture[str], folder: Path, quantization: str
+) -> None:
+    """Against the same weights with K/V in full; fp32 changes nothing, int8 more than fp16."""
+    text = folder / "ids.json"
+    text.write_text(json.dumps([(5 * i * i) % 257 for i in range(300)]))
+    changes, before = [], "text" if quantization == "none" else "text_quantized"
+    for kv in ("float32", "float16", "int8"):
+        options = [folder, "--text", text, "--quantization", quantization, "--kv-cache-dtype", kv]
+        report = inspected(capsys, *options)
+        losses = [depth["loss"] for depth in report[before]["depths"]]
+        held = [depth["loss"] for depth in report["text_kv_cache_dtype"]["depths"]]
+        changes.append(sum(abs(a - b) for a, b in zip(losses, held, strict=True)))
+        change = report["kv_cache_dtype_change"]
+        assert change["loss"] == held[-1] - losses[-1]
+        assert change["same_tokens"] == 1 if kv == "float32" else 0.9 < change["same_tokens"] <= 1
+        assert report["decoding"]["num_tokens"] > 0
+    assert changes[0] == 0 < 4 * changes[1] < changes[2]
+    assert main(["inspect", *map(str, options)]) == 0
+    assert "K/V in int8 changes the held-out loss by" in capsys.readouterr().out
+
+
 def test_ids_stand_for_a_text_where_there_is_no_tokenizer(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:

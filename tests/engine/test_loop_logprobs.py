@@ -130,7 +130,7 @@ def test_native_passes_say_the_same_bits_whatever_runs(shape: str) -> None:
 def test_in_fp32_the_default_model_says_it_within_one_part_in_10_000(maker: str) -> None:
     loaded = load_model(embedded_model(), dtype="float32")
     text = [(31 * i * i + 7 * i) % loaded.config.vocab_size for i in range(40)]
-    native = NativeOptions(threads=1, half_cache=False)
+    native = NativeOptions(threads=1, kv_dtype="float32")
     shared = engine(
         loaded.model, tokens=loaded.config.max_positions, maker=TorchMaker() if maker == "torch" else native
     )

@@ -105,7 +105,7 @@ def test_keys_and_values_in_fp16(golden: Golden) -> None:
     loaded, expected, _ = golden
     loops = expected["loops"]
     limit = 6e-2 if loaded.config.family == "hrm_text" else 2e-2
-    full, half = passes_for(loaded.model), passes_for(loaded.model, half_cache=True)
+    full, half = passes_for(loaded.model), passes_for(loaded.model, kv_dtype="float16")
     for name, ids in expected["prompts"].items():
         source = source_of(expected, name) or []
         wanted = whole_logits(full, ids, loops, source=source)

@@ -51,7 +51,7 @@ def test_layers_and_loops() -> None:
     assert looped.encoder is not None
     assert (looped.encoder.num_layers, looped.num_block_layers, looped.num_loops) == (2, 3, 4)
     assert (looped.num_slots, list(looped.source_caches)) == (12, [3, 4, 5])
-    assert looped.kv_bytes_per_token(4) == 2 * (12 + 3) * 3 * 5 * 4
+    assert looped.kv_heads_per_token == 2 * (12 + 3) * 3
 
 
 @pytest.mark.parametrize(

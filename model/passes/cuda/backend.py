@@ -20,6 +20,7 @@ from model.passes.cuda.inputs import Inputs, is_simple, pass_inputs
 from model.passes.cuda.operations import Operations, Shape, Tile, TritonOperations
 from model.passes.cuda.passes import CudaCache, Done, Kind, Step
 from model.passes.cuda.weights import Weights
+from model.passes.kv import head_bytes
 from model.passes.noise import state_noise
 from model.passes.rows import Rows
 from model.passes.sampling import Sampler
@@ -50,7 +51,8 @@ class CudaOptions:
         """What a token takes of the cache: K/V in the model's dtype, states in fp32."""
         config = model.config
         states = config.hidden_size * (2 if config.keeps_input else 1)
-        return CacheBytes(config.kv_bytes_per_token(model.dtype.itemsize), states * 4)
+        kv = config.kv_heads_per_token * head_bytes(config.head_dim, model.dtype)
+        return CacheBytes(kv, states * 4, str(model.dtype).removeprefix("torch."))
 
     def make(self, model: LoopedTransformer, num_tokens: int, max_positions: int) -> "CudaBackend":
         """A backend of a model that the kernels cover, on the model's device."""
@@ -80,6 +82,7 @@ class CudaBackend:
             name=options.name,
             device=str(self.device),
             dtype=str(model.dtype).removeprefix("torch."),
+            kv_cache_dtype=options.cache_bytes(model).dtype,
             is_exact=True,
             bytes_per_token=options.cache_bytes(model).per_token,
         )

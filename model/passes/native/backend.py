@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from model.network.config import LoopedConfig
 from model.network.looped import LoopedTransformer
+from model.options import KVCacheDtypeName
 from model.passes.backend import BackendFacts, CacheBytes
+from model.passes.kv import KV_DTYPES, head_bytes
 from model.passes.native import structs
 from model.passes.native.choosing import Asked, Scores
 from model.passes.native.library import NativeUnavailableError, choose, load
@@ -48,8 +50,9 @@ class NativeOptions:
     """How a model is held and run. `threads` 0: as many as the process may use."""
 
     threads: int = 0
-    half_cache: bool = True  # K and V in fp16, else in fp32
+    kv_dtype: KVCacheDtypeName = "auto"  # float16
     int4: bool = False  # linear layers in int4
+    frees: bool = False  # the model's matrices as they are packed: it can compute nothing any more
     level: str | None = None  # of CPU instructions; None: the best
     spin_microseconds: int = SPIN_MICROSECONDS
 
@@ -60,11 +63,20 @@ class NativeOptions:
 
     def cache_bytes(self, model: LoopedTransformer) -> CacheBytes:
         """What a token takes of the cache. The model needs no weights."""
-        config, item = model.config, 2 if self.half_cache else 4
+        config, dtype = model.config, KV_DTYPES[self.held_in]
         padded = -(-config.head_dim // structs.BLOCK) * structs.BLOCK  # of a value
-        slots = config.num_slots + len(config.source_caches)
-        kv = slots * config.num_kv_heads * (config.head_dim + padded) * item
-        return CacheBytes(kv, _state_numbers(config) * 4)
+        both = head_bytes(config.head_dim, dtype) + head_bytes(padded, dtype)
+        return CacheBytes(config.kv_heads_per_token // 2 * both, _state_numbers(config) * 4, self.held_in)
+
+    @property
+    def held_in(self) -> KVCacheDtypeName:
+        """What K and V are held in."""
+        return "float16" if self.kv_dtype == "auto" else self.kv_dtype
+
+    @property
+    def kv_type(self) -> structs.KVType:
+        """The same as the library has it."""
+        return structs.KVType[self.held_in.upper()]
 
     def make(self, model: LoopedTransformer, num_tokens: int, max_positions: int) -> "NativeBackend":
         """A backend of the model. Raises NativeUnavailableError where the library doesn't cover it."""
@@ -133,18 +145,18 @@ class NativePasses:
         """Raises NativeUnavailableError where there is no library or it doesn't cover the model."""
         self.level = choose(options.level)
         self.library = load(self.level)
-        self.packed = PackedModel(self.library, model, max_positions, int4=options.int4)
+        self.packed = PackedModel(self.library, model, max_positions, int4=options.int4, frees=options.frees)
         self.config = model.config
         self.num_threads = options.threads or len(os.sched_getaffinity(0))
         num_pages = num_tokens // structs.PAGE
-        size = self.library.speed_cache_bytes(self.packed.description, num_pages, options.half_cache)
+        size = self.library.speed_cache_bytes(self.packed.description, num_pages, options.kv_type)
         self._cache = allocate(size)
         self._states = allocate(_state_numbers(model.config) * num_pages * structs.PAGE * 4)
         setup = structs.Setup(
             num_threads=self.num_threads,
             spin_microseconds=options.spin_microseconds,
             num_pages=num_pages,
-            half_cache=options.half_cache,
+            kv_type=options.kv_type,
             cache=self._cache.ctypes.data,
             states=self._states.ctypes.data,
         )
@@ -283,6 +295,7 @@ class NativeBackend:
             dtype=str(model.dtype).removeprefix("torch."),
             is_exact=True,
             bytes_per_token=options.cache_bytes(model).per_token,
+            kv_cache_dtype=options.held_in,
         )
 
     def run(self, rows: Rows, readouts: Readouts) -> PassResult:

@@ -8,7 +8,7 @@ import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from enum import IntEnum
 
-INTERFACE = 6  # src/api.h
+INTERFACE = 7  # src/api.h
 BLOCK = 16  # outputs that are stored together
 PAGE = 16  # positions of a page of K/V
 MOST_INPUTS = 65536
@@ -23,6 +23,15 @@ class WeightType(IntEnum):
     BF16 = 1
     INT8 = 2  # one scale for each output
     INT4 = 3  # one scale for each output and 32 inputs
+
+
+class KVType(IntEnum):
+    """How K/V is held."""
+
+    FLOAT32 = 0
+    FLOAT16 = 1  # saturates
+    BFLOAT16 = 2
+    INT8 = 3  # one scale for each position and head of K, and of V
 
 
 class SourceType(IntEnum):
@@ -85,7 +94,7 @@ class Setup(ctypes.Structure):
     """Threads and memory of an engine."""
 
     _fields_ = [
-        *_int32s("num_threads spin_microseconds num_pages half_cache"),
+        *_int32s("num_threads spin_microseconds num_pages kv_type"),
         *_pointers("cache states"),
     ]
 

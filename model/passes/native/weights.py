@@ -69,9 +69,16 @@ class PackedModel:
     """The structure `description`, and the memory behind it; `weight_bytes` of packed matrices."""
 
     def __init__(
-        self, library: ctypes.CDLL, model: LoopedTransformer, max_positions: int, *, int4: bool = False
+        self,
+        library: ctypes.CDLL,
+        model: LoopedTransformer,
+        max_positions: int,
+        *,
+        int4: bool = False,
+        frees: bool = False,
     ) -> None:
-        """Packs a model on the CPU; its own weights are left as they are, until `release`.
+        """Packs a model on the CPU. Its own weights are left as they are, until `release`; or else each
+        matrix is freed as soon as it is packed, so that the model never takes twice its memory.
 
         Raises NativeUnavailableError, with the size or the kind that isn't covered.
         """
@@ -90,6 +97,8 @@ class PackedModel:
         for job, size in zip(jobs, sizes, strict=True):
             self._pack(library, job, arena[start : start + size])
             start += _aligned(size)
+            if frees:
+                _free(job.linear, model)
         self._describe_layers()
         self._describe_ends(model, max_positions)
 
@@ -242,11 +251,16 @@ def release(model: LoopedTransformer) -> None:
 
     The embedding stays, which the library reads in place.
     """
-    kept = model.embedding.weight.data_ptr()
     for module in model.modules():
-        if isinstance(module, nn.Linear | Int8Linear) and module.weight.data_ptr() != kept:
-            empty = module.weight.detach().new_empty(0)
-            module.weight = nn.Parameter(empty, False) if isinstance(module, nn.Linear) else empty
+        if isinstance(module, nn.Linear | Int8Linear):
+            _free(module, model)
+
+
+def _free(linear: nn.Linear | Int8Linear, model: LoopedTransformer) -> None:
+    """Frees a matrix that is packed, unless it is the embedding as well."""
+    if linear.weight.data_ptr() != model.embedding.weight.data_ptr():
+        empty = linear.weight.detach().new_empty(0)
+        linear.weight = nn.Parameter(empty, False) if isinstance(linear, nn.Linear) else empty
 
 
 def allocate(size: int, *, huge: bool = False) -> Bytes:

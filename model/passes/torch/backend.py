@@ -5,12 +5,16 @@ its cell, like its K/V, so a flush leaves nothing to clean up. Invariant: a pass
 once, when the tokens are read.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from model.network.layers import Angles, Attend
 from model.network.looped import LoopedTransformer
+from model.options import KVCacheDtypeName
 from model.passes.backend import BackendFacts, CacheBytes
+from model.passes.kv import KV_DTYPES, head_bytes
 from model.passes.noise import state_noise
 from model.passes.rows import Ints, Rows
 from model.passes.sampling import Sampler
@@ -21,30 +25,42 @@ from model.passes.torch.attention.store import zeros
 from model.schedule.batch import PassResult, Readouts
 
 
+@dataclass(frozen=True)
 class TorchMaker:
     """Makes the backend of torch modules, as the model's own modules are."""
 
-    name = "torch"
+    kv_dtype: KVCacheDtypeName = "auto"  # the model's
+
+    @property
+    def name(self) -> str:
+        """The backend's name, as its facts have it."""
+        return "torch"
+
+    def held_in(self, model: LoopedTransformer) -> torch.dtype:
+        """What K and V are held in."""
+        return KV_DTYPES.get(self.kv_dtype, model.dtype)
 
     def cache_bytes(self, model: LoopedTransformer) -> CacheBytes:
         """What a token takes of the cache. The model needs no weights."""
-        config, itemsize = model.config, model.dtype.itemsize
+        config = model.config
         states = config.state_size + (config.hidden_size if config.keeps_input else 0)
-        return CacheBytes(config.kv_bytes_per_token(itemsize), states * itemsize)
+        kv = config.kv_heads_per_token * head_bytes(config.head_dim, self.held_in(model))
+        held_in = str(self.held_in(model)).removeprefix("torch.")
+        return CacheBytes(kv, states * model.dtype.itemsize, held_in)
 
     def make(self, model: LoopedTransformer, num_tokens: int, max_positions: int) -> "TorchBackend":
         """A backend with a cache of `num_tokens`, for positions below `max_positions`."""
         del max_positions
-        return TorchBackend(model, num_tokens)
+        return TorchBackend(model, num_tokens, self)
 
 
 class TorchBackend:
     """The model, its KV cache and the states in flight."""
 
-    def __init__(self, model: LoopedTransformer, num_tokens: int) -> None:
-        self.model = model
+    def __init__(self, model: LoopedTransformer, num_tokens: int, maker: TorchMaker) -> None:
+        self.model, self._maker = model, maker
         config = model.config
-        self.store = KVStore(config, num_tokens, model.device, model.dtype)
+        self.store = KVStore(config, num_tokens, model.device, model.dtype, maker.held_in(model))
         with torch.inference_mode():
             relative = model.relative.upto_distance(config.max_positions) if config.relative_bias else None
         self.attention: PagedAttention = attention_for(self.store, relative)
@@ -57,12 +73,14 @@ class TorchBackend:
     @property
     def facts(self) -> BackendFacts:
         """What this backend is; never changes."""
+        cache = self._maker.cache_bytes(self.model)
         return BackendFacts(
-            name=TorchMaker.name,
+            name=self._maker.name,
             device=str(self.model.device),
             dtype=str(self.model.dtype).removeprefix("torch."),
             is_exact=False,
-            bytes_per_token=TorchMaker().cache_bytes(self.model).per_token,
+            bytes_per_token=cache.per_token,
+            kv_cache_dtype=cache.dtype,
         )
 
     @torch.inference_mode()
@@ -80,7 +98,8 @@ class TorchBackend:
         for source in rows.new_sources:
             assert source.table is not None
             cells = self._indices(list(source.table.cells(0, len(source.tokens))))
-            encoded = self.model.encode(self._indices(source.tokens)[None]).encoded[0]
+            tokens = self._indices(source.tokens)[None]
+            encoded = self.model.encode(tokens, read_back=self.store.read_back).encoded[0]
             each = self.model.source_keys_and_values(encoded)
             for cache, (k, v) in zip(self.model.config.source_caches, each, strict=True):
                 self.store.write(cache, cells, k, v)

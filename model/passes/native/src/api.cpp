@@ -155,11 +155,6 @@ static Heads heads_of(const Model& m) {
   return {m.head_dim, padded, m.num_kv_heads, m.num_heads / m.num_kv_heads, m.attention_scale};
 }
 
-static size_t page_bytes_of(const Model& m, bool half) {
-  Heads h = heads_of(m);
-  return (key_numbers(h) + value_numbers(h)) * (half ? 2 : 4);
-}
-
 int block_caches(const Model& m) {
   return m.num_block_layers + (m.low_cycles > 1 ? m.low_cycles - 1 : 0) * (m.num_block_layers / 2);
 }
@@ -170,10 +165,14 @@ size_t text_slots(const Model& m) {
 
 static size_t num_slots(const Model& m) { return text_slots(m) + (size_t)(m.num_encoder_layers ? m.num_block_layers : 0); }
 
-uint64_t speed_cache_bytes(const Model* m, int32_t num_pages, int32_t half_cache) {
+static bool check_kv_type(int type, char* error, int32_t bytes) {
+  return check_range("kv_type", type, 0, NUM_KV_TYPES - 1, error, bytes);
+}
+
+uint64_t speed_cache_bytes(const Model* m, int32_t num_pages, int32_t kv_type) {
   char ignored[8];
-  if (!m || num_pages < 1 || !check_sizes(*m, ignored, sizeof ignored)) return 0;
-  return page_bytes_of(*m, half_cache) * (uint64_t)num_pages * num_slots(*m);
+  if (!m || num_pages < 1 || !check_sizes(*m, ignored, sizeof ignored) || !check_kv_type(kv_type, ignored, sizeof ignored)) return 0;
+  return kv_page_bytes(heads_of(*m), kv_type) * (uint64_t)num_pages * num_slots(*m);
 }
 
 static int largest(int a, int b) { return a > b ? a : b; }
@@ -181,7 +180,7 @@ static int largest(int a, int b) { return a > b ? a : b; }
 static void measure(Engine* e) {
   const Model& m = e->model;
   e->heads = heads_of(m);
-  e->page_bytes = page_bytes_of(m, e->setup.half_cache);
+  e->page_bytes = kv_page_bytes(e->heads, e->setup.kv_type);
   e->slot_bytes = e->page_bytes * (size_t)e->setup.num_pages;
   e->hidden = m.hidden_size;
   e->state_size = m.hidden_size * (m.low_cycles ? 2 : 1);
@@ -281,6 +280,7 @@ Engine* speed_open(const Model* model, const Setup* setup, char* error, int32_t 
   if (!setup || !setup->cache || !setup->states) return fail(error, bytes, "no memory is given for the cache"), nullptr;
   if (!check_range("threads", setup->num_threads, 1, MAX_THREADS, error, bytes)) return nullptr;
   if (!check_range("spin_microseconds", setup->spin_microseconds, 0, 1000000, error, bytes)) return nullptr;
+  if (!check_kv_type(setup->kv_type, error, bytes)) return nullptr;
   if (!check_range("num_pages", setup->num_pages, 1, INT32_MAX / PAGE, error, bytes)) return nullptr;
   Engine* e = (Engine*)calloc(1, sizeof(Engine));
   if (!e) return fail(error, bytes, "no memory"), nullptr;

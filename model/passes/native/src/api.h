@@ -2,7 +2,7 @@
 #pragma once
 #include "products.h"
 
-enum { INTERFACE = 6 };  // changes with any of the structures below
+enum { INTERFACE = 7 };  // changes with any of the structures below
 enum { MOST_ROWS = 1 << 18 };  // of a pass: times 4096 heads they are still counted in 31 bits
 
 // INTERPOLATION: norms give unit length and have no weights, and states step towards normalised outputs.
@@ -45,7 +45,7 @@ struct Model {
 };
 
 struct Setup {
-  int32_t num_threads, spin_microseconds, num_pages, half_cache;
+  int32_t num_threads, spin_microseconds, num_pages, kv_type;  // KvType
   void* cache;   // speed_cache_bytes, zeroed
   float* states; // (num_pages * 16, hidden_size, twice with two stacks), and the block's inputs if loops read them
 };
@@ -88,7 +88,7 @@ const char* speed_level(void);
 // Bytes of a packed block of 16 outputs, or 0 for a type or size that there is none of.
 uint64_t speed_block_bytes(int32_t type, int32_t inputs);
 int32_t speed_pack(const PackJob* job);
-uint64_t speed_cache_bytes(const Model* model, int32_t num_pages, int32_t half_cache);
+uint64_t speed_cache_bytes(const Model* model, int32_t num_pages, int32_t kv_type);
 // NULL on failure, and why in `error`. The model's structures are copied, what they point to is not.
 Engine* speed_open(const Model* model, const Setup* setup, char* error, int32_t error_bytes);
 void speed_close(Engine* engine);

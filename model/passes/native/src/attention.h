@@ -1,12 +1,15 @@
 // Attention of one row and one K/V head over the pages of its sequence.
 //
 // A page holds 16 positions of one slot: keys [kv head][channel][16], so that a page's scores need no sum across
-// lanes, then values [kv head][16][channels, padded to 16]. Positions are taken in order, pages at their own
-// boundaries, so what a row gets depends on its position alone and not on what else runs.
+// lanes, then values [kv head][16][channels, padded to 16]. In KV_INT8 each head's keys, and its values, stand
+// behind 16 scales in fp32, one for each position. Positions are taken in order, pages at their own boundaries, and
+// what is written is rounded once: so what a row gets depends on its position alone and not on what else runs.
 #pragma once
 #include "vec.h"
 
 enum { PAGE = 16 };
+
+enum KvType { KV_FP32, KV_FP16, KV_BF16, KV_INT8, NUM_KV_TYPES };  // as in structs.py
 
 struct Heads {
   int head_dim, padded_dim;  // channels of a key and, padded to 16, of a value
@@ -27,14 +30,13 @@ struct Span {  // what one row sees of one slot
 
 static inline size_t bias_numbers(int distance) { return (size_t)(2 * distance + 2 * PAGE - 1); }
 
-static inline size_t key_numbers(const Heads& h) { return (size_t)h.num_kv_heads * (size_t)h.head_dim * PAGE; }
-static inline size_t value_numbers(const Heads& h) { return (size_t)h.num_kv_heads * (size_t)h.padded_dim * PAGE; }
+size_t kv_page_bytes(const Heads& heads, int type);
 
 // Floats of scratch that `attend` needs for a context of so many positions.
 static inline size_t score_numbers(int positions) { return (size_t)(positions + PAGE) * 4; }
 
-// out[group][padded_dim] from q[group][head_dim]; `half`: whether keys and values are fp16 or else fp32.
-void attend(const Heads& heads, const Span& span, bool half, int kv_head, const float* q, float* scores, float* out);
+// out[group][padded_dim] from q[group][head_dim]; keys and values are of this KvType.
+void attend(const Heads& heads, const Span& span, int type, int kv_head, const float* q, float* scores, float* out);
 
-void write_key(const Heads& heads, uint8_t* page, bool half, int kv_head, int offset, const float* key);
-void write_value(const Heads& heads, uint8_t* page, bool half, int kv_head, int offset, const float* value);
+void write_key(const Heads& heads, uint8_t* page, int type, int kv_head, int offset, const float* key);
+void write_value(const Heads& heads, uint8_t* page, int type, int kv_head, int offset, const float* value);

@@ -16,13 +16,6 @@ static float number(const PackJob& job, int row, int channel) {
 
 static float rounded(float x) { return x + 12582912.0f - 12582912.0f; }
 
-static uint16_t float_to_bf16(float x) {  // to nearest, ties to even
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 64);
-  return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
-
 static float int8_scale(const PackJob& job, int row) {
   if (job.source_type == FROM_INT8) return job.source_scales[row];
   float top = 0;

@@ -230,11 +230,11 @@ struct Step {
     }
     if (kv_head < 0) return;
     uint8_t* page = page_of(slot(layer, loop_of(layer, row)), row);
-    bool half = e.setup.half_cache;
+    int type = e.setup.kv_type;
     if (is_value) {
-      write_value(e.heads, page, half, kv_head - kv_heads, position % PAGE, x);
+      write_value(e.heads, page, type, kv_head - kv_heads, position % PAGE, x);
     } else {
-      write_key(e.heads, page, half, kv_head, position % PAGE, x);
+      write_key(e.heads, page, type, kv_head, position % PAGE, x);
     }
   }
 
@@ -287,10 +287,10 @@ struct Step {
     const float* bias = is_encoder(layer) ? m.source_bias : m.text_bias;
     Span span = {slot(layer, loop), e.page_bytes, p.pages + p.tables[row], first, last, bias, m.bias_distance, position};
     float *own = mine.heads, *whole = own + group * e.heads.padded_dim;
-    attend(e.heads, span, e.setup.half_cache, kv_head, q, mine.scores, own);
+    attend(e.heads, span, e.setup.kv_type, kv_head, q, mine.scores, own);
     if (gated) {
       Span everything = {slot(layer, 0), e.page_bytes, span.pages, 0, last, bias, m.bias_distance, position};
-      attend(e.heads, everything, e.setup.half_cache, kv_head, q, mine.scores, whole);
+      attend(e.heads, everything, e.setup.kv_type, kv_head, q, mine.scores, whole);
     }
     for (int g = 0; g < group; g++) {
       int head = kv_head * group + g;
@@ -357,7 +357,7 @@ struct Step {
   void attend_source(int index, const RowSet& set, int i, int kv_head) {
     int row = set.rows[i], group = e.heads.group;
     Span span = {source_slot(index), e.page_bytes, p.pages + p.source_tables[row], 0, p.source_lasts[row], nullptr, 0, 0};
-    attend(e.heads, span, e.setup.half_cache, kv_head, queries(i, kv_head), mine.scores, mine.heads);
+    attend(e.heads, span, e.setup.kv_type, kv_head, queries(i, kv_head), mine.scores, mine.heads);
     for (int g = 0; g < group; g++) {
       memcpy(mixed(i, kv_head * group + g), mine.heads + g * e.heads.padded_dim, (size_t)m.head_dim * 4);
     }
@@ -383,7 +383,7 @@ struct Step {
       int row = set.rows[i];
       uint8_t* page = page_of(source_slot(index), row);
       for (int head = 0; head < m.num_kv_heads; head++) {
-        write(e.heads, page, e.setup.half_cache, head, p.positions[row] % PAGE, projected(i) + head * m.head_dim);
+        write(e.heads, page, e.setup.kv_type, head, p.positions[row] % PAGE, projected(i) + head * m.head_dim);
       }
     });
     mark(QKV);

@@ -84,6 +84,19 @@ INLINE uint16_t float_to_half(float x) {  // saturates: an infinite key would ma
   return bits;
 }
 
+INLINE uint16_t float_to_bf16(float x) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 64);
+  return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+// To the nearest, ties to even, -127 .. 127; 0 for what is no number.
+INLINE int8_t round_to_int8(float x) {
+  float inside = x >= 127 ? 127 : x <= -127 ? -127 : x == x ? x : 0;
+  return (int8_t)((inside + 12582912.0f) - 12582912.0f);
+}
+
 INLINE float bf16_to_float(uint16_t bits) {
   uint32_t wide = (uint32_t)bits << 16;
   float x;

@@ -85,7 +85,7 @@ def _over_sources(store: KVStore, cache: int, readers: list[_SourceReader], q: T
     """Attention of q (rows, heads, head_dim) over sources, each by itself: no row meets another's source."""
     out = torch.empty_like(q)
     for rows, cells in readers:
-        keys, values = (kept[cache][0][cells].transpose(0, 1)[None] for kept in (store.keys, store.values))
+        keys, values = (kept.transpose(0, 1)[None] for kept in store.read(cache, cells))
         queries = q[rows].transpose(0, 1)[None]
         got = F.scaled_dot_product_attention(queries, keys, values, scale=store.config.attention_scale)
         out[rows] = got[0].transpose(0, 1)
@@ -132,8 +132,8 @@ class _Group:
     def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
         """Fills the rows of this group in `out` (rows, heads, head_dim)."""
         keys, values = (
-            cache[layer].flatten(0, 1)[self.entries].transpose(1, 2).masked_fill(self.foreign, 0)
-            for cache in (self.store.keys, self.store.values)
+            found.transpose(1, 2).masked_fill(self.foreign, 0)
+            for found in self.store.read(layer, self.entries)
         )
         queries = q[self.rows].transpose(1, 2)  # (runs, heads, width, head_dim)
         grouped, mask = self.store.group > 1, self.masks[self.store.windowed[layer]]

@@ -2,6 +2,7 @@
 
 Layout: one K and one V tensor for each layer with weights, (loops, cells, kv_heads, head_dim);
 the loops of a layer are its slots. The K/V of a sequence's position p at loop r is [r, table.cell(p)].
+In int8 there is a tensor of scales beside each, (loops, cells, kv_heads, 1).
 Invariant: rows of one pass never write the same entry, and a row reads no position behind its own, nor
 one that has slid out of its layer's window.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from model.network.config import LoopedConfig
 from model.network.layers import Attend
+from model.passes.kv import narrowed, read_back, to_int8
 from model.passes.rows import RowRun
 from model.passes.tensors import to_device
 
@@ -28,20 +30,30 @@ class KVStore:
     """
 
     def __init__(
-        self, config: LoopedConfig, num_tokens: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: LoopedConfig,
+        num_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        held_in: torch.dtype | None = None,
     ) -> None:
+        """`dtype` is what is written and read; it is `held_in` another one if that is given."""
         self.config = config
         self.windowed = [config.is_windowed(layer) for layer in range(config.num_caches)]
         self.num_tokens = num_tokens
         self.device = device
         self.dtype = dtype
+        self.held_in = held_in or dtype
         self.group = config.num_heads // config.num_kv_heads
         shapes = [
             (config.loops_of_layer(layer), num_tokens, config.num_kv_heads, config.head_dim)
             for layer in (*range(config.num_caches), *config.source_caches)
         ]
-        self.keys = [zeros(shape, device, dtype) for shape in shapes]
-        self.values = [zeros(shape, device, dtype) for shape in shapes]
+        self.keys = [zeros(shape, device, self.held_in) for shape in shapes]
+        self.values = [zeros(shape, device, self.held_in) for shape in shapes]
+        scaled = [(*shape[:-1], 1) for shape in shapes] if self.held_in == torch.int8 else []
+        self.key_scales = [zeros(shape, device, torch.float32) for shape in scaled]
+        self.value_scales = [zeros(shape, device, torch.float32) for shape in scaled]
 
     def entries(self, runs: abc.Sequence[RowRun]) -> Tensor:
         """Index of each row's entry in a layer's flattened (loops * cells) cache, (rows,)."""
@@ -60,9 +72,30 @@ class KVStore:
         return 0 if window is None else max(0, position - window + 1)
 
     def write(self, layer: int, entries: Tensor, k: Tensor, v: Tensor) -> None:
-        """Stores k and v (rows, kv_heads, head_dim) of the rows at `entries`."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, entries, k)
-        self.values[layer].flatten(0, 1).index_copy_(0, entries, v)
+        """Stores k and v (rows, kv_heads, head_dim) of the rows at `entries`, rounded to what holds them."""
+        for numbers, scales, x in ((self.keys, self.key_scales, k), (self.values, self.value_scales, v)):
+            if scales:
+                steps, x_scales = to_int8(x)
+                scales[layer].flatten(0, 1).index_copy_(0, entries, x_scales)
+            else:
+                steps = narrowed(x, self.held_in)
+            numbers[layer].flatten(0, 1).index_copy_(0, entries, steps)
+
+    def read(self, layer: int, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V at `entries` (...) of a layer's flattened cache, (..., kv_heads, head_dim) each."""
+        sides = ((self.keys, self.key_scales), (self.values, self.value_scales))
+        keys, values = (self._read(numbers, scales, layer, entries) for numbers, scales in sides)
+        return keys, values
+
+    def read_back(self, x: Tensor) -> Tensor:
+        """What would be read of K or V (..., head_dim) if it were stored: an encoder's own aren't."""
+        return x if self.held_in == self.dtype else read_back(x, self.held_in)
+
+    def _read(self, numbers: list[Tensor], scales: list[Tensor], layer: int, entries: Tensor) -> Tensor:
+        found = numbers[layer].flatten(0, 1)[entries]
+        if scales:
+            found = found * scales[layer].flatten(0, 1)[entries]
+        return found.to(self.dtype)
 
 
 def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
