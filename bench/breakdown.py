@@ -128,7 +128,7 @@ def _timed(engine: Engine, requests: list[GenerationRequest], methods: list[tupl
         for request in requests:
             engine.add(request)
         started = time.perf_counter()
-        while engine.has_work:
+        while engine.has_requests:
             engine.step()
             passes += 1
         wall = time.perf_counter() - started

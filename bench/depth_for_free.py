@@ -171,7 +171,7 @@ def _decode(engine: Engine, request: GenerationRequest) -> Decoded:
     engine.add(request)
     tokens: list[int] = []
     passes, started = 0, 0.0
-    while engine.has_work:
+    while engine.has_requests:
         events = engine.step()
         passes += 1
         if not tokens and events:

@@ -148,7 +148,7 @@ def _write(engine: Engine, policy: str, example: Example) -> Written:
     )
     passes, tokens, started = 0, list[int](), time.perf_counter()
     engine.add(request)
-    while engine.has_work:
+    while engine.has_requests:
         tokens += [token for event in engine.step() for token in event.token_ids]
         passes += 1
     seconds, depths = time.perf_counter() - started, engine.experience.depths

@@ -29,7 +29,7 @@ class Ours:
                     ignore_eos=True,
                 )
             )
-        while self._engine.has_work:
+        while self._engine.has_requests:
             for event in self._engine.step():
                 watch.count(len(event.token_ids))
         return watch.figures()
