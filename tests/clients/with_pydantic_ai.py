@@ -4,13 +4,14 @@ from importlib import metadata
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
-from pydantic_ai import Agent, NativeOutput, ToolOutput, UsageLimits
+from pydantic_ai import Agent, NativeOutput, RunContext, ToolOutput, UsageLimits
 from pydantic_ai.models import Model
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
+from pydantic_ai.tools import ToolDefinition
 
 from tests.clients.checks import MODEL, USER, Server
 
@@ -24,9 +25,9 @@ class Forecast(BaseModel):
     days: Annotated[int, Field(ge=1, le=9)]
 
 
-def settings(max_tokens: int = 400) -> ModelSettings:
+def settings() -> ModelSettings:
     """Noise, but the same at every time."""
-    return ModelSettings(temperature=1.0, seed=3, max_tokens=max_tokens)
+    return ModelSettings(temperature=1.0, seed=3, max_tokens=400)
 
 
 def models(server: Server) -> list[Model]:
@@ -73,8 +74,19 @@ def check_outputs_by_schemas(server: Server) -> None:
 
 
 def agent_with_tool(model: Model, called: list[str]) -> Agent[None, Forecast]:
-    """An agent whose calls of its tool are noted in `called`."""
-    agent = Agent(model, output_type=ToolOutput(Forecast), model_settings=settings(), retries=0)
+    """An agent that must call its tool, which notes it in `called`, before it may end."""
+
+    async def outputs(context: RunContext[None], tools: list[ToolDefinition]) -> list[ToolDefinition]:
+        del context
+        return tools if called else []  # noise begins with the output, whatever the seed
+
+    agent = Agent(
+        model,
+        output_type=ToolOutput(Forecast),
+        prepare_output_tools=outputs,
+        model_settings=settings(),
+        retries=0,
+    )
 
     @agent.tool_plain
     def get_weather(city: Literal["Oslo", "Bergen"]) -> str:
@@ -92,4 +104,4 @@ def check_agents(server: Server) -> None:
         called: list[str] = []
         output = agent_with_tool(model, called).run_sync(PROMPT, usage_limits=limits).output
         assert isinstance(output, Forecast)
-        assert called  # the seed is such that the noise doesn't begin with the output
+        assert called
