@@ -8,14 +8,18 @@ import os
 import signal
 import sys
 import time
-
-import ray
-from ray import serve
-from ray.serve.schema import ServeStatus
-from ray.serve.scripts import cli
+from typing import TYPE_CHECKING
 
 from bench.cluster_process import APPLICATION, ENGINE
-from bench.options import positive
+from bench.options import Extra, positive
+
+if TYPE_CHECKING:
+    import ray
+    from ray import serve
+    from ray.serve import scripts
+    from ray.serve.schema import ServeStatus
+else:
+    ray, serve, scripts = (Extra(name, "cluster") for name in ("ray", "ray.serve", "ray.serve.scripts"))
 
 START_SECONDS, LOOK_SECONDS = 120.0, 0.2
 LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that others know
@@ -38,7 +42,7 @@ def main() -> int:
         _node_ip_address=LOOPBACK,
     )
     try:
-        cli(["run", "--non-blocking", args.config], standalone_mode=False)
+        scripts.cli(["run", "--non-blocking", args.config], standalone_mode=False)
         deadline = time.monotonic() + START_SECONDS
         while not (is_ready := _is_ready(serve.status(), args.num_replicas)) and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)  # Ray tells of a configuration's replicas in no other way
@@ -50,7 +54,7 @@ def main() -> int:
     return 0
 
 
-def _is_ready(status: ServeStatus, num_replicas: int) -> bool:
+def _is_ready(status: "ServeStatus", num_replicas: int) -> bool:
     """Whether so many replicas of the engine run, and the front."""
     application = status.applications.get(APPLICATION)
     if application is None or application.status != "RUNNING":

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from bench.latency import DEFAULT_MODEL
 from bench.options import device, numbers, output_file, positive, reporting
-from bench.peer_transformers import unrolled
 from model.checkpoint.loader import DTYPES, load_model
 from model.worker.build import resolve_device
 
@@ -58,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """The command line."""
     args = parser().parse_args()
+    from bench.peer_transformers import unrolled  # noqa: PLC0415 - --help needs no transformers
+
     args.place = resolve_device(args.device)
     model = unrolled(load_model(args.model, args.place, DTYPES[args.dtype]).model)
     found = []

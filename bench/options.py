@@ -108,15 +108,16 @@ def study_parser(recipe: Path, description: str | None, runs: str, items: str) -
 class Extra:
     """A package that not everybody has, imported at its first use; ValueError says what to install."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, extra: str = "bench") -> None:
+        """`extra`: of this project, which brings the package."""
+        self._name, self._extra = name, extra
 
     def __getattr__(self, attribute: str) -> object:
         try:
             found: object = getattr(import_module(self._name), attribute)
         except ImportError:
             raise ValueError(
-                f"{self._name} is needed, which is not installed: pip install '.[bench]'"
+                f"{self._name} is needed, which is not installed: pip install '.[{self._extra}]'"
             ) from None
         return found
 
