@@ -14,7 +14,9 @@ from random import Random
 import pytest
 
 from model.engine import Engine
-from model.options import EngineOptions
+from model.options import EngineOptions, KVCacheDtypeName
+from model.passes.backend import BackendMaker
+from model.passes.torch.backend import TorchMaker
 from model.protocol import GenerationRequest, SamplingParams
 from model.schedule.batch import ScheduledRun
 from model.schedule.cost import MeasuredCost, speculates_alone
@@ -64,9 +66,9 @@ def files(tmp_path: Path) -> Files:
     return lambda: list(tmp_path.glob("speed-serve/*.json"))
 
 
-def started(**options: Field) -> Engine:
+def started(maker: BackendMaker | None = None, **options: Field) -> Engine:
     """An engine whose prices are kept or measured."""
-    engine = Engine(tiny_model(), EngineOptions(kv_cache_tokens=2048, **options))
+    engine = Engine(tiny_model(), EngineOptions(kv_cache_tokens=2048, **options), maker=maker)
     engine.prices = PriceKeeper(engine)
     engine.check_integrity()
     return engine
@@ -115,6 +117,14 @@ def test_a_quiet_machine_is_measured_once(machine: Machine, files: Files) -> Non
     assert cost.prices == first_cost.prices
     assert machine.num_passes < first / 4
     assert not again.has_work
+
+
+def test_each_type_of_k_and_v_has_prices_of_its_own(machine: Machine, files: Files) -> None:
+    """Reading fewer bytes takes less time: prices in fp32 would stop speculation too early in int8."""
+    types: tuple[KVCacheDtypeName, ...] = ("float32", "float16", "int8", "int8")
+    for number, kv in enumerate(types, start=1):
+        started(TorchMaker(kv_dtype=kv))
+        assert len(files()) == min(number, 3)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.4])
