@@ -19,7 +19,7 @@ from model.passes.native import build
 from model.passes.native.library import FOLDER, LEVELS, VARIABLE, Level
 
 HAS_LIBRARY = sys.platform == "linux" and os.environ.get(VARIABLE) != "0"
-PACKAGE = FOLDER.parent
+PACKAGE = build.SOURCES.parent  # not FOLDER's: SPEED_NATIVE_FOLDER may lie elsewhere
 
 
 def put_in_place() -> None:
