@@ -160,6 +160,9 @@ def test_int8_stands_within_half_a_step_of_each_number() -> None:
 def test_what_is_no_number_is_not_hidden_by_int8(number: float) -> None:
     x = torch.ones(2, 8)
     x[1, 3] = number
+    steps, scales = to_int8(x)
+    assert scales[1].isnan()  # nor an infinite one, whose steps would be anything
+    assert not steps[1].any()
     assert torch.equal(read_back(x, torch.int8)[0], x[0])
     assert read_back(x, torch.int8)[1].isnan().all()
 
