@@ -67,16 +67,7 @@ class Columns:
 
     def entering(self) -> Places:
         """Of layers before the loops."""
-        column = self._columns
-        nothing = torch.zeros_like(column["offsets"])
-        return Places(
-            column["positions"],
-            column["entering_cells"],
-            nothing,
-            column["tables"],
-            column["entering_ends"],
-            self._pages,
-        )
+        return self._outside("entering")
 
     def looping(self) -> Places:
         """Of the block's layers."""
@@ -87,16 +78,14 @@ class Columns:
 
     def coda(self) -> Places:
         """Of layers behind the loops."""
+        return self._outside("coda")
+
+    def _outside(self, kind: str) -> Places:
+        """Of layers that have the K/V of one loop alone: offsets are those of the first."""
         column = self._columns
-        nothing = torch.zeros_like(column["offsets"])
-        return Places(
-            column["positions"],
-            column["coda_cells"],
-            nothing,
-            column["tables"],
-            column["coda_ends"],
-            self._pages,
-        )
+        cells, ends = column[f"{kind}_cells"], column[f"{kind}_ends"]
+        first = torch.zeros_like(column["offsets"])
+        return Places(column["positions"], cells, first, column["tables"], ends, self._pages)
 
     def asked(self) -> Asked:
         """How tokens are chosen; temperatures come as the bits of an fp64 number."""

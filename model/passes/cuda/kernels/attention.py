@@ -9,20 +9,7 @@ so a row's bits, depends on the position alone. A block is never read behind a r
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _channels(parts, scales, biases, more, row, at, mask, num_rows, width, PARTS: tl.constexpr):
-    """The channels `at` of a row of a product (PARTS, rows, width), finished."""
-    y = tl.zeros(at.shape, tl.float32)
-    for part in tl.static_range(PARTS):
-        y += tl.load(parts + (part * num_rows + row) * width + at, mask=mask, other=0.0)
-    if scales is not None:
-        y = y * tl.load(scales + at, mask=mask, other=0.0)
-    if biases is not None:
-        y = y + tl.load(biases + at, mask=mask, other=0.0).to(tl.float32)
-    if more is not None:
-        y = y + tl.load(more + at, mask=mask, other=0.0).to(tl.float32)
-    return y
+from model.passes.cuda.kernels.products import finished
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -62,8 +49,8 @@ def rotate(
     partner = dim ^ 1 if INTERLEAVED else tl.where(dim < TURNED // 2, dim + TURNED // 2, dim - TURNED // 2)
     partner = tl.where(dim < TURNED, partner, dim)
     at, other = number[:, None] * DIM + dim[None, :], number[:, None] * DIM + partner[None, :]
-    own = _channels(parts, scales, biases, more, row, at, mask, num_rows, width, PARTS)
-    swapped = _channels(parts, scales, biases, more, row, other, mask, num_rows, width, PARTS)
+    own = finished(parts, scales, biases, more, row, at, mask, num_rows, width, PARTS)
+    swapped = finished(parts, scales, biases, more, row, other, mask, num_rows, width, PARTS)
     angle = tl.load(positions + row) * TURNED + dim
     cosine = tl.load(cosines + angle, mask=dim < TURNED, other=1.0)
     sine = tl.load(sines + angle, mask=dim < TURNED, other=0.0)
@@ -75,7 +62,7 @@ def rotate(
     key_at = entry + head[:, None] * 0 + dim[None, :]
     tl.store(keys + key_at, turned.to(keys.dtype.element_ty), mask=mask & (head == GROUP)[:, None])
     value_at = ((GROUP + 1) * KV_HEADS + kv_head) * DIM + dim
-    value = _channels(parts, scales, biases, None, row, value_at, dim < DIM, num_rows, width, PARTS)
+    value = finished(parts, scales, biases, None, row, value_at, dim < DIM, num_rows, width, PARTS)
     tl.store(values + entry + dim, value.to(values.dtype.element_ty), mask=dim < DIM)
 
 

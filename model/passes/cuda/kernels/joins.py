@@ -8,6 +8,8 @@ the next product reads by. All of it in fp32. Invariant: one program has one row
 import triton
 import triton.language as tl
 
+from model.passes.cuda.kernels.products import finished
+
 
 @triton.jit
 def _normalised(y, weight, channel, known, eps, SIZE: tl.constexpr):
@@ -37,13 +39,7 @@ def join(
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, PAD)
     known = channel < SIZE
-    y = tl.zeros([PAD], tl.float32)
-    for part in tl.static_range(PARTS):
-        y += tl.load(parts + (part * num_rows + row) * SIZE + channel, mask=known, other=0.0)
-    if scales is not None:
-        y = y * tl.load(scales + channel, mask=known, other=0.0)
-    if biases is not None:
-        y = y + tl.load(biases + channel, mask=known, other=0.0).to(tl.float32)
+    y = finished(parts, scales, biases, None, row, channel, known, num_rows, SIZE, PARTS)
     if output_norm is not None:
         y = _normalised(y, output_norm, channel, known, eps, SIZE)
     if state is not None:

@@ -2,7 +2,7 @@
 
 Knows nothing about layers. Invariant: an output is summed over inputs in one order, which depends on the
 matrix and the tile alone, so a row's bits never depend on the other rows of its tile or on their number.
-Scales of int8 weights and biases are for whoever adds the parts up.
+Scales of int8 weights and biases come last, by `finished`, where a product is read.
 """
 
 import triton
@@ -99,3 +99,21 @@ def gated(
     inside = gate / (1.0 + tl.exp(-gate)) * up
     at = out + row[:, None] * num_columns + column[None, :]
     tl.store(at, inside.to(out.dtype.element_ty), mask=(row < num_rows)[:, None] & known[None, :])
+
+
+@triton.jit
+def finished(parts, scales, biases, more, row, at, mask, num_rows, width, PARTS: tl.constexpr):
+    """The channels `at` of a row of a product (PARTS, rows, width): parts added up, scaled, biased.
+
+    `more` are further biases; what is None is left out.
+    """
+    y = tl.zeros(at.shape, tl.float32)
+    for part in tl.static_range(PARTS):
+        y += tl.load(parts + (part * num_rows + row) * width + at, mask=mask, other=0.0)
+    if scales is not None:
+        y = y * tl.load(scales + at, mask=mask, other=0.0)
+    if biases is not None:
+        y = y + tl.load(biases + at, mask=mask, other=0.0).to(tl.float32)
+    if more is not None:
+        y = y + tl.load(more + at, mask=mask, other=0.0).to(tl.float32)
+    return y
